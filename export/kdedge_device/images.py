@@ -1,0 +1,188 @@
+"""From an encoded image of any kind to 8-bit grey or RGB. Pillow is imported late: a board without it runs on arrays.
+
+Every surprise of real folders is met here, once: rotation noted in EXIF, CMYK, 16 bits, palettes, transparency,
+animation, truncated files, text named .jpg, and pictures too large to decode.
+"""
+
+import os
+import threading
+import warnings
+from io import BytesIO
+from typing import Any, NamedTuple, Tuple, Union
+
+import numpy as np
+
+from kdedge_device.failures import Failure, RuntimeFailure
+
+__all__ = ["MAX_PIXELS", "Header", "ImageUnreadable", "Source", "open_image", "read_header", "to_eight_bits"]
+
+MAX_PIXELS = 200_000_000  # 800 MB once decoded: more than any camera gives, less than most machines have
+Source = Union[str, "os.PathLike[str]", bytes]
+
+_VECTOR_FORMATS = ("EPS", "WMF", "EMF")  # drawn by an external program (EPS by Ghostscript): reading must run nothing
+_ORIENTATION = 0x0112  # the EXIF tag
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+_OPEN_LOCK = threading.Lock()
+
+
+class ImageUnreadable(Failure):
+    """`path` (or "<bytes>") cannot be used as an image, and `reason` says why in half a sentence."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__("Cannot read the image {}: {}".format(path, reason))
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> Tuple[Any, ...]:  # crosses process borders in loaders
+        return (type(self), (self.path, self.reason))
+
+
+class Header(NamedTuple):
+    """What the file says of itself, without decoding it. Size as seen after EXIF rotation."""
+
+    height: int
+    width: int
+    mode: str  # Pillow's name: "L", "RGB", "P", "CMYK", "I;16" ...
+
+
+def pillow() -> Any:
+    """The Pillow package; RuntimeFailure with the install command where it is absent."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise RuntimeFailure(
+            "The package Pillow is not installed; decoding and resizing images needs it. "
+            "Install it with: pip install pillow"
+        ) from None
+    return Image
+
+
+def _name(source: Source) -> str:
+    return "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+
+
+def open_image(source: Source) -> Any:
+    """The image with its header read and its pixels not yet decoded; the caller closes it.
+
+    Raises ImageUnreadable for what is no image, is a vector drawing, or has more than MAX_PIXELS pixels.
+    """
+    module = pillow()
+    # Pillow's own limit warns from 89 megapixels and raises from 179; ours is checked right below. Limit and warning
+    # filter belong to the process, so they change under a lock, for the microseconds of reading a header. Afterwards
+    # the limit is ours, since some decoders ask again.
+    with _OPEN_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit = module.MAX_IMAGE_PIXELS
+        module.MAX_IMAGE_PIXELS = None
+        try:
+            image = module.open(BytesIO(source) if isinstance(source, bytes) else os.fspath(source))
+        except Exception as error:  # plugins raise anything on a damaged header: SyntaxError, struct.error, KeyError
+            raise ImageUnreadable(_name(source), _why_not_opened(source, error)) from None
+        finally:
+            module.MAX_IMAGE_PIXELS = None if limit is None else max(limit, MAX_PIXELS)
+    reason = _refusal(image)
+    if reason:
+        image.close()
+        raise ImageUnreadable(_name(source), reason)
+    return image
+
+
+def _orientation(image: Any) -> int:
+    """EXIF orientation, 1 to 8. For a PNG, which may note it behind the pixels, Pillow decodes the image to answer."""
+    with _OPEN_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            value = image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # damaged EXIF says nothing about the pixels
+            return 1
+    return value if value in (2, 3, 4, 5, 6, 7, 8) else 1
+
+
+def _refusal(image: Any) -> str:
+    """Why this opened image is not decoded, or an empty string."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        return "it has {} x {} = {:.0f} megapixels; the limit is {:.0f}. Make it smaller".format(
+            width, height, width * height / 1e6, MAX_PIXELS / 1e6
+        )
+    if image.format in _VECTOR_FORMATS:
+        return "{} is a drawing, not pixels. Save it as PNG or JPEG".format(image.format)
+    return ""
+
+
+def _why_not_opened(source: Source, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if isinstance(source, bytes):
+        start = source[:16]
+    else:
+        with open(source, "rb") as file:
+            start = file.read(16)
+    if not start:
+        return "the file is empty"
+    return "this is no image format known to Pillow (it starts with {!r})".format(start)
+
+
+def read_header(source: Source) -> Header:
+    """Size and mode without decoding. Raises ImageUnreadable as `open_image` does."""
+    with open_image(source) as image:
+        width, height = image.size
+        # PNG would have to be decoded to know; Pillow turns TIFF by itself.
+        if image.format not in ("PNG", "TIFF") and _orientation(image) >= 5:
+            width, height = height, width
+        return Header(height, width, image.mode)
+
+
+def decode_image(source: Source, channels: int, wanted: Tuple[int, int]) -> Any:
+    """The first frame as a Pillow image of mode L (channels 1) or RGB (3), upright.
+
+    `wanted` (height, width) is the size it will be shrunk to: a JPEG is decoded at 1/2, 1/4 or 1/8 where that still
+    leaves twice as many pixels along each side, which the antialiased resize then averages.
+    """
+    with open_image(source) as image:
+        try:
+            image.draft(None, (2 * max(wanted), 2 * max(wanted)))
+            image.load()
+            return _upright(to_eight_bits(image, channels), _orientation(image))
+        except Exception as error:  # OSError for a truncated file, but plugins raise anything on damaged data
+            reason = "its pixels cannot be decoded ({})".format(str(error) or type(error).__name__)
+            raise ImageUnreadable(_name(source), reason) from None
+
+
+def _upright(image: Any, orientation: int) -> Any:
+    """Undo the rotation or mirroring that EXIF notes. Pillow's own exif_transpose would read the tags a second time."""
+    method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(
+        orientation
+    )  # the numbers of Image.Transpose, old and new Pillow
+    return image if method is None else image.transpose(method)
+
+
+def to_eight_bits(image: Any, channels: int) -> Any:
+    """A decoded Pillow image of any mode as mode L (channels 1) or RGB (3); transparency is laid over white.
+
+    Raises ValueError for pixels whose range is unknown (32-bit integers above 65535, floats outside [0, 255]).
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = pillow().fromarray(_scaled(np.asarray(image)))
+    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pillow().alpha_composite(pillow().new("RGBA", image.size, (255, 255, 255, 255)), image)
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _scaled(pixels: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """16-bit grey to 8 bits by 1/257 (65535 becomes 255; a plain conversion would clip at 255), floats from [0, 1]."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if pixels.dtype.kind == "f":
+        if not (low >= 0.0 and high <= 255.0):
+            raise ValueError("its float pixels lie in [{:g}, {:g}]; [0, 1] or [0, 255] was expected".format(low, high))
+        return np.asarray(np.rint(pixels * (255.0 if high <= 1.0 else 1.0)), dtype=np.uint8)
+    if low < 0 or high > 65535:
+        raise ValueError("its integer pixels lie in [{:g}, {:g}]; 8 or 16 bits were expected".format(low, high))
+    return np.asarray((pixels.astype(np.uint32) + 128) // 257, dtype=np.uint8)
