@@ -29,7 +29,7 @@ class ImageUnreadable(Failure):
     """`path` (or "<bytes>") cannot be used as an image, and `reason` says why in half a sentence."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__("Cannot read the image {}: {}".format(path, reason))
+        super().__init__(f"Cannot read the image {path}: {reason}")
         self.path = path
         self.reason = reason
 
@@ -102,11 +102,10 @@ def _refusal(image: Any) -> str:
     """Why this opened image is not decoded, or an empty string."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        return "it has {} x {} = {:.0f} megapixels; the limit is {:.0f}. Make it smaller".format(
-            width, height, width * height / 1e6, MAX_PIXELS / 1e6
-        )
+        return f"it has {width} x {height} = {width * height / 1e6:.0f} megapixels; "
+            f"the limit is {MAX_PIXELS / 1e6:.0f}. Make it smaller"
     if image.format in _VECTOR_FORMATS:
-        return "{} is a drawing, not pixels. Save it as PNG or JPEG".format(image.format)
+        return f"{image.format} is a drawing, not pixels. Save it as PNG or JPEG"
     return ""
 
 
@@ -124,7 +123,7 @@ def _why_not_opened(source: Source, error: Exception) -> str:
             start = file.read(16)
     if not start:
         return "the file is empty"
-    return "this is no image format known to Pillow (it starts with {!r})".format(start)
+    return f"this is no image format known to Pillow (it starts with {start!r})"
 
 
 def read_header(source: Source) -> Header:
@@ -149,7 +148,7 @@ def decode_image(source: Source, channels: int, wanted: Tuple[int, int]) -> Any:
             image.load()
             return _upright(to_eight_bits(image, channels), _orientation(image))
         except Exception as error:  # OSError for a truncated file, but plugins raise anything on damaged data
-            reason = "its pixels cannot be decoded ({})".format(str(error) or type(error).__name__)
+            reason = f"its pixels cannot be decoded ({str(error) or type(error).__name__})"
             raise ImageUnreadable(_name(source), reason) from None
 
 
@@ -181,8 +180,8 @@ def _scaled(pixels: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     low, high = float(pixels.min()), float(pixels.max())
     if pixels.dtype.kind == "f":
         if not (low >= 0.0 and high <= 255.0):
-            raise ValueError("its float pixels lie in [{:g}, {:g}]; [0, 1] or [0, 255] was expected".format(low, high))
+            raise ValueError(f"its float pixels lie in [{low:g}, {high:g}]; [0, 1] or [0, 255] was expected")
         return np.asarray(np.rint(pixels * (255.0 if high <= 1.0 else 1.0)), dtype=np.uint8)
     if low < 0 or high > 65535:
-        raise ValueError("its integer pixels lie in [{:g}, {:g}]; 8 or 16 bits were expected".format(low, high))
+        raise ValueError(f"its integer pixels lie in [{low:g}, {high:g}]; 8 or 16 bits were expected")
     return np.asarray((pixels.astype(np.uint32) + 128) // 257, dtype=np.uint8)

@@ -35,25 +35,21 @@ class Preprocess:
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         problem = self._problem()
         if problem:
-            raise Failure("The preprocessing cannot be used: {}.".format(problem))
+            raise Failure(f"The preprocessing cannot be used: {problem}.")
 
     def _problem(self) -> str:
         if self.channels not in (1, 3):
-            return "channels is {!r}; 1 (grey) or 3 (RGB) was expected".format(self.channels)
+            return f"channels is {self.channels!r}; 1 (grey) or 3 (RGB) was expected"
         if not (isinstance(self.height, int) and isinstance(self.width, int) and self.height > 0 and self.width > 0):
-            return "height and width are {!r} and {!r}; whole numbers above 0 were expected".format(
-                self.height, self.width
-            )
+            return f"height and width are {self.height!r} and {self.width!r}; whole numbers above 0 were expected"
         if self.resize not in RESIZES:
             return "resize is {!r}; one of {} was expected".format(self.resize, ", ".join(RESIZES))
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            return "mean and std have {} and {} numbers; {} of each were expected".format(
-                len(self.mean), len(self.std), self.channels
+            return (
+                f"mean and std have {len(self.mean)} and {len(self.std)} numbers; {self.channels} of each were expected"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
-            return "mean is {} and std is {}; finite numbers, and std above 0, were expected".format(
-                self.mean, self.std
-            )
+            return f"mean is {self.mean} and std is {self.std}; finite numbers, and std above 0, were expected"
         return ""
 
     def to_json(self) -> Dict[str, Any]:
@@ -72,11 +68,11 @@ class Preprocess:
         names = ("height", "width", "channels", "resize", "mean", "std")
         if not isinstance(document, dict) or sorted(document) != sorted(names):
             found = sorted(document) if isinstance(document, dict) else document
-            raise Failure("The preprocessing has {}; exactly {} were expected.".format(found, sorted(names)))
+            raise Failure(f"The preprocessing has {found}; exactly {sorted(names)} were expected.")
         try:
             return cls(**document)
         except TypeError as error:
-            raise Failure("The preprocessing cannot be used: {}.".format(error)) from None
+            raise Failure(f"The preprocessing cannot be used: {error}.") from None
 
     def decode(self, source: Source) -> "np.ndarray[Any, Any]":
         """The image in a file (or in encoded bytes) as uint8 [H, W, C]. Raises ImageUnreadable."""
@@ -94,9 +90,8 @@ class Preprocess:
             or 0 in image.shape
         ):
             raise Failure(
-                "An image array has type {} and shape {}; uint8 [h, w], [h, w, 1] or [h, w, 3] was expected.".format(
-                    image.dtype, image.shape
-                )
+                f"An image array has type {image.dtype} and shape {image.shape}; "
+                "uint8 [h, w], [h, w, 1] or [h, w, 3] was expected."
             )
         pixels = image[:, :, None] if image.ndim == 2 else image
         if pixels.shape[2] == 1 and self.channels == 3:
@@ -129,9 +124,8 @@ class Preprocess:
         """uint8 [N, H, W, C] -> float32 [N, C, H, W]: (pixel / 255 - mean) / std. Any H and W."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != self.channels:
             raise Failure(
-                "A batch has type {} and shape {}; uint8 [N, H, W, {}] was expected.".format(
-                    images.dtype, images.shape, self.channels
-                )
+                f"A batch has type {images.dtype} and shape {images.shape}; "
+                f"uint8 [N, H, W, {self.channels}] was expected."
             )
         mean = np.asarray(self.mean, dtype=np.float32)
         std = np.asarray(self.std, dtype=np.float32)
