@@ -102,8 +102,8 @@ def _refusal(image: Any) -> str:
     """Why this opened image is not decoded, or an empty string."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        return f"it has {width} x {height} = {width * height / 1e6:.0f} megapixels; "
-            f"the limit is {MAX_PIXELS / 1e6:.0f}. Make it smaller"
+        size = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
+        return f"it has {size}; the limit is {MAX_PIXELS / 1e6:.0f}. Make it smaller"
     if image.format in _VECTOR_FORMATS:
         return f"{image.format} is a drawing, not pixels. Save it as PNG or JPEG"
     return ""
