@@ -1,0 +1,245 @@
+"""The figures of the report. Each function returns an <svg> element, or None where the run has nothing to draw.
+
+Colours are those of Okabe and Ito, which people with any common colour blindness tell apart.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdedge_bench.facts import Facts
+from kdedge_bench.formats import count, milliseconds, percent, unique_short
+from kdedge_bench.svg import INK, MUTED, drawing, to_svg
+from kdedge_bench.table import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["confusion", "curves", "kept_share", "learning_rate", "loss", "pseudo_label_accuracy", "tradeoff", "trusted"]
+
+STAGES = {
+    "baseline": ("baseline", "#8a949e"),
+    "outer": ("outer (teacher)", "#D55E00"),
+    "trusted": ("trusted set", "#CC79A7"),
+    "inner": ("inner (student)", "#0072B2"),
+}
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MAX_NAMED = 20  # classes; more names than this cannot be read on an axis of 3 inches
+MAX_NUMBERED = 12  # classes; more numbers than this cannot be read in the cells
+SMOOTH_FROM = 80  # points
+
+Curve = tuple[str, str, list[float], list[float]]  # name, colour, steps, values
+
+
+def curves(facts: Facts, key: str) -> list[Curve]:
+    """`key` of every stage that logged it: (name, colour, steps, values)."""
+    found = []
+    for stage, (name, colour) in STAGES.items():
+        points = [(line["step"], line[key]) for line in facts.metrics if line.get("stage") == stage and _number(line.get(key))]
+        if points:
+            steps, values = zip(*points, strict=True)
+            found.append((name, colour, [float(step) for step in steps], [float(value) for value in values]))
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))
+
+
+def _lines(axes: "Axes", found: Sequence[Curve]) -> None:
+    """One line a stage; a long noisy one is drawn pale with its running mean over it."""
+    for name, colour, steps, values in found:
+        marker = "o" if len(values) == 1 else None
+        if len(values) < SMOOTH_FROM:
+            axes.plot(steps, values, color=colour, label=name, marker=marker, markersize=3.5)
+            continue
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
+        axes.plot(steps, _running_mean(values, len(values) // 40 * 2 + 1), color=colour, label=name)
+
+
+def _running_mean(values: Sequence[float], window: int) -> npt.NDArray[np.float64]:
+    """Centred mean of an odd `window`, of fewer values at the ends."""
+    ones, array = np.ones(window), np.asarray(values, dtype=np.float64)
+    return np.convolve(array, ones, "same") / np.convolve(np.ones_like(array), ones, "same")
+
+
+def _steps_axis(axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel("Step of the stage")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _percent_axis(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+
+
+def _log_axis(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5: powers of ten would be small superscripts."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _over_time(
+    facts: Facts, metric: str, key: str, title: str, label: str, finish: Callable[["Axes", list[Curve]], None]
+) -> str | None:
+    found = curves(facts, metric)
+    if not found:
+        return None
+    with drawing() as (figure, axes):
+        _lines(axes, found)
+        _steps_axis(axes)
+        axes.set_ylabel(label)
+        finish(axes, found)
+        figure.legend(loc="outside upper left", ncols=3)
+        last = "; ".join(f"{name}: {values[-1]:.3g} at step {steps[-1]:,.0f}" for name, _, steps, values in found)
+        return to_svg(figure, key, title, f"{title}. Last logged values: {last}.")
+
+
+def loss(facts: Facts, key: str) -> str | None:
+    """Training loss of each stage."""
+
+    def finish(axes: "Axes", found: list[Curve]) -> None:
+        values = [value for curve in found for value in curve[3]]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            _log_axis(axes.yaxis)
+        else:
+            axes.set_ylim(bottom=min(0.0, *values))
+
+    return _over_time(facts, "loss", key, "Training loss over the steps of each stage", "Loss", finish)
+
+
+def learning_rate(facts: Facts, key: str) -> str | None:
+    return _over_time(facts, "lr", key, "Learning rate over the steps of each stage", "Learning rate", lambda axes, _: axes.set_ylim(bottom=0) and None)
+
+
+def _share(axes: "Axes", _: list[Curve]) -> None:
+    axes.set_ylim(0, 1.02)
+    _percent_axis(axes.yaxis)
+
+
+def kept_share(facts: Facts, key: str) -> str | None:
+    """Share of unlabeled images whose pseudo label is confident enough to learn from."""
+    title = "Share of unlabeled images kept by the confidence threshold"
+    return _over_time(facts, "kept_fraction", key, title, "Kept, %", _share)
+
+
+def pseudo_label_accuracy(facts: Facts, key: str) -> str | None:
+    """Accuracy of the kept pseudo labels, where the true classes are known."""
+
+    def finish(axes: "Axes", found: list[Curve]) -> None:
+        lowest = min(value for curve in found for value in curve[3])
+        axes.set_ylim(max(0.0, np.floor(lowest * 10) / 10 - 0.05), 1.01)
+        _percent_axis(axes.yaxis)
+
+    return _over_time(facts, "pseudo_label_accuracy", key, "Accuracy of the pseudo labels", "Right, %", finish)
+
+
+def validation_accuracy(facts: Facts, key: str) -> str | None:
+    return _over_time(facts, "val_accuracy", key, "Accuracy on the validation split", "Right, %", _share)
+
+
+def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], key: str, artifact: str) -> str:
+    """Counts [K true, K predicted]; a cell's colour is its share of the true class, so rare classes show too."""
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    many = len(classes)
+    with drawing(height_in=4.0) as (figure, axes):
+        axes.grid(False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(True)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="none", aspect="equal")
+        axes.set_xlabel("Predicted class")
+        axes.set_ylabel("True class")
+        if many <= MAX_NAMED:
+            _class_ticks(axes, classes)
+        if many <= MAX_NUMBERED:
+            for (row, column), number in np.ndenumerate(matrix):
+                if number:
+                    colour = "white" if shares[row, column] > 0.55 else INK
+                    axes.text(column, row, f"{number}", ha="center", va="center", color=colour)
+        right = int(np.trace(matrix))
+        title = f"Confusion matrix of {artifact} on the test images"
+        return to_svg(figure, key, title, f"{right} of {int(matrix.sum())} images lie on the diagonal of {many} classes.")
+
+
+def _class_ticks(axes: "Axes", classes: Sequence[str]) -> None:
+    names = unique_short(classes, 12)
+    long = max(len(name) for name in names) > 3
+    axes.set_xticks(range(len(names)), names, rotation=90 if long else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+
+
+def tradeoff(summaries: Sequence[Summary], key: str) -> str | None:
+    """Test accuracy with its interval against p90 latency; what has no latency is a line across."""
+    points = [(found, row) for found in summaries for row in found.rows if row.p90_ms is not None and row.accuracy is not None]
+    if not points:
+        return None
+    with drawing() as (figure, axes):
+        latencies = [row.p90_ms or 0.0 for _, row in points]
+        for index, found in enumerate(summaries):
+            _plot_run(axes, found, PALETTE[index % len(PALETTE)], alone=len(summaries) == 1)
+        axes.set_xlabel("Latency of one image (p90), ms")
+        axes.set_ylabel("Test accuracy, %")
+        _percent_axis(axes.yaxis)
+        if max(latencies) > 10 * min(latencies):
+            _log_axis(axes.xaxis)
+        axes.set_xlim(0 if max(latencies) <= 10 * min(latencies) else min(latencies) / 1.5, max(latencies) * 1.3)
+        axes.margins(y=0.15)
+        if len(summaries) > 1:
+            figure.legend(loc="outside upper left", ncols=1)
+        described = "; ".join(
+            f"{found.run} {row.name}: {percent(row.accuracy)} at {milliseconds(row.p90_ms)} ms" for found, row in points
+        )
+        return to_svg(figure, key, "Test accuracy against latency", described)
+
+
+def _plot_run(axes: "Axes", found: Summary, colour: str, alone: bool) -> None:
+    labelled = False
+    for index, row in enumerate(found.rows):
+        if row.accuracy is None:
+            continue
+        if row.p90_ms is None:
+            if alone:
+                axes.axhline(row.accuracy, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+                axes.annotate(row.name, (0.995, row.accuracy), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=MUTED, xytext=(0, 1), textcoords="offset points")
+            continue
+        low, high = (row.low or row.accuracy), (row.high or row.accuracy)
+        own = PALETTE[index % len(PALETTE)] if alone else colour
+        axes.errorbar(
+            [row.p90_ms], [row.accuracy], yerr=[[row.accuracy - low], [high - row.accuracy]], fmt="s" if row.key == "int8" else "o",
+            color=own, capsize=3, markersize=6, markerfacecolor=own if row.shipped else "white",
+            label=None if alone or labelled else found.run,
+        )  # fmt: skip
+        labelled = True
+        if alone:
+            axes.annotate(row.name, (row.p90_ms, row.accuracy), xytext=(7, 0), textcoords="offset points", va="center")
+        else:
+            axes.annotate(row.name.removeprefix("Student "), (row.p90_ms, row.accuracy), xytext=(6, 0), textcoords="offset points", va="center")
+
+
+def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:
+    """Size of the trusted set, class by class."""
+    sizes = ((facts.result or {}).get("trusted") or {}).get("per_class")
+    if not isinstance(sizes, list) or not sizes or not all(_number(size) for size in sizes):
+        return None
+    with drawing() as (figure, axes):
+        axes.bar(range(len(sizes)), sizes, color=PALETTE[0], width=0.7)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel("Trusted images")
+        axes.set_xlabel("Class")
+        if len(sizes) == len(classes) <= MAX_NAMED:
+            names = unique_short(classes, 12)
+            axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
+        title = "Size of the trusted set by class"
+        return to_svg(figure, key, title, f"From {count(min(sizes))} to {count(max(sizes))} images a class.")

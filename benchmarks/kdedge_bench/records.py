@@ -1,0 +1,68 @@
+"""Reading measurement records: one JSON file each, in the layout of the contract."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdedge.errors import RunError
+from kdedge.runs import read_json
+from kdedge_device.record import SCHEMA
+
+__all__ = ["Record", "check_record", "file_name", "flags", "latency", "machine_name", "read_records"]
+
+Record = dict[str, Any]
+
+
+def read_records(folder: Path, bundle: Mapping[str, Any] | None) -> tuple[tuple[Record, ...], int]:
+    """Records in `folder`, newest first, and how many were left out because their file has changed since.
+
+    A latency belongs to the bytes that were timed: a record whose sha256 is not in the bundle is of an earlier export.
+    RunError where a record is damaged or of a newer kdedge.
+    """
+    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    records = [check_record(read_json(path), path) for path in paths]
+    records.sort(key=lambda record: str(record.get("started_at") or ""), reverse=True)
+    if bundle is None:
+        return tuple(records), 0
+    known = {str(entry.get("sha256")) for entry in (bundle.get("artifacts") or {}).values()}
+    current = [record for record in records if str(record["artifact"].get("sha256")) in known]
+    return tuple(current), len(records) - len(current)
+
+
+def check_record(document: Any, path: Path) -> Record:
+    """The document, if it is a record this version reads; else RunError."""
+    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+        raise RunError(f"{path} is no measurement record: it has no integer 'schema'. Expected a file written by kdedge bench.")
+    if document["schema"] > SCHEMA:
+        raise RunError(f"{path} has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge.")
+    for key in ("artifact", "machine", "conditions", "latency_ms"):
+        if not isinstance(document.get(key), dict):
+            raise RunError(f"{path} has no '{key}'; a measurement record was expected. Measure again: kdedge bench.")
+    return document
+
+
+def latency(record: Record | None, part: str) -> dict[str, Any]:
+    """`compute`, `with_copies` or `end_to_end` of a record; empty where it was not measured."""
+    return ((record or {}).get("latency_ms") or {}).get(part) or {}
+
+
+def machine_name(record: Record) -> str:
+    """The machine in a few words: the GPU, the board, or the processor. Not its host name, which in a container is a number."""
+    machine = record["machine"]
+    arm = str(machine.get("architecture") or "").startswith(("aarch64", "arm"))
+    order = ("gpu", "model", "cpu") if arm else ("gpu", "cpu", "model")
+    return next((str(machine[key]) for key in (*order, "name") if machine.get(key)), "unnamed machine")
+
+
+def flags(record: Record) -> list[str]:
+    """Names of the warnings raised by the measurement, such as "unstable"."""
+    found = record.get("flags") or {}
+    return [str(name) for name, raised in found.items() if raised] if isinstance(found, dict) else [str(name) for name in found]
+
+
+def file_name(record: Record, artifact: str) -> str:
+    """<machine>-<artifact>.json in lower case letters, digits and dashes: measuring again replaces the file."""
+    words = re.sub(r"\((r|tm)\)|@|\bcpu\b|\bprocessor\b", " ", machine_name(record).lower())
+    machine = re.sub(r"[^a-z0-9]+", "-", words).strip("-")[:60].strip("-")
+    return f"{machine or 'machine'}-{artifact}.json"

@@ -1,0 +1,62 @@
+"""What the numbers of a run say, in plain sentences."""
+
+from collections import Counter
+
+from kdedge_bench.facts import Facts
+from kdedge_bench.formats import count, interval, milliseconds, percent, size
+from kdedge_bench.table import Row, Summary
+
+__all__ = ["headline", "trusted_sentences"]
+
+
+def headline(facts: Facts, found: Summary) -> str:
+    """The run in two or three sentences: how good, how fast, how large, what ships."""
+    row = found.best
+    if row is None:
+        return "This run has no result yet."
+    sentences = [_how_good(row)]
+    labels = (facts.result or {}).get("labels")
+    baseline = found.row("baseline")
+    if labels and baseline and baseline.accuracy is not None:
+        sentences.append(f"It learned from {count(labels)} labels; those labels alone give {percent(baseline.accuracy)}.")
+    elif labels:
+        sentences.append(f"It learned from {count(labels)} labels.")
+    if found.shipping and found.shipping.shipped:
+        sentences.append(f"Shipped: {found.shipping.shipped.upper()}. {found.shipping.why}".strip())
+    elif found.shipping:
+        sentences.append(f"Nothing is shipped yet. {found.shipping.why}".strip())
+    return " ".join(sentences)
+
+
+def _how_good(row: Row) -> str:
+    parts = []
+    if row.accuracy is None:
+        parts.append("test accuracy not known")
+    elif row.images:
+        parts.append(f"{percent(row.accuracy)} of {count(row.images)} test images right (95 % interval {interval(row.low, row.high)})")
+    else:
+        parts.append(f"{percent(row.accuracy)} of the test images right")
+    if row.p90_ms is not None:
+        threads = f", {row.threads} thread{'s' if row.threads != 1 else ''}" if row.threads else ""
+        parts.append(f"{milliseconds(row.p90_ms)} ms an image (p90{threads})")
+    if row.bytes is not None:
+        parts.append(size(row.bytes))
+    return f"{row.name}: {', '.join(parts)}."
+
+
+def trusted_sentences(facts: Facts) -> list[str]:
+    """Size, coverage and precision of the trusted set, and why the other images are not in it."""
+    part = (facts.result or {}).get("trusted")
+    if not part:
+        return []
+    precision = part.get("precision")
+    known = f"{percent(precision)} of their labels are right" if precision is not None else "how many of their labels are right is not known"
+    sentences = [
+        f"{count(part.get('size'))} images were trusted, {percent(part.get('coverage'))} of those looked at; {known}."
+    ]
+    if "why" in facts.trusted:
+        reasons = Counter(str(why) for why in facts.trusted["why"])
+        kept = reasons.pop("kept", 0)
+        dropped = ", ".join(f"{count(number)} for “{why}”" for why, number in reasons.most_common())
+        sentences.append(f"{count(kept)} were kept" + (f"; left out: {dropped}." if dropped else ", none was left out."))
+    return sentences
