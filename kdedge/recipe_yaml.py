@@ -165,14 +165,14 @@ class _Reader:
             if isinstance(node, MappingNode):
                 return self._mapping(node, path, places)
             if _short_tag(node) != "seq":
-                return self._refuse_value(node, path, f"has the tag {node.tag}; a recipe holds plain data: remove the tag")
+                return self._refuse_value(node, path, f"has the tag {node.tag}; remove it: a recipe is plain data")
             return [self.convert(item, (*path, i), places) for i, item in enumerate(node.value)]
         finally:
             self._open.discard(id(node))
 
     def _mapping(self, node: MappingNode, path: KeyPath, places: dict[KeyPath, str]) -> dict[str, Any]:
         if _short_tag(node) != "map":
-            self._refuse_value(node, path, f"has the tag {node.tag}; a recipe holds plain data: remove the tag")
+            self._refuse_value(node, path, f"has the tag {node.tag}; remove it: a recipe is plain data")
         values: dict[str, Any] = {}
         first_line: dict[str, int] = {}
         for key_node, value_node in node.value:
@@ -209,7 +209,7 @@ class _Reader:
             return self._refuse_value(node, path, f"is {text[:40]}; a finite number was expected")
         if tag in _SCALARS:
             return text
-        return self._refuse_value(node, path, f"has the tag {node.tag}; a recipe holds plain data: remove the tag")
+        return self._refuse_value(node, path, f"has the tag {node.tag}; remove it: a recipe is plain data")
 
     def _where(self, node: Node) -> str:
         return f"{self.origin}, line {node.start_mark.line + 1}" if self.with_lines else self.origin

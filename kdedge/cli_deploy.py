@@ -1,0 +1,151 @@
+"""`kdedge export`, `bench`, `report` and `compare`: what happens to a finished run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kdedge.cli_common import Reply, columns, command_output, finished_run, note
+from kdedge.errors import ExportError
+
+if TYPE_CHECKING:
+    from kdedge.runs import Run
+
+__all__ = ["bench", "compare", "export", "report"]
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("run", required=False, type=_PATH)
+@click.option("--int8", is_flag=True, help="Also write INT8, calibrated on training or unlabeled images.")
+@click.option("--calibrate", metavar="SPEC", help="Calibrate on these images instead of the run's own.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    metavar="POINTS",
+    help="Ship INT8 only if it disagrees with FP32 on at most this many of 100 images.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For the latency of the gate."
+)
+@click.option("--strict", is_flag=True, help="Exit with 1 where INT8 was asked for and something else is shipped.")
+@click.option("--out", type=_PATH, metavar="DIR", help="The bundle's folder; RUN/bundle unless given.")
+@command_output
+def export(
+    run: Path | None, int8: bool, calibrate: str | None, max_drop: float, threads: int, strict: bool, out: Path | None
+) -> Reply:
+    """Write the student as ONNX, and INT8, into a bundle.
+
+    The bundle is complete, says what it is and checks itself. RUN left out is the latest finished run.
+    """
+    if run is not None and run.suffix == ".onnx":
+        raise ExportError(f"{run} is an ONNX file; a run folder was expected, as made by kdedge train-recipe.")
+    found = finished_run(run)
+    from kdedge_export import export_run
+
+    document = export_run(found, int8=int8, out=out, max_drop_points=max_drop, calibrate=calibrate, threads=threads)
+    missed = strict and int8 and document["shipped"] != "int8"
+    text = _export_text(document, out or found.bundle_path)
+    return Reply(document, text + ("\n--strict: INT8 is not what ships." if missed else ""), exit_code=int(missed))
+
+
+def _export_text(document: dict[str, Any], bundle: Path) -> str:
+    rows = [("", "accuracy", "bytes", "p50")]
+    for name, artifact in document["artifacts"].items():
+        accuracy, latency = artifact.get("accuracy"), artifact.get("latency_ms_p50")
+        rows.append(
+            (
+                name,
+                "-" if accuracy is None else f"{accuracy:.4f}",
+                f"{artifact['bytes']:,}",
+                "-" if latency is None else f"{latency:.3f} ms",
+            )
+        )
+    shipped = f"Shipped: {document['shipped'].upper()}. {document['why']}"
+    return f"{columns(rows)}\n\n{shipped}\nBundle: {bundle}"
+
+
+@click.command()
+@click.argument("paths", metavar="[RUN|BUNDLE|MODEL.onnx]...", nargs=-1, type=_PATH)
+@click.option(
+    "--effort",
+    type=click.Choice(["quick", "standard", "mlperf"]),
+    default="standard",
+    show_default=True,
+    help="quick: 2 s and 1,000 runs; standard: 60 s and 2,000; mlperf: 600 s.",
+)
+@click.option("--out", type=_PATH, metavar="DIR", help="Where the records go; RUN/bench unless given.")
+@command_output
+def bench(paths: tuple[Path, ...], effort: str, out: Path | None) -> Reply:
+    """Measure the latency of each artifact on this machine.
+
+    One process for each measurement. Nothing named is the latest finished run.
+    """
+    chosen = list(paths) or [finished_run(None).path]
+    from kdedge_bench import bench as measure
+
+    records = measure(chosen, effort, out)
+    return Reply(records, _bench_text(records))
+
+
+def _bench_text(records: list[dict[str, Any]]) -> str:
+    rows = [("", "compute p50", "p90", "end to end p50", "p90", "threads", "flags")]
+    for record in records:
+        compute, whole = (record["latency_ms"].get(part) or {} for part in ("compute", "end_to_end"))
+        times = [
+            f"{part[key]:.3f} ms" if part.get(key) is not None else "-"
+            for part in (compute, whole)
+            for key in ("p50", "p90")
+        ]
+        artifact = record["artifact"]
+        rows.append(
+            (
+                str(artifact.get("name") or artifact.get("precision")),
+                *times,
+                str(record["conditions"].get("threads", "-")),
+                ", ".join(record.get("flags") or []),
+            )
+        )
+    return columns(rows)
+
+
+@click.command()
+@click.argument("runs", metavar="[RUN]...", nargs=-1, type=_PATH)
+@click.option("--out", type=_PATH, metavar="FILE.html", help="The page; report.html in the (first) run unless given.")
+@command_output
+def report(runs: tuple[Path, ...], out: Path | None) -> Reply:
+    """Write one self-contained page on a run.
+
+    Its table is printed too. RUN left out is the latest finished run.
+    """
+    chosen: list[Run] = [finished_run(run) for run in runs] or [finished_run(None)]
+    from kdedge_bench import as_text, summary
+    from kdedge_bench import report as write_report
+
+    page = write_report(chosen, out or chosen[0].report_path)
+    tables = [summary(run) for run in chosen]
+    document = {"report": str(page), "runs": [table.to_json() for table in tables]}
+    return Reply(document, "\n".join(as_text(table) for table in tables) + f"\nReport: {page}")
+
+
+@click.command()
+@click.argument("base", type=_PATH)
+@click.argument("new", type=_PATH)
+@click.option("--max-drop", type=click.FloatRange(min=0), default=1.0, show_default=True, metavar="POINTS")
+@click.option("--max-slower", type=click.FloatRange(min=0), default=0.1, show_default=True, metavar="FRACTION")
+@command_output
+def compare(base: Path, new: Path, max_drop: float, max_slower: float) -> Reply:
+    """Check that a run is as accurate and fast as another.
+
+    Exits with 1 where NEW is not as good as BASE.
+    """
+    from kdedge_bench import compare as judge
+
+    return _compared(judge(base, new, max_drop, max_slower))
+
+
+def _compared(document: dict[str, Any]) -> Reply:
+    return Reply(document, str(document.get("text") or document), exit_code=0)

@@ -1,0 +1,36 @@
+"""The table behind `kdedge models`."""
+
+from typing import Any
+
+__all__ = ["describe"]
+
+WIDE_RESNET = "wide-resnet-28-2"
+"""One of the family stands for all: any depth 6 n + 4 and any width can be asked for."""
+
+
+def describe() -> list[dict[str, Any]]:
+    """One row for each architecture; nothing is initialised or downloaded.
+
+    Counted on torch's meta device: shapes without numbers.
+    """
+    import torch
+
+    from kdedge.models.zoo import ARCHITECTURES, ModelSpec, architecture, build, count_macs, num_params
+
+    rows = []
+    for name in [*ARCHITECTURES, WIDE_RESNET]:
+        known = architecture(name)
+        spec = ModelSpec(name, classes=1000 if known.torchvision else 10)
+        with torch.device("meta"):
+            network = build(spec).eval()
+        rows.append(
+            {
+                "name": name,
+                "params": num_params(network),
+                "macs": count_macs(network, 3, known.standard_px, known.standard_px),
+                "input_px": known.standard_px,
+                "width_multiplier": known.scalable,
+                "int8": known.int8_note,
+            }
+        )
+    return rows

@@ -1,0 +1,48 @@
+"""`kdedge train-recipe`."""
+
+from pathlib import Path
+
+import click
+
+from kdedge.cli_common import Interrupted, Reply, columns, command_output, note
+
+__all__ = ["train_recipe"]
+
+OWN_IMAGES = (
+    "Training on the embedded digits. For your own images: --data FOLDER --labels N, where FOLDER has one folder for "
+    "each class, or labeled/CLASS/ and unlabeled/."
+)
+
+
+@click.command("train-recipe")
+@click.argument("recipe")
+@click.option("--data", metavar="SPEC", help="A folder of images, a .csv, or a name such as digits or cifar10.")
+@click.option(
+    "--labels", type=click.IntRange(min=1), metavar="N", help="Labelled images to use in all, evenly over the classes."
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="S", help="Draws the labels and the initial weights.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run folder; runs/... unless given.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
+@click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to train.")
+@command_output
+def train_recipe(
+    recipe: str,
+    data: str | None,
+    labels: int | None,
+    seed: int | None,
+    out: Path | None,
+    resume: bool,
+    settings: tuple[str, ...],
+    device: str | None,
+) -> Reply:
+    """Train a teacher and a student.
+
+    RECIPE is a name (mobilenet, tiny) or a .yaml file.
+    """
+    from kdedge import recipe_io
+
+    loaded = recipe_io.load(recipe, settings, data=data, labels=labels, seed=seed, device=device)
+    if data is None and loaded.data.spec == "digits":
+        note(OWN_IMAGES)
+    raise NotImplementedError
