@@ -1,0 +1,218 @@
+"""A source: what images there are, what is known of each, and how their pixels are read.
+
+N images, C channels (1 grey, 3 RGB), H and W the size asked for, h and w the size found.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+from kdedge_device.preprocess import ImageUnreadable, Preprocess
+from numpy.typing import NDArray
+
+from kdedge.data.files import why_undecodable
+from kdedge.data.memory import require_memory
+from kdedge.data.parallel import Progress, run_threads
+from kdedge.data.words import counted, first_few
+from kdedge.errors import BugError, DataError
+
+if TYPE_CHECKING:  # torch takes seconds to import; `kdedge data check` does without
+    import torch
+
+__all__ = ["PARTS", "SMALL_PX", "ArrayImages", "FileImages", "Indices", "Source", "check_unreadable", "fingerprint_of"]
+
+PARTS = ("train", "unlabeled", "val", "test")
+SMALL_PX = 64  # shorter side up to which images are small for the strides of a network made for photographs
+Indices: TypeAlias = NDArray[np.int64]
+Kind: TypeAlias = Literal["digits", "small", "photo"]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """All images in memory, or mapped from files: uint8 [n, h, w, C] in one block or several of the same h, w, C."""
+
+    blocks: tuple[NDArray[np.uint8], ...]
+
+    def rows(self, indices: Indices) -> NDArray[np.uint8]:
+        """uint8 [n, h, w, C], a copy."""
+        out = np.empty((len(indices), *self.blocks[0].shape[1:]), dtype=np.uint8)
+        start = 0
+        for block in self.blocks:
+            here = (indices >= start) & (indices < start + len(block))
+            out[here] = block[indices[here] - start]
+            start += len(block)
+        return out
+
+    def read(self, index: int, preprocess: Preprocess) -> NDArray[np.uint8]:
+        return preprocess.fit(self.rows(np.array([index]))[0])
+
+    def digest(self) -> bytes:
+        """sha256 over all pixels, in the order of memory."""
+        content = hashlib.sha256()
+        for block in self.blocks:
+            for start in range(0, len(block), 4096):
+                images = block[start : start + 4096]
+                # STL-10 is mapped column by column: hash it as it lies.
+                content.update(
+                    np.ascontiguousarray(images if images.flags.c_contiguous else images.transpose(0, 3, 2, 1))
+                )
+        return content.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class FileImages:
+    """One file an image, decoded when it is asked for."""
+
+    paths: tuple[Path, ...]
+
+    def read(self, index: int, preprocess: Preprocess) -> NDArray[np.uint8]:
+        return preprocess.decode(self.paths[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Every image that can be read, in an order that depends on nothing but the ids.
+
+    `labels` holds the class known to the source, -1 where there is none; `part` where the source itself puts the image.
+    `unreadable` are (id, reason) of what was left out. `fingerprint` is a sha256 over ids, labels, parts and contents
+    (of arrays) or sizes in bytes (of files), as found when the source was opened.
+    """
+
+    name: str
+    spec: str
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    labels: NDArray[np.int64]
+    part: NDArray[np.str_]
+    channels: Literal[1, 3]
+    native_px: tuple[int, int]  # median height and width
+    kind: Kind
+    flip_allowed: bool
+    images: ArrayImages | FileImages
+    fingerprint: str
+    default_labels: int | None = None
+    warnings: tuple[str, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()  # stray and hidden files
+    max_unreadable_fraction: float = 0.05
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def test_is_val(self) -> bool:
+        """There is no test part, so val is the test, and is reported as such."""
+        return bool((self.part == "val").any() and not (self.part == "test").any())
+
+    def counts(self) -> dict[str, int]:
+        """Images in each part."""
+        return {part: int((self.part == part).sum()) for part in PARTS}
+
+    def load(
+        self,
+        indices: Indices | Sequence[int],
+        preprocess: Preprocess,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> "torch.Tensor":
+        """uint8 [n, C, H, W], row i the image indices[i], decoded and resized as on the device.
+
+        DataError where the result would not fit into memory, and where a file cannot be decoded
+        (`decodable()` leaves such files out beforehand).
+        """
+        import torch
+
+        chosen = np.asarray(indices, dtype=np.int64)
+        shape = (len(chosen), preprocess.channels, preprocess.height, preprocess.width)
+        size = f"{shape[1]} x {shape[2]} x {shape[3]}"
+        require_memory(int(np.prod(shape, dtype=np.int64)), f"Loading {counted(len(chosen), 'image')} of {size}")
+        if isinstance(self.images, ArrayImages) and self.images.blocks[0].shape[1:] == _hwc(preprocess):
+            # Nothing to resize: no loop over images.
+            return torch.from_numpy(np.ascontiguousarray(self.images.rows(chosen).transpose(0, 3, 1, 2)))
+        out = np.empty(shape, dtype=np.uint8)
+        failed = run_threads(partial(self._fill, out, chosen, preprocess), range(len(chosen)), workers, progress)
+        names = [reason for reason in failed if reason]
+        if names:
+            raise DataError(
+                f"{counted(len(names), 'image')} of {self.name} can be opened but not decoded: {first_few(names)}. "
+                "Expected whole files. Remove or replace them."
+            )
+        return torch.from_numpy(out)
+
+    def _fill(self, out: NDArray[np.uint8], chosen: Indices, preprocess: Preprocess, row: int) -> str:
+        """Write image chosen[row] into out[row]; the reason where that fails, else an empty string."""
+        index = int(chosen[row])
+        try:
+            pixels = self.images.read(index, preprocess)
+        except ImageUnreadable as error:
+            return f"{self.ids[index]} ({error.reason})"
+        if pixels.shape != _hwc(preprocess):
+            raise BugError(f"preprocess made {pixels.shape} of {self.ids[index]}, not {_hwc(preprocess)}")
+        out[row] = pixels.transpose(2, 0, 1)
+        return ""
+
+    def decodable(self, workers: int | None = None, progress: Progress | None = None) -> "Source":
+        """This source without the files that fail only when all their pixels are decoded, which is tried here once.
+
+        Opening reads headers and file ends, which finds text, empty and cut files; damage in the middle shows only
+        here. Same fingerprint: it is the same set on disk. DataError past `max_unreadable_fraction`.
+        """
+        if isinstance(self.images, ArrayImages):
+            return self
+        reasons = run_threads(why_undecodable, self.images.paths, workers, progress)
+        bad = [(identity, reason) for identity, reason in zip(self.ids, reasons, strict=True) if reason]
+        if not bad:
+            return self
+        sentence = check_unreadable(self.name, bad, len(self), self.max_unreadable_fraction, already=self.unreadable)
+        keep = np.array([not reason for reason in reasons])
+        return replace(
+            self,
+            ids=tuple(np.array(self.ids, dtype=object)[keep]),
+            labels=self.labels[keep],
+            part=self.part[keep],
+            images=FileImages(tuple(path for path, good in zip(self.images.paths, keep, strict=True) if good)),
+            unreadable=self.unreadable + tuple(bad),
+            warnings=(*self.warnings, sentence),
+        )
+
+
+def _hwc(preprocess: Preprocess) -> tuple[int, int, int]:
+    return preprocess.height, preprocess.width, preprocess.channels
+
+
+def check_unreadable(
+    name: str,
+    bad: Sequence[tuple[str, str]],
+    total: int,
+    max_fraction: float,
+    already: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The sentence that reports the unreadable images `bad` once; DataError where they are too many.
+
+    total: images that were tried now, `bad` included; `already` were left out before and count as well.
+    """
+    count, of = len(bad) + len(already), total + len(already)
+    names = first_few([f"{identity} ({reason})" for identity, reason in bad])
+    if count == of or count / of > max_fraction:
+        raise DataError(
+            f"{count} of {of} images of {name} cannot be read ({count / of:.1%}): {names}. Expected at most "
+            f"{max_fraction:.1%}. Repair or remove them (kdedge data check lists them all), or allow more with "
+            "--set data.max_unreadable_fraction=F."
+        )
+    return f"{count} of {of} images cannot be read and are left out: {names}." if bad else ""
+
+
+def fingerprint_of(
+    classes: Sequence[str], ids: Sequence[str], labels: NDArray[np.int64], part: NDArray[np.str_], content: bytes
+) -> str:
+    """sha256 of all that tells one set from another; `content` stands for pixels or file sizes."""
+    digest = hashlib.sha256()
+    for text in ("\0".join(classes), "\0".join(ids), "\0".join(part.tolist())):
+        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
+    digest.update(labels.astype("<i8").tobytes())
+    digest.update(content)
+    return digest.hexdigest()

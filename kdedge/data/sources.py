@@ -1,0 +1,74 @@
+"""From a SPEC, as typed after --data, to a source."""
+
+import os
+from pathlib import Path
+
+from kdedge.data.folders import LAYOUTS, open_folder
+from kdedge.data.listing import open_csv
+from kdedge.data.named import NAMES, open_named
+from kdedge.data.source import Source
+from kdedge.errors import DataError, did_you_mean
+
+__all__ = ["NAMES", "data_root", "open_source"]
+
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tar.zst", ".zip", ".7z", ".rar")
+
+
+def data_root(root: Path | None = None) -> Path:
+    """Where named sets lie: `root`, else KDEDGE_DATA, else ~/.cache/kdedge/data."""
+    if root is not None:
+        return root.expanduser()
+    return Path(os.environ.get("KDEDGE_DATA") or "~/.cache/kdedge/data").expanduser()
+
+
+def open_source(spec: str, *, root: Path | None = None, max_unreadable_fraction: float = 0.05) -> Source:
+    """The images that `spec` names: a known name, a folder, or a CSV.
+
+    Headers are read and nothing is decoded; `Source.load` does that. DataError says what was found instead, what was
+    expected and what to do.
+    """
+    if spec in NAMES:
+        return open_named(spec, data_root(root), max_unreadable_fraction)
+    if not spec.strip():
+        raise DataError(f"The data SPEC is empty. Expected one of {', '.join(NAMES)}, a folder, or a CSV file.")
+    path = Path(spec).expanduser()
+    try:
+        if path.is_dir():
+            return open_folder(path, spec, max_unreadable_fraction)
+        exists = path.exists()
+    except OSError as error:  # a name too long, no permission on the way
+        raise DataError(f"{spec} cannot be opened: {error.strerror}. Expected a folder or a CSV file.") from None
+    if "{" in spec and spec.endswith(".tar"):
+        raise DataError(
+            f"{spec} names WebDataset shards, which this version does not read yet. Unpack them into a folder: "
+            f"{LAYOUTS}."
+        )
+    if not exists:
+        raise _missing(spec, path)
+    if path.suffix.lower() == ".csv":
+        return open_csv(path, spec, max_unreadable_fraction)
+    raise _other_file(path)
+
+
+def _missing(spec: str, path: Path) -> DataError:
+    if path.suffix.lower() == ".csv" or len(path.parts) > 1 or path.is_absolute():
+        kind = "The CSV file" if path.suffix.lower() == ".csv" else "The folder"
+        return DataError(
+            f"{kind} {path} does not exist. Expected an existing folder or CSV, or one of {', '.join(NAMES)}."
+        )
+    return DataError(
+        f"There is no data set named '{spec}'.{did_you_mean(spec, NAMES)} Known names: {', '.join(NAMES)}; "
+        f"or a folder: {path.absolute()} does not exist."
+    )
+
+
+def _other_file(path: Path) -> DataError:
+    if path.name.lower().endswith(_ARCHIVES):
+        return DataError(
+            f"{path} is an archive; a folder was expected. Unpack it (tar xf, unzip) and name the folder: {LAYOUTS}. "
+            "Reading WebDataset shards as they are is not there yet."
+        )
+    return DataError(
+        f"{path} is a file; a folder of images or a CSV (columns path,label[,split]) was expected. Files made by "
+        "kdedge data pack are not read yet; name the folder that was packed."
+    )
