@@ -1,0 +1,104 @@
+"""What a step trains on, as a pure function of (seed, stage, step).
+
+Nothing here holds a stream of random numbers: the images of a step and all draws of its views follow from the step's
+number. A run that is stopped and resumed, or that skips to step 700, sees what an uninterrupted run sees there.
+
+B labeled images, U unlabeled images, C channels, H and W pixels.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kdedge.data.views import ViewConfig, normalize, strong, weak
+
+__all__ = ["Batch", "Batches", "Pool", "step_seed"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training images of a run, on the device that trains.
+
+    `images` is uint8 [N, C, H, W]; `labeled` and `unlabeled` are positions in it; `labels` belongs to `labeled`.
+    `truth` [N] is for reporting only (-1 where unknown); no loss reads it.
+    """
+
+    images: Tensor
+    labeled: Tensor
+    labels: Tensor
+    unlabeled: Tensor
+    truth: Tensor
+    mean: Tensor  # [C, 1, 1] of pixel / 255
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` [B + 2 U, C, H, W], normalised: labeled images (weak views), then weak, then strong views of the unlabeled.
+
+    They are one tensor because they pass through the network together. `position_U` is the place of each unlabeled
+    image in `Pool.unlabeled`.
+    """
+
+    images: Tensor
+    labels_B: Tensor
+    position_U: Tensor
+    truth_U: Tensor
+
+
+def step_seed(*key: int | str) -> int:
+    """A 63-bit seed from (seed, stage, step, ...): near keys give unrelated streams."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@lru_cache(maxsize=8)
+def _permutation(count: int, *key: int | str) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(step_seed(*key)))
+
+
+def _draw(count: int, batch: int, step: int, *key: int | str) -> Tensor:
+    """Positions [batch]: step after step walks through one permutation of `count` after another."""
+    start = step * batch
+    parts = []
+    while (missing := batch - sum(map(len, parts))) > 0:
+        epoch, offset = divmod(start, count)
+        part = _permutation(count, *key, epoch)[offset : offset + missing]
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts)
+
+
+@final
+class Batches:
+    """The batches of one stage. `unlabeled_batch` of 0 gives labels only."""
+
+    def __init__(
+        self, pool: Pool, views: ViewConfig, *, labeled_batch: int, unlabeled_batch: int, seed: int, stage: str
+    ) -> None:
+        self.pool, self.views = pool, views
+        self.labeled_batch, self.unlabeled_batch = labeled_batch, unlabeled_batch
+        self._key = (seed, stage)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that pass through the network: labeled, weak and strong."""
+        return self.labeled_batch + 2 * self.unlabeled_batch
+
+    def at(self, step: int) -> Batch:
+        """The batch of `step`, counted from 0."""
+        pool, device = self.pool, self.pool.images.device
+        generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
+        labeled = _draw(len(pool.labeled), self.labeled_batch, step, *self._key, "labeled").to(device)
+        views = [weak(pool.images[pool.labeled[labeled]], self.views, generator)]
+        position = labeled[:0]
+        if self.unlabeled_batch:
+            position = _draw(len(pool.unlabeled), self.unlabeled_batch, step, *self._key, "unlabeled").to(device)
+            unlabeled_u8 = pool.images[pool.unlabeled[position]]
+            views += [weak(unlabeled_u8, self.views, generator), strong(unlabeled_u8, self.views, generator)]
+        images = normalize(torch.cat(views), pool.mean, pool.std)
+        return Batch(images, pool.labels[labeled], position, pool.truth[pool.unlabeled[position]])

@@ -1,0 +1,129 @@
+"""Weak and strong views of a batch: what FixMatch compares.
+
+Weak: a small shift and, where allowed, a mirror (arXiv 2001.07685, section 2.3).
+Strong: the weak view, then RandAugment with operations and magnitudes drawn anew for each image, then Cutout; the
+form with continuous magnitudes, which does not depend on the resolution (microsoft/Semi-supervised-learning).
+
+Images come as uint8 [B, C, H, W] and leave as float [B, C, H, W] in 0..255. All random numbers come from the
+generator that is passed in, drawn on the CPU in one block, so that a step is the same on every device.
+
+B batch, C channels, H and W pixels.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kdedge.config import Config
+from kdedge.data import augment
+
+__all__ = ["OPERATIONS", "ViewConfig", "normalize", "strong", "weak"]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+OPERATIONS = (
+    "identity", "autocontrast", "equalize", "brightness", "color", "contrast", "sharpness", "posterize", "solarize",
+    "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
+_FIRST_GEOMETRIC = OPERATIONS.index("rotate")
+
+
+class ViewConfig(Config):
+    """How far views go. What is null is resolved from the data description (`kdedge.recipe.resolve`)."""
+
+    flip: bool | None = None  # mirror left to right; never for digits, letters, signs
+    shift_fraction: Fraction | None = None  # of the shorter side, weak view
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] | None = None  # strong view, either way
+    shear: Fraction | None = None  # strong view, either way
+    translate_fraction: Fraction | None = None  # of the side, strong view, either way
+    cutout_fraction: Fraction | None = None  # of the shorter side; the square's side is drawn from 0 to this
+    operations: Annotated[int, Field(ge=0, le=8)] = 2  # of RandAugment on each image
+    fill: Annotated[float, Field(ge=0, le=255)] | None = None  # what moves in from outside, and the hole of Cutout
+    geometric_only: bool | None = None  # leave out the colour and histogram operations: images with a few grey levels
+
+
+def normalize(x_BCHW: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x / 255 - mean) / std for images in 0..255; mean and std [C, 1, 1] of pixel / 255."""
+    return torch.sub(x_BCHW, mean * 255).div_(std * 255)
+
+
+def weak(images_BCHW: Tensor, config: ViewConfig, generator: torch.Generator) -> Tensor:
+    """Shift and, where allowed, mirror."""
+    batch, _, height, width = images_BCHW.shape
+    most = round(_known(config.shift_fraction) * min(height, width))
+    draws = torch.rand(3, batch, generator=generator).to(images_BCHW.device)
+    x = images_BCHW.float()
+    offsets = (draws[:2].T * (2 * most + 1)).long().clamp_(max=2 * most)
+    # Reflection makes no new edges in a photograph; for digits it would double strokes, so the background moves in.
+    x = augment.shift(x, offsets, most, fill=_known(config.fill) if config.geometric_only else None)
+    return augment.flip(x, draws[2] < 0.5) if config.flip else x
+
+
+def strong(images_BCHW: Tensor, config: ViewConfig, generator: torch.Generator) -> Tensor:
+    """The weak view, `operations` random operations, Cutout."""
+    x = weak(images_BCHW, config, generator)
+    batch, _, height, width = x.shape
+    draws = torch.rand(config.operations, 3, batch, generator=generator).to(x.device)
+    first = _FIRST_GEOMETRIC if config.geometric_only else 0
+    for choice, magnitude, sign in draws.unbind(0):
+        operation = first + (choice * (len(OPERATIONS) - first)).long().clamp_(max=len(OPERATIONS) - first - 1)
+        x = _apply(x, operation, magnitude, torch.where(sign < 0.5, -1.0, 1.0), config)
+    hole = torch.rand(3, batch, generator=generator).to(x.device)
+    centre = hole[:2].T * hole.new_tensor([height, width])
+    return augment.cutout(x, centre, hole[2] * _known(config.cutout_fraction) * min(height, width), _known(config.fill))
+
+
+def _known(value: float | None) -> float:
+    if value is None:
+        raise ValueError("the view configuration has not been resolved against the data")
+    return value
+
+
+def _apply(x: Tensor, operation_B: Tensor, magnitude_B: Tensor, sign_B: Tensor, config: ViewConfig) -> Tensor:
+    """Apply operation_B[i] to image i. Images are grouped by operation, so that each kernel runs once a batch."""
+    out = x.clone()
+    for index, name in enumerate(OPERATIONS[1:_FIRST_GEOMETRIC], start=1):
+        chosen = (operation_B == index).nonzero().squeeze(1)
+        if len(chosen):
+            out[chosen] = _photometric(name, x[chosen], magnitude_B[chosen])
+    chosen = (operation_B >= _FIRST_GEOMETRIC).nonzero().squeeze(1)
+    if len(chosen):
+        height, width = x.shape[2:]
+        matrices = _matrices(operation_B[chosen], magnitude_B[chosen] * sign_B[chosen], height, width, config)
+        out[chosen] = augment.affine(x[chosen], matrices, _known(config.fill)).round()
+    return out
+
+
+def _photometric(name: str, x: Tensor, magnitude: Tensor) -> Tensor:
+    """Ranges of the pool: enhancement factors 0.05..0.95, posterize 4..8 bits, solarize 0..256."""
+    if name == "autocontrast":
+        return augment.autocontrast(x)
+    if name == "equalize":
+        return augment.equalize(x)
+    if name == "posterize":
+        return augment.posterize(x, 4 + magnitude * 4)
+    if name == "solarize":
+        return augment.solarize(x, magnitude * 256)
+    enhance = {
+        "brightness": augment.brightness,
+        "color": augment.color,
+        "contrast": augment.contrast,
+        "sharpness": augment.sharpness,
+    }
+    return enhance[name](x, 0.05 + magnitude * 0.9)
+
+
+def _matrices(operation: Tensor, signed: Tensor, height: int, width: int, config: ViewConfig) -> Tensor:
+    """[N, 2, 3] for images whose operation is one of the five geometric ones; `signed` is in -1..1."""
+    kinds = torch.stack(
+        [
+            augment.rotation(signed * _known(config.rotate_degrees)),
+            augment.shear_x(signed * _known(config.shear)),
+            augment.shear_y(signed * _known(config.shear)),
+            augment.translate_x(signed * _known(config.translate_fraction) * width),
+            augment.translate_y(signed * _known(config.translate_fraction) * height),
+        ]
+    )
+    return kinds[operation - _FIRST_GEOMETRIC, torch.arange(len(operation), device=operation.device)]

@@ -1,0 +1,35 @@
+"""What a method owes the loop."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from kdedge.data.batches import Batch
+from kdedge.models.zoo import Network
+
+__all__ = ["Method", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The loss to descend, and scalars or small vectors to log. Logs carry no gradient."""
+
+    loss: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """Abstract; every concrete method is final, and none inherits from another.
+
+    `network` is what is trained, averaged, evaluated and exported. Whatever else a resume needs is a persistent
+    buffer of the method; what can be made again from files (the outer network's answers) is not persistent.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Step:
+        """The loss of one batch."""

@@ -1,0 +1,107 @@
+"""Checkpoints: tensors in safetensors, the rest as JSON in its header; nothing is unpickled.
+
+A checkpoint is one file, written under a temporary name, synced and renamed; the last two are kept. The header holds
+a hash of the tensors, so that a truncated or altered file is noticed and the one before it is used.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from kdedge.errors import RunError
+from kdedge.runs import write_bytes
+
+__all__ = ["Checkpoint", "Checkpoints", "read_tensors", "tensors_hash", "tensors_to_bytes"]
+
+_KEEP = 2
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """A safetensors file with `header` as JSON under the metadata key "kdedge"."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = dict(header) | {"sha256": tensors_hash(plain)}
+    content: bytes = save(plain, metadata={"kdedge": json.dumps(document, allow_nan=False)})
+    return content
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file written by `tensors_to_bytes`; RunError where it is damaged or of another maker."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as safetensors: {error}.") from error
+    if "kdedge" not in metadata:
+        raise RunError(f"{path} has no kdedge header; it was not written by kdedge.")
+    header: dict[str, Any] = json.loads(metadata["kdedge"])
+    if header.get("sha256") != tensors_hash(tensors):
+        raise RunError(f"{path} is damaged: its tensors do not have the hash that its header names.")
+    return tensors, header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` finished steps of a stage."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+
+@final
+class Checkpoints:
+    """The checkpoints of one stage: `folder`/`stage`.`step`.safetensors."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder, self.stage = folder, stage
+
+    def _files(self) -> list[tuple[int, Path]]:
+        """(step, file) of each, oldest first. The step in the name is a number, so that 1000 comes after 999."""
+        files = self.folder.glob(f"{self.stage}.*.safetensors") if self.folder.is_dir() else []
+        return sorted((int(path.name.split(".")[1]), path) for path in files)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], **header: Any) -> None:
+        content = tensors_to_bytes(tensors, header | {"step": step})
+        write_bytes(self.folder / f"{self.stage}.{step}.safetensors", content)
+        for _, path in self._files()[:-_KEEP]:
+            path.unlink()
+
+    def load(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest sound checkpoint, if any, and a sentence about each damaged one that was passed over."""
+        notes = []
+        for step, path in reversed(self._files()):
+            try:
+                tensors, header = read_tensors(path)
+            except RunError as error:
+                notes.append(f"{error} The checkpoint before it is used.")
+                continue
+            return Checkpoint(step, tensors, header), notes
+        return None, notes
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a finished stage."""
+        for _, path in self._files():
+            path.unlink()

@@ -1,0 +1,150 @@
+"""How a step is computed: memory format, threads, precision. Measured once, then kept.
+
+Channels-last is up to ten times faster for depthwise networks on a CPU and slower for some others, so it is measured
+on the run's own network and batch at the first start. The plan is written to the manifest: a resume and a seed then
+mean the same computation.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdedge.config import Config
+from kdedge.data.batches import Batch, Batches
+from kdedge.errors import DeviceError
+from kdedge.methods.step import Method
+
+__all__ = ["EngineConfig", "EnginePlan", "as_planned", "available_cores", "measure_plan", "pick_device", "prepare", "using"]
+
+_BUDGET_S = 1.0  # seconds a candidate may take after its first step
+
+
+class EnginePlan(Config):
+    """How the steps of one stage are computed."""
+
+    memory_format: Literal["contiguous", "channels-last"] = "contiguous"
+    threads: Annotated[int, Field(gt=0)] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: Literal[False] = False  # torch.compile: not used yet; recorded so that a later plan differs visibly
+
+
+class EngineConfig(Config):
+    """Where and how a run computes. `plan` fixes the plan beforehand; null measures it at the first start."""
+
+    device: str = "auto"
+    plan: EnginePlan | None = None
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
+    log_every_steps: Annotated[int, Field(gt=0)] = 10
+    keep_checkpoints: bool = False
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container is fewer than the machine has."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; DeviceError where it is unknown or absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())):
+        raise DeviceError(f"There is no device '{name}'. Expected auto, cpu, cuda or cuda:N.")
+    if name != "cpu":
+        count = torch.cuda.device_count()
+        if int(name.partition(":")[2] or 0) >= count:
+            raise DeviceError(f"The device {name} was asked for, and torch finds {count} CUDA devices. Use --device cpu.")
+    return torch.device(name)
+
+
+def _format(plan: EnginePlan) -> torch.memory_format:
+    return torch.channels_last if plan.memory_format == "channels-last" else torch.contiguous_format
+
+
+def as_planned(network: nn.Module, plan: EnginePlan) -> nn.Module:
+    """The network's weights in the plan's memory format."""
+    return network.to(memory_format=_format(plan))  # type: ignore[call-overload, no-any-return]
+
+
+def prepare(images_BCHW: Tensor, plan: EnginePlan) -> Tensor:
+    """`images` in the plan's memory format.
+
+    With one channel both formats have the same bytes, and torch then takes its slow path; naming the strides
+    settles it (1.6 times as fast for MobileNetV2 on digits; benchmarks/step.py).
+    """
+    if plan.memory_format == "contiguous":
+        return images_BCHW.contiguous()
+    batch, channels, height, width = images_BCHW.shape
+    if channels > 1:
+        return images_BCHW.contiguous(memory_format=torch.channels_last)
+    return images_BCHW.contiguous().as_strided(images_BCHW.shape, (height * width, 1, width, 1))
+
+
+@contextmanager
+def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
+    """Threads and precision of the plan, inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bf16_pays(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported()) if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+
+
+def measure_plan(method: Method, batches: Batches, device: torch.device) -> tuple[EnginePlan, list[dict[str, object]]]:
+    """The fastest plan for this method and batch, and the milliseconds a step of each candidate.
+
+    First the memory format with all cores, then fewer threads, then bf16 where the hardware has it. The method is
+    copied: measuring changes neither its weights nor its statistics.
+    """
+    cores = available_cores()
+    batch = batches.at(0)
+    timings: list[dict[str, object]] = []
+
+    def milliseconds(plan: EnginePlan) -> float:
+        elapsed_ms = _step_ms(method, batch, plan, device)
+        timings.append(plan.model_dump() | {"step_ms": round(elapsed_ms, 2)})
+        return elapsed_ms
+
+    candidates = [EnginePlan(memory_format=f, threads=cores) for f in ("contiguous", "channels-last")]
+    best_ms, best = min(((milliseconds(plan), plan) for plan in candidates), key=lambda pair: pair[0])
+    others = [best.model_copy(update={"threads": cores // 2})] if device.type == "cpu" and cores > 1 else []
+    others += [best.model_copy(update={"precision": "bf16"})] if _bf16_pays(device) else []
+    for plan in others:
+        if (elapsed_ms := milliseconds(plan)) < best_ms:
+            best_ms, best = elapsed_ms, plan
+    return best, timings
+
+
+def _step_ms(method: Method, batch: Batch, plan: EnginePlan, device: torch.device) -> float:
+    """The fastest of a few forward and backward passes, milliseconds."""
+    trial = as_planned(copy.deepcopy(method), plan).train()
+    ready = dataclasses.replace(batch, images=prepare(batch.images, plan))
+    fastest = float("inf")
+    started_at_s = time.perf_counter()
+    with using(plan, device):
+        for repeat in range(6):
+            before_s = time.perf_counter()
+            trial(ready).loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat > 0 or time.perf_counter() - started_at_s > _BUDGET_S:
+                fastest = min(fastest, time.perf_counter() - before_s)
+            if repeat > 0 and time.perf_counter() - started_at_s > _BUDGET_S:
+                break
+    return fastest * 1e3

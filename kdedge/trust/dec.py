@@ -1,0 +1,91 @@
+"""Deep embedded clustering (Xie, Girshick, Farhadi, ICML 2016, arXiv 1511.06335) on the outer network's features.
+
+The encoder is the outer network, already trained, so only the centroids are refined.
+
+N images, F features, J clusters, K classes.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["cluster", "kl_loss", "map_clusters", "scaled_features", "soft_assignment", "target_distribution"]
+
+
+def scaled_features(features_NF: Tensor) -> Tensor:
+    """Unit length, then scaled so that squared distances to the common mean average 1.
+
+    The Student kernel with one degree of freedom expects distances of order 1.
+    """
+    unit_NF = torch.nn.functional.normalize(features_NF.float(), dim=1)
+    spread = (unit_NF - unit_NF.mean(0)).pow(2).sum(1).mean().sqrt()
+    return unit_NF / spread.clamp(min=1e-12)
+
+
+def soft_assignment(features_NF: Tensor, centroids_JF: Tensor) -> Tensor:
+    """q_ij proportional to 1 / (1 + |z_i - m_j|^2), rows [N, J] sum to 1 (eq. 1 with alpha = 1)."""
+    # Not torch.cdist(...)^2: the root has no gradient where a centroid sits on an image.
+    squared_NJ = (
+        features_NF.pow(2).sum(1, keepdim=True) - 2 * features_NF @ centroids_JF.T + centroids_JF.pow(2).sum(1)
+    ).clamp(min=0)
+    q_NJ = 1 / (1 + squared_NJ)
+    return q_NJ / q_NJ.sum(1, keepdim=True)
+
+
+def target_distribution(q_NJ: Tensor) -> Tensor:
+    """p_ij proportional to q_ij^2 / f_j with f_j = sum_i q_ij, rows sum to 1 (eq. 3): sharper, and fair to small clusters."""
+    weight_NJ = q_NJ.pow(2) / q_NJ.sum(0).clamp(min=1e-12)
+    return weight_NJ / weight_NJ.sum(1, keepdim=True)
+
+
+def kl_loss(p_NJ: Tensor, q_NJ: Tensor) -> Tensor:
+    """KL(P || Q) averaged over images (eq. 2); 0 log 0 counts 0."""
+    return (torch.xlogy(p_NJ, p_NJ) - torch.xlogy(p_NJ, q_NJ.clamp(min=1e-12))).sum(1).mean()
+
+
+def cluster(
+    features_NF: Tensor, start_JF: Tensor, *, updates: int = 20, steps_an_update: int = 20, tolerance: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """Refine centroids by KL(P || Q) and return (assignment [N], centroids [J, F]).
+
+    P is held for `steps_an_update` full-batch steps, then computed anew; stops where less than `tolerance` of the
+    images change cluster between updates (section 3.3 of the paper).
+    """
+    centroids_JF = start_JF.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.SGD([centroids_JF], lr=0.5, momentum=0.9)
+    assignment_N = soft_assignment(features_NF, start_JF).argmax(1)
+    for _ in range(updates):
+        with torch.no_grad():
+            p_NJ = target_distribution(soft_assignment(features_NF, centroids_JF))
+        for _ in range(steps_an_update):
+            loss = kl_loss(p_NJ, soft_assignment(features_NF, centroids_JF))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            now_N = soft_assignment(features_NF, centroids_JF).argmax(1)
+        changed = float((now_N != assignment_N).double().mean())
+        assignment_N = now_N
+        if changed < tolerance:
+            break
+    return assignment_N, centroids_JF.detach()
+
+
+def map_clusters(assignment_N: Tensor, label_N: Tensor, weight_N: Tensor, clusters: int, classes: int) -> Tensor:
+    """The class of each cluster [J] from weighted votes; `label` of -1 does not vote.
+
+    One to one by the Hungarian method where there are as many clusters as classes, else by majority. A cluster
+    without any vote gets class -1 under majority and agrees with nobody.
+    """
+    votes_JK = np.zeros((clusters, classes))
+    voting = label_N >= 0
+    np.add.at(votes_JK, (assignment_N[voting].numpy(), label_N[voting].numpy()), weight_N[voting].double().numpy())
+    if clusters == classes:
+        from scipy.optimize import linear_sum_assignment
+
+        rows, columns = linear_sum_assignment(votes_JK, maximize=True)
+        mapping = np.empty(clusters, dtype=np.int64)
+        mapping[rows] = columns
+    else:
+        mapping = np.where(votes_JK.sum(1) > 0, votes_JK.argmax(1), -1)
+    return torch.from_numpy(mapping)
