@@ -1,0 +1,160 @@
+"""Which tensors of a float graph become 8-bit, and which layers stay in float and why. Decided from the graph alone.
+
+The form is that of ONNX Runtime's CPU kernels: a convolution is fused into one integer kernel when its input, weight
+and output are all quantized, and an Add or a pooling when its inputs and output are. Rules:
+
+1. Conv and Gemm with constant weights: their inputs are quantized. A Relu or Clip behind a Conv or Gemm (or Add) is
+   absorbed: the 8-bit range starts at 0 and ends at the clip, so saturation does its work.
+2. The output of a Conv is quantized. The output of a Gemm only where an activation was absorbed: ONNX Runtime has a
+   kernel from integers to float, and the logits keep their full resolution.
+3. Add, GlobalAveragePool, MaxPool and Flatten are quantized where their inputs are 8-bit already. MaxPool and Flatten
+   hand on the scale of their input, since they only move values.
+4. HardSwish, HardSigmoid, Sigmoid, Mul and everything else stay in float. A float reader of a float tensor reads the
+   float tensor, even where another reader takes its 8-bit form.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from kdedge_export.graph import Graph, attribute
+
+__all__ = ["Plan", "make_plan"]
+
+_WEIGHTED = ("Conv", "Gemm")
+_SAME_SCALE = ("MaxPool", "Flatten")
+_ACTIVATIONS = ("Relu", "Clip")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`layers`: names of quantized nodes. `tensors`: tensors that get Q/DQ, by name, in topological order.
+
+    `absorbed`: activation node -> the (low, high) it clips to. `made`: tensors written by a quantized node.
+    `same_scale`: tensor -> the tensor whose scale it takes. `kept_float`: node name -> why.
+    """
+
+    layers: frozenset[str] = frozenset()
+    tensors: tuple[str, ...] = ()
+    absorbed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    made: frozenset[str] = frozenset()
+    same_scale: dict[str, str] = field(default_factory=dict)
+    kept_float: dict[str, str] = field(default_factory=dict)
+
+    def limits(self, graph: Graph, tensor: str) -> tuple[float, float]:
+        """What the absorbed activation in front of `tensor` allows; infinite where there is none."""
+        node = graph.producer.get(tensor)
+        return self.absorbed.get(node.name, (-np.inf, np.inf)) if node is not None else (-np.inf, np.inf)
+
+
+def make_plan(model: onnx.ModelProto, leave_float: frozenset[str] = frozenset()) -> Plan:
+    """The plan for a float model with named nodes; `leave_float` names layers to be left out of it."""
+    builder = _Builder(Graph(model), leave_float)
+    for node in builder.graph.nodes:
+        if node.op_type in _WEIGHTED:
+            builder.weighted(node)
+    for node in builder.graph.nodes:
+        if node.op_type in ("Add", "GlobalAveragePool", *_SAME_SCALE):
+            builder.follower(node)
+        elif node.op_type not in (*_WEIGHTED, *_ACTIVATIONS):
+            builder.kept_float[node.name] = f"{node.op_type} has no integer kernel here"
+        elif node.op_type in _ACTIVATIONS and node.name not in builder.absorbed:
+            builder.kept_float[node.name] = "no quantized layer in front of it"
+    return builder.plan()
+
+
+class _Builder:
+    def __init__(self, graph: Graph, leave_float: frozenset[str]) -> None:
+        self.graph = graph
+        self.leave_float = leave_float
+        self.layers: set[str] = set()
+        self.tensors: set[str] = set()
+        self.made: set[str] = set()
+        self.absorbed: dict[str, tuple[float, float]] = {}
+        self.same_scale: dict[str, str] = {}
+        self.kept_float: dict[str, str] = {}
+
+    def weighted(self, node: onnx.NodeProto) -> None:
+        reason = self._why_not_weighted(node)
+        if reason:
+            self.kept_float[node.name] = reason
+            return
+        self.layers.add(node.name)
+        self.tensors.add(node.input[0])
+        output = self._absorb(node)
+        if node.op_type == "Conv" or output != node.output[0]:
+            self._make(output)
+
+    def _why_not_weighted(self, node: onnx.NodeProto) -> str:
+        if node.name in self.leave_float:
+            return "left in float by choice"
+        if any(name and name not in self.graph.initializers for name in node.input[1:]):
+            return "its weight or bias is computed, not constant"
+        if node.op_type == "Conv" and node.output[0] in self.graph.outputs:
+            return "its output is an output of the model"
+        if node.op_type == "Gemm":
+            plain = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
+            if not plain or attribute(node, "transA", 0) or not attribute(node, "transB", 0):
+                return "it is not of the form x W^T + b"
+            bias = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+            if bias is not None and bias.ndim != 1:
+                return "its bias is not a vector"
+        return ""
+
+    def follower(self, node: onnx.NodeProto) -> None:
+        """Add, poolings, Flatten: quantized where their inputs are 8-bit and their output is not the model's."""
+        inputs = [name for name in node.input if name]
+        if node.name in self.leave_float:
+            self.kept_float[node.name] = "left in float by choice"
+        elif not all(name in self.tensors for name in inputs):
+            self.kept_float[node.name] = "an input of it is not 8-bit"
+        elif node.output[0] in self.graph.outputs or len(node.output) > 1:
+            self.kept_float[node.name] = "its output is an output of the model"
+        else:
+            self.layers.add(node.name)
+            if node.op_type in _SAME_SCALE:
+                source = self.same_scale.get(inputs[0], inputs[0])
+                self.same_scale[node.output[0]] = source
+                self._make(node.output[0])
+            else:
+                self._make(self._absorb(node) if node.op_type == "Add" else node.output[0])
+
+    def _make(self, tensor: str) -> None:
+        self.tensors.add(tensor)
+        self.made.add(tensor)
+
+    def _absorb(self, node: onnx.NodeProto) -> str:
+        """The tensor that is quantized behind `node`: the output of the activation that goes with it, or its own."""
+        output = str(node.output[0])
+        reader = self.graph.only_reader(output)
+        if reader is None or reader.op_type not in _ACTIVATIONS or reader.output[0] in self.graph.outputs:
+            return output
+        low, high = self._clip_limits(reader)
+        if not low <= 0.0 <= high:  # 8-bit ranges hold 0, so saturation cannot do this clip's work
+            return output
+        self.absorbed[reader.name] = (low, high)
+        return str(reader.output[0])
+
+    def _clip_limits(self, node: onnx.NodeProto) -> tuple[float, float]:
+        if node.op_type == "Relu":
+            return 0.0, np.inf
+        bounds = [-np.inf, np.inf]
+        for place, name in enumerate(list(node.input)[1:3]):
+            if name:
+                value = self.graph.constant(name)
+                if value is None:
+                    return np.inf, -np.inf  # computed limits: never absorbed
+                bounds[place] = float(value)
+        return bounds[0], bounds[1]
+
+    def plan(self) -> Plan:
+        order = [*self.graph.inputs, *(name for node in self.graph.nodes for name in node.output)]
+        return Plan(
+            layers=frozenset(self.layers),
+            tensors=tuple(name for name in order if name in self.tensors),
+            absorbed=self.absorbed,
+            made=frozenset(self.made),
+            same_scale=self.same_scale,
+            kept_float=self.kept_float,
+        )

@@ -1,0 +1,97 @@
+"""The INT8 file for ONNX Runtime on a CPU, written from a float model, a plan and a range table.
+
+Activations U8 asymmetric, one scale a tensor; weights S8 symmetric, one scale an output channel; biases INT32. Weights
+are stored as integers (a quarter of the bytes). Every quantized tensor is followed by QuantizeLinear and
+DequantizeLinear, which ONNX Runtime folds into its integer kernels.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from kdedge_export.graph import Graph, constant_tensor, prune
+from kdedge_export.plan import Plan
+from kdedge_export.ranges import Range, quantize_weight
+
+__all__ = ["write_int8"]
+
+
+def write_int8(model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Range]) -> onnx.ModelProto:
+    """A copy of the float `model` with the plan's layers in 8 bits. Inputs and outputs keep their names and types."""
+    writer = _Writer(model, plan, ranges)
+    for name in writer.graph.inputs:
+        writer.quantize(name)
+    for node in writer.graph.nodes:
+        writer.add(node)
+    prune(writer.copy, writer.nodes)
+    onnx.checker.check_model(writer.copy, full_check=True)
+    return writer.copy
+
+
+class _Writer:
+    def __init__(self, model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Range]) -> None:
+        self.copy = onnx.ModelProto()
+        self.copy.CopyFrom(model)
+        self.graph = Graph(model)
+        self.plan = plan
+        self.ranges = ranges
+        self.nodes: list[onnx.NodeProto] = []
+        self.absorbed = {
+            node.input[0]: node.output[0] for node in self.graph.nodes if node.name in plan.absorbed
+        }  # what a layer made -> what it makes now that its activation is gone
+
+    def add(self, node: onnx.NodeProto) -> None:
+        if node.name in self.plan.absorbed:
+            return
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        quantized = node.name in self.plan.layers
+        for place, name in enumerate(node.input):
+            # A float reader of a float tensor has no use for its rounded form.
+            if name in self.plan.tensors and (quantized or name in self.plan.made):
+                copy.input[place] = f"{name}_dq"
+        if quantized and node.op_type in ("Conv", "Gemm"):
+            self._weights(node, copy)
+        copy.output[0] = self.absorbed.get(node.output[0], node.output[0])
+        self.nodes.append(copy)
+        for name in copy.output:
+            self.quantize(name)
+
+    def quantize(self, name: str) -> None:
+        """Q and DQ behind the tensor `name`, where the plan wants them."""
+        if name not in self.plan.tensors:
+            return
+        found = self.ranges[name]
+        self._constant(f"{name}_scale", np.array(found.scale, np.float32))
+        self._constant(f"{name}_zero_point", np.array(found.zero_point, np.uint8))
+        parameters = [f"{name}_scale", f"{name}_zero_point"]
+        self.nodes.append(helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_q"], name=f"{name}_Q"))
+        self.nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], name=f"{name}_DQ")
+        )
+
+    def _weights(self, node: onnx.NodeProto, copy: onnx.NodeProto) -> None:
+        weight = self.graph.constant(node.input[1])
+        assert weight is not None  # the plan left computed weights in float
+        bias = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        input_scale = self.ranges[node.input[0]].scale
+        codes, scales, integers = quantize_weight(weight, bias, input_scale)
+        # Named after the layer: two layers that share a weight may still need two scales.
+        copy.input[1] = self._dequantized(f"{node.name}.weight_q", codes, scales)
+        if integers is not None:
+            copy.input[2] = self._dequantized(f"{node.name}.bias_q", integers, np.float32(input_scale) * scales)
+
+    def _dequantized(
+        self, name: str, codes: "np.typing.NDArray[np.generic]", scales: "np.typing.NDArray[np.float32]"
+    ) -> str:
+        self._constant(name, codes)
+        self._constant(f"{name}_scale", scales)
+        self._constant(f"{name}_zero_point", np.zeros(len(scales), codes.dtype))
+        inputs = [name, f"{name}_scale", f"{name}_zero_point"]
+        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}_DQ", axis=0))
+        return f"{name}_dq"
+
+    def _constant(self, name: str, value: "np.typing.NDArray[np.generic]") -> None:
+        self.copy.graph.initializer.append(constant_tensor(name, value))

@@ -1,0 +1,131 @@
+"""Opset 18 -> opset 17 and IR 8, the file that every reader from ONNX Runtime 1.16 and TensorRT 8.5 on understands.
+
+The version number is not the point: TensorRT 8.5 and 8.6 read opset 18's ReduceMean without its axes *input* and
+average over everything, the batch included, without an error.
+"""
+
+import numpy as np
+import onnx
+from onnx import defs, helper
+
+from kdedge.errors import ExportError
+from kdedge_export.graph import Graph, attribute, prune
+
+__all__ = ["IR", "OPSET", "to_opset_17"]
+
+OPSET, IR = 17, 8
+_OURS = ("ReduceMean", "Split")  # changed at 18, and rewritten here
+
+
+def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A rewritten copy. Nodes are named after their layers, and the exporter's notes are gone.
+
+    ReduceMean over height and width becomes GlobalAveragePool (which has a quantized kernel), other ReduceMean carries
+    its axes as an attribute, Split loses num_outputs.
+
+    Raises ExportError for an operator that opset 17 does not have in the same form.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(onnx.shape_inference.infer_shapes(model))
+    ranks = _ranks(copy)
+    graph = Graph(copy)
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.nodes:
+        _require_known(node)
+        if node.op_type == "ReduceMean":
+            nodes.extend(_reduce_mean(node, graph, ranks))
+        elif node.op_type == "Split":
+            nodes.append(_split(node, copy))
+        elif node.op_type == "Reshape":
+            nodes.append(_reshape(node, graph))
+        else:
+            nodes.append(node)
+    prune(copy, nodes)
+    _strip(copy)
+    del copy.opset_import[:]
+    copy.opset_import.add(domain="", version=OPSET)
+    copy.ir_version = IR
+    return copy
+
+
+def _require_known(node: onnx.NodeProto) -> None:
+    if node.domain not in ("", "ai.onnx"):
+        raise ExportError(
+            f"The operator {node.domain}.{node.op_type} is not part of ONNX; rewrite that layer of the model."
+        )
+    newer = defs.get_schema(node.op_type, 18).since_version > OPSET
+    # Pad and Split only gained an optional input or attribute; without it they are what they were.
+    harmless = node.op_type == "Pad" and len(node.input) <= 3
+    if newer and node.op_type not in _OURS and not harmless:
+        raise ExportError(
+            f"The operator {node.op_type} of node {node.name} has no form in opset {OPSET}, which boards read; "
+            "replace that layer of the model."
+        )
+
+
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    infos = [*model.graph.input, *model.graph.value_info, *model.graph.output]
+    return {
+        each.name: len(each.type.tensor_type.shape.dim) for each in infos if each.type.tensor_type.HasField("shape")
+    }
+
+
+def _reduce_mean(node: onnx.NodeProto, graph: Graph, ranks: dict[str, int]) -> list[onnx.NodeProto]:
+    source, output = node.input[0], node.output[0]
+    axes = graph.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+    if axes is None:
+        raise ExportError(f"ReduceMean {node.name} has computed axes; constant ones were expected. Rewrite that layer.")
+    rank = ranks.get(source)
+    chosen = sorted(int(axis) if axis >= 0 or rank is None else int(axis) + rank for axis in axes)
+    keep = bool(attribute(node, "keepdims", 1))
+    if rank == 4 and chosen == [2, 3]:
+        if keep:
+            return [helper.make_node("GlobalAveragePool", [source], [output], name=node.name)]
+        pooled = f"{output}_pooled"
+        return [
+            helper.make_node("GlobalAveragePool", [source], [pooled], name=node.name),
+            helper.make_node("Flatten", [pooled], [output], name=f"{node.name}_flatten", axis=1),
+        ]
+    return [helper.make_node("ReduceMean", [source], [output], name=node.name, axes=chosen, keepdims=int(keep))]
+
+
+def _split(node: onnx.NodeProto, model: onnx.ModelProto) -> onnx.NodeProto:
+    """Without sizes Split cuts equal parts; opset 18's num_outputs also allowed a shorter last one."""
+    if len(node.input) > 1 and node.input[1]:
+        return node
+    axis = attribute(node, "axis", 0)
+    shapes = {each.name: each.type.tensor_type.shape.dim for each in model.graph.value_info}
+    dims = shapes.get(node.input[0])
+    if dims is None or dims[axis].dim_value % len(node.output) or dims[axis].dim_value == 0:
+        raise ExportError(f"Split {node.name} does not cut equal parts; torch.chunk into equal parts was expected.")
+    return helper.make_node("Split", node.input[:1], node.output, name=node.name, axis=axis)
+
+
+def _reshape(node: onnx.NodeProto, graph: Graph) -> onnx.NodeProto:
+    """Behind a pooling that leaves 1 x 1, a reshape to [N, C] is a Flatten, which every quantizer passes through."""
+    shape = graph.constant(node.input[1])
+    producer = graph.producer.get(node.input[0])
+    pooled = producer is not None and producer.op_type in ("ReduceMean", "GlobalAveragePool")
+    if pooled and shape is not None and len(shape) == 2 and np.asarray(shape)[0] in (-1, 0):
+        return helper.make_node("Flatten", node.input[:1], node.output, name=node.name, axis=1)
+    return node
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Layer names from weights. The notes hold stack traces with paths of this machine, in a field IR 8 lacks."""
+    graph = Graph(model)
+    for index, node in enumerate(model.graph.node):
+        weight = node.input[1] if len(node.input) > 1 and node.op_type in ("Conv", "Gemm") else ""
+        named = weight in graph.initializers and weight.endswith(".weight")
+        node.name = weight.removesuffix(".weight") if named else f"{node.op_type}_{index}"
+        node.doc_string = ""
+        node.ClearField("metadata_props")
+    for each in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
+        each.doc_string = ""
+        each.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    model.ClearField("functions")
+    model.graph.name = "kdedge"
+    model.doc_string = model.graph.doc_string = ""
+    model.producer_name, model.producer_version = "kdedge", ""
