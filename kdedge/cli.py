@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from kdedge_device.failures import Failure
 
 from kdedge import __version__
 from kdedge.cli_common import Interrupted, note
@@ -22,7 +23,6 @@ from kdedge.cli_predict import evaluate, predict
 from kdedge.cli_recipes import models, recipes
 from kdedge.cli_train import train_recipe
 from kdedge.errors import KdedgeError
-from kdedge_device.failures import Failure
 
 __all__ = ["cli", "main", "run"]
 
@@ -98,10 +98,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Failure):  # the device layer's own tree; its finer codes are those of run.pyz
         return str(error), min(error.exit_code, 2)
     if isinstance(error, OSError) and error.errno in _USER_CAN_FIX:
-        return (
-            f"{error.strerror}: {error.filename or 'a file of this command'}. Free some space or choose another folder.",
-            2,
-        )
+        what = error.filename or "a file of this command"
+        return f"{error.strerror}: {what}. Free some space or choose another folder.", 2
     return (
         f"{type(error).__name__}: {error}\n"
         "This is our bug, not yours. The same command with --debug shows the traceback; please report it with that.",

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def finished_run(path: Path | None) -> "Run":
     return run
 
 
-def columns(rows: list[tuple[str, ...]], indent: int = 0) -> str:
+def columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     """Rows as aligned text; the last column is left ragged."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -70,6 +70,8 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
 
 @click.command()
 @click.argument("paths", metavar="[RUN|BUNDLE|MODEL.onnx]...", nargs=-1, type=_PATH)
+@click.option("--on", multiple=True, default=("local",), show_default=True, metavar="MACHINE", help="Where to measure.")
+@click.option("--suite", metavar="NAME", help="A named set of measurements.")
 @click.option(
     "--effort",
     type=click.Choice(["quick", "standard", "mlperf"]),
@@ -77,9 +79,12 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
     show_default=True,
     help="quick: 2 s and 1,000 runs; standard: 60 s and 2,000; mlperf: 600 s.",
 )
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Inside an operator.")
 @click.option("--out", type=_PATH, metavar="DIR", help="Where the records go; RUN/bench unless given.")
 @command_output
-def bench(paths: tuple[Path, ...], effort: str, out: Path | None) -> Reply:
+def bench(
+    paths: tuple[Path, ...], on: tuple[str, ...], suite: str | None, effort: str, threads: int, out: Path | None
+) -> Reply:
     """Measure the latency of each artifact on this machine.
 
     One process for each measurement. Nothing named is the latest finished run.
@@ -87,12 +92,12 @@ def bench(paths: tuple[Path, ...], effort: str, out: Path | None) -> Reply:
     chosen = list(paths) or [finished_run(None).path]
     from kdedge_bench import bench as measure
 
-    records = measure(chosen, effort, out)
+    records = measure(chosen, effort, out, threads=threads, on=on, suite=suite)
     return Reply(records, _bench_text(records))
 
 
 def _bench_text(records: list[dict[str, Any]]) -> str:
-    rows = [("", "compute p50", "p90", "end to end p50", "p90", "threads", "flags")]
+    rows: list[tuple[str, ...]] = [("", "compute p50", "p90", "end to end p50", "p90", "threads", "flags")]
     for record in records:
         compute, whole = (record["latency_ms"].get(part) or {} for part in ("compute", "end_to_end"))
         times = [
@@ -134,18 +139,24 @@ def report(runs: tuple[Path, ...], out: Path | None) -> Reply:
 @click.command()
 @click.argument("base", type=_PATH)
 @click.argument("new", type=_PATH)
-@click.option("--max-drop", type=click.FloatRange(min=0), default=1.0, show_default=True, metavar="POINTS")
-@click.option("--max-slower", type=click.FloatRange(min=0), default=0.1, show_default=True, metavar="FRACTION")
+@click.option(
+    "--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="Fail where NEW loses more points of accuracy."
+)
+@click.option(
+    "--max-slower", type=click.FloatRange(min=0), metavar="FRACTION", help="Fail where p90 grows by more than this."
+)
 @command_output
-def compare(base: Path, new: Path, max_drop: float, max_slower: float) -> Reply:
+def compare(base: Path, new: Path, max_drop: float | None, max_slower: float | None) -> Reply:
     """Check that a run is as accurate and fast as another.
 
-    Exits with 1 where NEW is not as good as BASE.
+    BASE and NEW are runs. Exits with 1 where NEW does not stand a budget that was given.
     """
+    from kdedge_bench import CompareFailed
     from kdedge_bench import compare as judge
 
-    return _compared(judge(base, new, max_drop, max_slower))
-
-
-def _compared(document: dict[str, Any]) -> Reply:
-    return Reply(document, str(document.get("text") or document), exit_code=0)
+    try:
+        document = judge(base, new, max_drop, max_slower)
+    except CompareFailed as failed:
+        note(str(failed))
+        return Reply(failed.document, failed.document["text"], exit_code=failed.exit_code)
+    return Reply(document, document["text"])

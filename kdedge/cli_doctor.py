@@ -110,7 +110,7 @@ def _cuda() -> str:
 
     if torch.version.cuda is None:
         raise _No(f"torch {torch.__version__} is built without CUDA")
-    torch.cuda.init()  # raises with the driver's own reason
+    torch.zeros(1, device="cuda")  # raises with the driver's own reason
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 

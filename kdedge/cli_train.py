@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from kdedge.cli_common import Interrupted, Reply, columns, command_output, note
+from kdedge.cli_common import Reply, command_output, note
 
 __all__ = ["train_recipe"]
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from kdedge.errors import RecipeError, did_you_mean
-from kdedge.recipe_problems import key_paths, problems_of
+from kdedge.recipe_problems import default_group, key_paths, problems_of
 from kdedge.recipe_yaml import MAX_BYTES, Document, KeyPath, dotted, raise_problems, read_document, read_value
 from kdedge.runs import write_bytes
 
@@ -99,7 +99,7 @@ def load(name_or_path: str, overrides: Sequence[str] = (), **flags: Any) -> "Rec
     document = read_document(found.text, found.origin)
     for flag, value in flags.items():
         if value is not None:
-            _put(document, tuple(FLAGS[flag].split(".")), value, f"--{flag} {value}")
+            _put(document, Recipe, tuple(FLAGS[flag].split(".")), value, f"--{flag} {value}")
     override(document, overrides, Recipe)
     return validate(document, Recipe)
 
@@ -117,7 +117,8 @@ def override(document: Document, settings: Sequence[str], model: type[BaseModel]
             raise RecipeError(f"--set gives '{key}' twice, as '{given[key]}' and as '{value}'; keep one.")
         given[key] = value
         where = f"--set {setting}"
-        _put(document, tuple(key.split(".")), read_value(value, where), where)
+        path: KeyPath = tuple(key.split("."))
+        _put(document, model, path, read_value(value, where, path), where)
 
 
 def parse(text: str, origin: str, model: type[Model], overrides: Sequence[str] = ()) -> Model:
@@ -149,16 +150,16 @@ def dump(recipe: BaseModel) -> str:
     yaml.sort_base_mapping_type_on_output = False  # keys in the order of the schema
     yaml.width = 120
     stream = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(recipe.model_dump(mode="json", by_alias=True), stream)
     return stream.getvalue()
 
 
-def _put(document: Document, path: KeyPath, value: Any, where: str) -> None:
+def _put(document: Document, model: type[BaseModel], path: KeyPath, value: Any, where: str) -> None:
     data = document.data
     for depth, part in enumerate(path[:-1], start=1):
         inner = data.get(str(part))
         if inner is None:
-            inner = data[str(part)] = {}
+            inner = data[str(part)] = default_group(model, path[:depth])
             document.places[path[:depth]] = where
         if not isinstance(inner, dict):
             group = dotted(path[:depth])

@@ -1,16 +1,18 @@
 """pydantic's errors as sentences: where, which key, which value, what was expected, and the nearest thing known."""
 
+import difflib
 import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from kdedge.errors import did_you_mean
 from kdedge.recipe_yaml import Document, KeyPath, Problem, dotted
 
-__all__ = ["key_paths", "problems_of"]
+__all__ = ["default_group", "key_paths", "problems_of"]
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -81,13 +83,32 @@ def key_paths(model: type[BaseModel]) -> list[KeyPath]:
 
     def walk(kinds: list[Any], path: KeyPath) -> None:
         for kind in kinds:
-            for name, info in kind.model_fields.items():
+            for name, info in _fields(kind).items():
                 paths.setdefault((*path, name))
                 if len(path) < 8:  # a recipe is a tree; this only bounds a model that refers to itself
                     walk(_models_in(info.annotation), (*path, name))
 
     walk([model], ())
     return list(paths)
+
+
+def default_group(model: type[BaseModel], path: KeyPath) -> dict[str, Any]:
+    """What has to be written out when a key is set inside the group `path` that a file leaves out.
+
+    That is where the default differs from its class, and which member of a union it is.
+    """
+    kinds = [model]
+    for part in path[:-1]:
+        fields = [_fields(kind)[part] for kind in kinds if part in _fields(kind)]
+        kinds = [found for info in fields for found in _models_in(info.annotation)]
+    for info in (_fields(kind)[path[-1]] for kind in kinds if path[-1] in _fields(kind)):
+        default = info.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            group = default.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+            if isinstance(info.discriminator, str):
+                group[info.discriminator] = getattr(default, info.discriminator)
+            return group
+    return {}
 
 
 def _wanted(error: ErrorDetails) -> str:
@@ -120,18 +141,22 @@ def _own_sentence(path: KeyPath, error: ErrorDetails) -> str:
 
 
 def _unknown_key(model: type[BaseModel], path: KeyPath, error: ErrorDetails) -> str:
-    known = key_paths(model)
-    siblings = [str(other[-1]) for other in known if other[:-1] == path[:-1]]
-    hint = did_you_mean(str(path[-1]), siblings)
-    if not hint:
-        elsewhere = [dotted(other) for other in known if other[-1] == path[-1]]
-        if elsewhere:
-            hint = f" There is {' and '.join(repr(key) for key in elsewhere[:3])}."
-        else:
-            hint = did_you_mean(dotted(path), map(dotted, known))
-    if not hint and siblings:
-        hint = f" Known here: {', '.join(siblings)}."
-    return f"'{dotted(path)}' ({_shown(error['input'])}) is no key of a recipe.{hint}"
+    return f"'{dotted(path)}' ({_shown(error['input'])}) is no key of a recipe.{_near_key(key_paths(model), path)}"
+
+
+def _near_key(known: list[KeyPath], path: KeyPath) -> str:
+    """The key whose last part is nearest; one beside `path` is preferred to one elsewhere that is a little nearer."""
+    beside = [other for other in known if other[:-1] == path[:-1]]
+    nearness = {
+        other: difflib.SequenceMatcher(None, str(path[-1]), str(other[-1])).ratio() + 0.15 * (other in beside)
+        for other in known
+    }
+    best = max(nearness, key=lambda other: nearness[other])
+    if nearness[best] >= 0.65:
+        same = [other for other in known if other[-1] == best[-1]] if best not in beside else []
+        shown = " or ".join(f"'{dotted(other)}'" for other in same[:3]) if same else f"'{best[-1]}'"
+        return f" Did you mean {shown}?"
+    return f" Known here: {', '.join(str(other[-1]) for other in beside)}." if beside else ""
 
 
 def _shown(value: Any) -> str:
@@ -165,6 +190,11 @@ def _value_at(data: Any, path: KeyPath) -> Any:
     for part in path:
         data = data[part]
     return data
+
+
+def _fields(model: type[BaseModel]) -> dict[str | int, FieldInfo]:
+    """The fields by the names they have in a file."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

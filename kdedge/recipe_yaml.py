@@ -90,13 +90,13 @@ def read_document(text: str, origin: str) -> Document:
     return Document(origin, reader.convert(node, (), places), places, reader.problems, reader.refused)
 
 
-def read_value(text: str, origin: str) -> Any:
+def read_value(text: str, origin: str, path: KeyPath = ()) -> Any:
     """The value in `--set KEY=text`, by the same rules as in a file (so `3e-4` is a number and `no` is text)."""
     node = _compose(text, origin)
     if node is None:
         return None
     reader = _Reader(origin, with_lines=False)
-    value = reader.convert(node, (), {})
+    value = reader.convert(node, path, {})
     raise_problems(origin, reader.problems)
     return value
 

@@ -1,0 +1,58 @@
+"""What every test has: two threads, and a word on what this machine cannot run."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+# Before torch and numpy are imported, here and in every child: a test machine has two cores, whatever it says.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ROOT = Path(__file__).resolve().parents[1]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
+SHARED_DATA = Path(os.environ.get("KDEDGE_SHARED_DATA") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The program; tests that use it are marked `browser` and left out where there is none."""
+    assert CHROMIUM is not None, "mark this test with pytest.mark.browser"
+    return CHROMIUM
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The development data beside the checkout; tests that use it are marked `shared_data`."""
+    assert SHARED_DATA.is_dir(), "mark this test with pytest.mark.shared_data"
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_this_machine() -> None:
+    """A test finds what it made itself, not the data or settings of whoever runs it."""
+    for name in [name for name in os.environ if name.startswith("KDEDGE_") and name != "KDEDGE_SHARED_DATA"]:
+        del os.environ[name]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if CHROMIUM is None:
+        left_out = [item for item in items if item.get_closest_marker("browser")]
+        items[:] = [item for item in items if not item.get_closest_marker("browser")]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_LEFT_OUT] = len(left_out)
+    if not SHARED_DATA.is_dir():
+        absent = pytest.mark.skip(reason=f"no development data in {SHARED_DATA} (KDEDGE_SHARED_DATA)")
+        for item in items:
+            if item.get_closest_marker("shared_data"):
+                item.add_marker(absent)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[pytest.Item]) -> list[str]:
+    left_out = config.stash.get(_LEFT_OUT, 0)
+    return [f"No Chromium on PATH: {left_out} browser tests are left out."] if left_out else []
+
+
+_LEFT_OUT = pytest.StashKey[int]()
