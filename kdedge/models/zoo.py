@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from kdedge.errors import BugError, RecipeError, did_you_mean
+from kdedge.errors import BugError, MissingPackage, RecipeError, did_you_mean
 
 __all__ = ["ARCHITECTURES", "Architecture", "ModelSpec", "Network", "architecture", "build", "count_macs", "num_params"]
 
@@ -84,6 +84,8 @@ def architecture(name: str) -> Architecture:
         if (int(match[1]) - 4) % 6 or int(match[1]) < 10:
             raise RecipeError(f"'{name}': the depth of a wide-resnet must be 10, 16, 22, 28, ... (6 n + 4).")
         return Architecture(name, 2, 32, False, None, _EASY + "; leaky ReLU stays a float island in some runtimes")
+    if name.startswith("timm/"):
+        return Architecture(name, 5, 224, False, None, "see the family's own documentation")
     if name not in ARCHITECTURES:
         known = [*ARCHITECTURES, "wide-resnet-28-2"]
         raise RecipeError(
@@ -99,6 +101,8 @@ def build(spec: ModelSpec) -> Network:
         raise RecipeError(f"'{spec.arch}' has no width multiplier, but width {spec.width} was asked for. Leave width at 1.0.")
     if match := _WIDE_RESNET.fullmatch(spec.arch):
         return _wide_resnet(int(match[1]), int(match[2]), spec)
+    if spec.arch.startswith("timm/"):
+        return _timm(spec)
     backbone = _torchvision_backbone(known, spec.width)
     _keep_last_halvings(backbone, spec.halvings)
     if spec.channels != 3:
@@ -112,6 +116,19 @@ def _wide_resnet(depth: int, width: int, spec: ModelSpec) -> Network:
 
     strides = (2 if spec.halvings > 2 else 1, 2 if spec.halvings > 1 else 1, 2 if spec.halvings > 0 else 1)
     backbone = WideResNet(depth, width, spec.channels, strides)
+    return Network(backbone, nn.Linear(backbone.num_features, spec.classes))
+
+
+def _timm(spec: ModelSpec) -> Network:
+    """timm's network as it is: its strides are not changed."""
+    try:
+        import timm
+    except ImportError:
+        raise MissingPackage("timm", f"the architecture {spec.arch}", "pip install 'kdedge[timm]'") from None
+    name = spec.arch.removeprefix("timm/")
+    if not timm.is_model(name):
+        raise RecipeError(f"timm has no model '{name}'.{did_you_mean(name, timm.list_models())}")
+    backbone = timm.create_model(name, num_classes=0, in_chans=spec.channels)
     return Network(backbone, nn.Linear(backbone.num_features, spec.classes))
 
 

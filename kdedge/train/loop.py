@@ -59,10 +59,10 @@ def fit(
     # ---- resume
     checkpoint, notes = checkpoints.load()
     for note in notes:
-        metrics.display.note(note)
+        metrics.display.say(note)
     first = 0 if checkpoint is None else _restore(checkpoint, method, optimizer, ema, best)
     metrics.rewind(stage, first)
-    metrics.display.stage(stage, total, first)
+    metrics.display.stage(stage, total)
     saved_at_s = logged_at_s = time.perf_counter()
     logged_step, waited_s = first, 0.0
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -15,27 +16,27 @@ __all__ = ["Display", "MetricsLog", "SilentDisplay", "to_number"]
 class Display(Protocol):
     """What a person sees while a run goes on. It decides nothing."""
 
-    def stage(self, name: str, total_steps: int, done_steps: int) -> None:
-        """A stage begins, or goes on after `done_steps`."""
+    def stage(self, name: str, total_steps: int) -> None:
+        """A stage begins: `baseline`, `outer`, `trusted` or `inner`."""
 
-    def progress(self, step: int, values: dict[str, Any]) -> None:
-        """`step` steps of the stage are done."""
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
 
-    def note(self, sentence: str) -> None:
-        """Something worth a line of its own."""
+    def say(self, sentence: str) -> None:
+        """A remark: what was chosen, what was left out."""
 
 
 @final
 class SilentDisplay:
     """Shows nothing."""
 
-    def stage(self, name: str, total_steps: int, done_steps: int) -> None:
+    def stage(self, name: str, total_steps: int) -> None:
         pass
 
-    def progress(self, step: int, values: dict[str, Any]) -> None:
+    def step(self, record: Mapping[str, Any]) -> None:
         pass
 
-    def note(self, sentence: str) -> None:
+    def say(self, sentence: str) -> None:
         pass
 
 
@@ -80,4 +81,4 @@ class MetricsLog:
             raise RunError(
                 f"Cannot write {self.path}: {error.strerror}. Free some space, then go on with --resume."
             ) from error
-        self.display.progress(step, entry)
+        self.display.step(entry)

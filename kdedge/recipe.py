@@ -1,0 +1,282 @@
+"""What to make: the composition of every component's config, and the one function that fits it to the data.
+
+A recipe may leave open (null) whatever follows from the images; `resolve` fills it in, and the result is written to
+the run's recipe.yaml, which loads again and says everything.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field
+
+from kdedge.config import Config
+from kdedge.data.views import ViewConfig
+from kdedge.errors import BugError, RecipeError
+from kdedge.methods.fixmatch import FixMatchConfig
+from kdedge.methods.kd_fixmatch import KDFixMatchConfig
+from kdedge.models.zoo import architecture
+from kdedge.train.due import to_steps
+from kdedge.train.engine import EngineConfig
+from kdedge.train.optim import OptimConfig
+from kdedge.trust.select import TrustConfig
+
+__all__ = [
+    "SETTINGS",
+    "BaselineConfig",
+    "DataConfig",
+    "DataDescription",
+    "Recipe",
+    "StudentConfig",
+    "TeacherConfig",
+    "resolve",
+]
+
+Settings = Literal["fixmatch.paper", "fixmatch.short"]
+
+SETTINGS: dict[Settings, OptimConfig] = {
+    # arXiv 2001.07685, table 4 and section 2.5; google-research/fixmatch for batch norm (TF momentum 0.999)
+    "fixmatch.paper": OptimConfig(
+        total_steps=2**20,
+        labeled_batch=64,
+        unlabeled_ratio=7,
+        learning_rate=0.03,
+        warmup_steps=0,
+        momentum=0.9,
+        weight_decay=5e-4,
+        ema_decay=0.999,
+        batch_norm_momentum=0.001,
+    ),
+    # A few thousand steps: the horizon is the run, batch norm forgets faster, mu 3 halves the cost. The number of
+    # steps follows from the data.
+    "fixmatch.short": OptimConfig(
+        labeled_batch=32,
+        unlabeled_ratio=3,
+        learning_rate=0.03,
+        warmup_steps=20,
+        momentum=0.9,
+        weight_decay=5e-4,
+        ema_decay=0.999,
+        batch_norm_momentum=0.1,
+    ),
+}
+
+
+class DataConfig(Config):
+    """Which images, and as what they enter the network."""
+
+    spec: str = "digits"
+    labels: Annotated[int, Field(gt=0)] | None = None  # in all, val included; null: the set's default
+    root: str | None = None  # of torchvision's sets; null: KDEDGE_DATA or ~/.cache/kdedge/data
+    max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    image_px: Annotated[int, Field(ge=4)] | None = None  # images are square
+    channels: Literal[1, 3] | None = None
+    mean: tuple[float, ...] | None = None  # of pixel / 255; null: of the training images, or of the starting weights
+    std: tuple[float, ...] | None = None
+
+
+class TeacherConfig(Config):
+    """The outer network."""
+
+    arch: str | None = None
+    width: Annotated[float, Field(gt=0)] = 1.0
+    halvings: Annotated[int, Field(ge=0)] | None = None  # how often the image is halved on its way
+    init: str | None = None  # a file, "pretrained", or torchvision's name of the weights
+    settings: Settings = "fixmatch.short"
+    method: FixMatchConfig = FixMatchConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+class StudentConfig(Config):
+    """The inner network: what is exported."""
+
+    arch: str = "mobilenet-v2"
+    width: Annotated[float, Field(gt=0)] | None = None
+    halvings: Annotated[int, Field(ge=0)] | None = None
+    init: str | None = None
+    settings: Settings = "fixmatch.short"
+    method: KDFixMatchConfig = KDFixMatchConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+class BaselineConfig(Config):
+    """The student's network on the labels only, to its own convergence."""
+
+    enabled: bool = True
+    optim: OptimConfig = OptimConfig()
+
+
+class Recipe(Config):
+    """A recipe ends where training ends; export options live in kdedge_export."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig = DataConfig()
+    views: ViewConfig = ViewConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    trust: TrustConfig = TrustConfig()
+    student: StudentConfig = StudentConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """What `resolve` knows of the images."""
+
+    kind: Literal["digits", "small", "photo"]  # digits: few grey levels, no mirror; small: up to 64 px
+    channels: Literal[1, 3]
+    shorter_px: int  # median shorter side
+    flip_allowed: bool
+    classes: int
+    labeled_images: int
+    unlabeled_images: int
+    weights_px: int | None = None  # of the starting weights, where there are any
+    weights_mean: tuple[float, ...] | None = None
+    weights_std: tuple[float, ...] | None = None
+
+
+Some = TypeVar("Some", bound=Config)
+
+# Steps of (baseline, teacher, student) where the recipe names none. Digits: measured, see recipes/README.md.
+_STEPS = {"digits": (300, 800, 350), "small": (2000, 8000, 8000), "photo": (600, 1200, 1200)}
+_STEPS_FROM_WEIGHTS = (200, 300, 300)
+
+_VIEWS = {
+    "digits": ViewConfig(
+        flip=False,
+        shift_fraction=0.125,
+        rotate_degrees=15.0,
+        shear=0.2,
+        translate_fraction=0.125,
+        cutout_fraction=0.25,
+        fill=0.0,
+        geometric_only=True,
+    ),
+    "small": ViewConfig(
+        shift_fraction=0.125,  # 4 of 32 pixels
+        rotate_degrees=30.0,
+        shear=0.3,
+        translate_fraction=0.3,
+        cutout_fraction=0.5,
+        fill=127.0,
+        geometric_only=False,
+    ),
+}
+_VIEWS["photo"] = _VIEWS["small"]
+
+
+def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
+    """`recipe` with every open value filled in from the images. What the recipe says itself is never changed.
+
+    Input size, channels and normalisation; how often the networks halve the image (the final map is at least 2 x 2);
+    width; which views are allowed and how far they go; the named settings; the number of steps.
+    """
+    pretrained = data.weights_px is not None
+    px = recipe.data.image_px or _image_px(data)
+    channels = recipe.data.channels or (3 if pretrained else data.channels)
+    baseline_steps, teacher_steps, student_steps = _STEPS_FROM_WEIGHTS if pretrained else _STEPS[data.kind]
+    teacher_arch = recipe.teacher.arch or ("resnet18" if data.kind == "photo" else "wide-resnet-28-2")
+    width = recipe.student.width or (0.5 if data.kind == "digits" else 1.0)
+    return recipe.model_copy(
+        update={
+            "data": _filled(
+                recipe.data, image_px=px, channels=channels, mean=data.weights_mean, std=data.weights_std
+            ),
+            "views": _views(recipe.views, data),
+            "teacher": recipe.teacher.model_copy(
+                update={
+                    "arch": teacher_arch,
+                    "halvings": _halvings(recipe.teacher.halvings, teacher_arch, px, recipe.teacher.init, "teacher"),
+                    "optim": _optim(recipe.teacher.optim, recipe.teacher.settings, teacher_steps, data, "teacher"),
+                }
+            ),
+            "student": recipe.student.model_copy(
+                update={
+                    "width": width,
+                    "halvings": _halvings(recipe.student.halvings, recipe.student.arch, px, recipe.student.init, "student"),
+                    "optim": _optim(recipe.student.optim, recipe.student.settings, student_steps, data, "student"),
+                }
+            ),
+            "baseline": recipe.baseline.model_copy(
+                update={"optim": _baseline_optim(recipe.baseline.optim, baseline_steps, data)}
+            ),
+        }
+    )
+
+
+def _filled(config: Some, **values: object) -> Some:
+    """`config` with `values` where it says null."""
+    return config.model_copy(update={name: value for name, value in values.items() if getattr(config, name) is None})
+
+
+def _views(given: ViewConfig, data: DataDescription) -> ViewConfig:
+    """The views of the kind of images; what moves into grey images (digits, garments) is their black background."""
+    kind = _VIEWS[data.kind].model_dump(exclude={"operations"}) | {"flip": data.flip_allowed}
+    return _filled(given, **kind | ({"fill": 0.0} if data.channels == 1 else {}))
+
+
+def _image_px(data: DataDescription) -> int:
+    """Small images as they are; photographs at 160 to 224 px, at the size of the starting weights if that is smaller."""
+    if data.kind != "photo":
+        return data.shorter_px
+    px = min(max(data.shorter_px, 160), 224) // 32 * 32
+    return px if data.weights_px is None else min(px, data.weights_px)
+
+
+def _halvings(given: int | None, arch: str, px: int, init: str | None, who: str) -> int:
+    """As many halvings as leave a map of some size; starting weights keep the strides they were trained with."""
+    known = architecture(arch)
+    if init is not None or arch.startswith("timm/"):
+        fitting = known.halvings
+    elif px <= 16:
+        fitting = 2  # 8 px end at 2 x 2; three halvings cost 16 points of accuracy (recipes/README.md)
+    else:
+        fitting = 3 if px <= 32 else 4 if px <= 64 else 5
+    most = 3 if arch.startswith("wide-resnet") else known.halvings
+    if given is not None and given > most:
+        raise RecipeError(f"{who}.halvings is {given}; {arch} halves the image at most {most} times.")
+    chosen = min(fitting, most, known.halvings if px <= 32 else most) if given is None else given
+    if px / 2**chosen < 2:
+        raise RecipeError(
+            f"{chosen} halvings of {px} px leave a map below 2 x 2 for {arch}. Set {who}.halvings lower or data.image_px higher."
+        )
+    return chosen
+
+
+def _optim(given: OptimConfig, settings: Settings, steps: int, data: DataDescription, who: str) -> OptimConfig:
+    """The named settings with what the recipe says on top, durations in steps."""
+    named = SETTINGS[settings]
+    filled = _filled(given, **named.model_dump(exclude={"total_steps"}))
+    ratio, batch = filled.unlabeled_ratio, filled.labeled_batch
+    if ratio is None or batch is None:
+        raise BugError(f"the settings {settings} leave the batch open")
+    return _in_steps(
+        filled, named.total_steps or steps, images_an_epoch=data.unlabeled_images, batch_of_epoch=ratio * batch, who=who
+    )
+
+
+def _baseline_optim(given: OptimConfig, steps: int, data: DataDescription) -> OptimConfig:
+    """fixmatch.short without unlabeled images."""
+    filled = _filled(given, **SETTINGS["fixmatch.short"].model_dump(exclude={"total_steps"}))
+    return _in_steps(
+        filled,
+        steps,
+        images_an_epoch=data.labeled_images,
+        batch_of_epoch=filled.labeled_batch or 1,
+        who="baseline",
+    )
+
+
+def _in_steps(
+    config: OptimConfig, default: int, *, images_an_epoch: int, batch_of_epoch: int, who: str
+) -> OptimConfig:
+    """The duration as total_steps, whatever unit it was given in."""
+    try:
+        epochs = to_steps(None, config.total_epochs, None, batch=batch_of_epoch, images_an_epoch=images_an_epoch)
+        images = to_steps(None, None, config.total_images, batch=config.labeled_batch or 1, images_an_epoch=1)
+        to_steps(config.total_steps, config.total_epochs, config.total_images, batch=1, images_an_epoch=1)
+    except ValueError as error:
+        raise RecipeError(f"{who}.optim: {error}") from None
+    steps = config.total_steps or epochs or images or default
+    return config.model_copy(update={"total_steps": steps, "total_epochs": None, "total_images": None})
