@@ -30,10 +30,11 @@ def check(
 ) -> dict[str, Any]:
     """Open, hash and decode every image of `spec`. Keys (all JSON):
 
-    images, counts (part -> n), classes (class -> part -> n), unreadable [{file, reason}],
-    unreadable_fraction, exact_duplicates [{ids, parts, labels}], near_duplicates [{ids, parts, bits}], leaks (those of both kinds that lie across parts
-    which must not share images), label_conflicts, modes (Pillow's name -> n), native_px, channels, ignored, warnings,
-    problems (sentences; empty where all is well), ok. Lists are cut at 200 entries, `found` has the full counts.
+    images, counts (part -> n), classes (class -> part -> n), unreadable [{file, reason}], unreadable_fraction,
+    exact_duplicates [{ids, parts, labels}], near_duplicates [{ids, parts, labels, bits}] (null for images too small to
+    tell), leaks (those of both kinds that lie across parts which must not share images), label_conflicts, modes
+    (Pillow's name -> n), native_px, channels, ignored, warnings, problems (sentences; empty where all is well), ok.
+    Lists are cut at 200 entries; `found` has the full counts.
     """
     source = open_source(spec, root=root, max_unreadable_fraction=1.0)
     if isinstance(source.images, ArrayImages):
@@ -76,7 +77,7 @@ def _look_at_arrays(images: ArrayImages) -> list[_THUMB]:
         for image in block:
             pixels = np.ascontiguousarray(image)
             small = _shrunk(pixels) if min(height, width) >= HASHABLE_PX else None
-            found.append((hashlib.sha256(pixels).digest(), small, mode, ""))
+            found.append((hashlib.sha256(pixels.data).digest(), small, mode, ""))
     return found
 
 

@@ -27,8 +27,7 @@ def require_md5(path: Path, md5: str) -> None:
     if found != md5:
         raise DataError(
             f"{path} is not the official file: its md5 is {found}, {md5} was expected. It is damaged or of another "
-            f"set. "
-            "Delete it, and it is downloaded again; images of your own are read from a folder of class folders."
+            "set. Delete it, and it is downloaded again; images of your own are read from a folder of class folders."
         )
 
 
@@ -49,10 +48,8 @@ def fetch(name: str, wanted: Sequence[Path], get: Callable[[Path], None], root: 
         missing = [str(path) for path in wanted if not path.exists()]
         raise DataError(
             f"The data set {name} is not on this machine and could not be downloaded ({error}). Wanted: "
-            f"{', '.join(missing)}. "
-            "Put the official files there, or name the folder they are below with KDEDGE_DATA or --set "
-            "data.root=FOLDER. "
-            "Without any download: --data digits, or a folder of images."
+            f"{', '.join(missing)}. Put the official files there, or name the folder they are below with KDEDGE_DATA "
+            "or --set data.root=FOLDER. Without any download: --data digits, or a folder of images."
         ) from None
 
 

@@ -101,9 +101,9 @@ def _classes(name: str, kept: Sequence[Entry], declared: Sequence[str]) -> tuple
     if taught and unknown:
         sample = next(e for e in kept if e.label == unknown[0])
         raise DataError(
-            f"{sample.id} is of class '{unknown[0]}', which has no training image in {name}; its {len(taught)} classes "
-            f"are {first_few(sorted(taught), 8)}.{did_you_mean(unknown[0], taught)} Rename the class, or add "
-            f"training images."
+            f"{sample.id} is of class '{unknown[0]}', which has no training image in {name}; its {len(taught)} "
+            f"classes are {first_few(sorted(taught), 8)}.{did_you_mean(unknown[0], taught)} Rename the class, or add "
+            "training images."
         )
     return tuple(sorted(taught or everywhere))
 

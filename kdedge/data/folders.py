@@ -15,8 +15,8 @@ from kdedge.errors import DataError
 __all__ = ["LAYOUTS", "open_folder"]
 
 LAYOUTS = (
-    "labeled/CLASS/image.jpg with unlabeled/image.jpg (and val/CLASS/, test/CLASS/), or train/CLASS/image.jpg "
-    "(and val/CLASS/, test/CLASS/), or CLASS/image.jpg"
+    "labeled/CLASS/image.jpg with unlabeled/image.jpg (and val/CLASS/, test/CLASS/), or train/CLASS/image.jpg (and "
+    "val/CLASS/, test/CLASS/), or CLASS/image.jpg"
 )
 # Folder name -> part. Both spellings of labelled; "labeled" and "train" are one thing: images that keep a label.
 _PART_FOLDERS = {
@@ -156,8 +156,7 @@ def _add_part(scan: _Scan, folder: Path) -> None:
     if loose and len(scan.entries) == before:
         raise DataError(
             f"{folder} holds {counted(len(loose), 'image')} but no class folders. Expected "
-            f"{folder.name}/CLASS/{loose[0].name}. "
-            "Images without a label go into unlabeled/."
+            f"{folder.name}/CLASS/{loose[0].name}. Images without a label go into unlabeled/."
         )
 
 
@@ -180,8 +179,7 @@ def _ignored_notes(scan: _Scan) -> list[str]:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items())[:5])
         notes.append(
             f"Ignored {counted(len(scan.stray), 'stray file')} ({kinds}), in no class folder or without an image "
-            f"suffix: "
-            f"{first_few(scan.stray)}."
+            f"suffix: {first_few(scan.stray)}."
         )
     if scan.hidden:
         notes.append(f"Ignored {counted(scan.hidden, 'hidden file or folder', 'hidden files or folders')}.")

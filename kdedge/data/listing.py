@@ -53,8 +53,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if not {"path", "label"} <= set(columns):
             hint = " Separate columns with commas." if len(columns) == 1 and any(c in columns[0] for c in ";\t") else ""
             raise DataError(
-                f"{path} has the columns {', '.join(columns) or '(none)'}; path,label or path,label,split was expected "
-                f"in its first line.{hint}"
+                f"{path} has the columns {', '.join(columns) or '(none)'}; path,label or path,label,split was "
+                f"expected in its first line.{hint}"
             )
         reader.fieldnames = columns
         for row in reader:

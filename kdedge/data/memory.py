@@ -61,8 +61,7 @@ def require_memory(needed_bytes: int, what: str) -> None:
     available = available_bytes()
     if available is not None and needed_bytes > MOST_FRACTION * available:
         raise DataError(
-            f"{what} needs {needed_bytes / 1e9:.2f} GB of memory; {available / 1e9:.2f} GB are available, of which "
-            f"at most "
-            f"{MOST_FRACTION:.0%} may be used. Choose a smaller input size, use fewer images, or a machine with more "
-            f"memory."
+            f"{what} needs {needed_bytes / 1e9:.2f} GB of memory; {available / 1e9:.2f} GB are available, of which at "
+            f"most {MOST_FRACTION:.0%} may be used. Choose a smaller input size, use fewer images, or a machine with "
+            "more memory."
         )

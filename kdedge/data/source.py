@@ -57,9 +57,8 @@ class ArrayImages:
             for start in range(0, len(block), 4096):
                 images = block[start : start + 4096]
                 # STL-10 is mapped column by column: hash it as it lies.
-                content.update(
-                    np.ascontiguousarray(images if images.flags.c_contiguous else images.transpose(0, 3, 2, 1))
-                )
+                as_it_lies = images if images.flags.c_contiguous else images.transpose(0, 3, 2, 1)
+                content.update(np.ascontiguousarray(as_it_lies).data)
         return content.digest()
 
 
@@ -200,8 +199,8 @@ def check_unreadable(
     if count == of or count / of > max_fraction:
         raise DataError(
             f"{count} of {of} images of {name} cannot be read ({count / of:.1%}): {names}. Expected at most "
-            f"{max_fraction:.1%}. Repair or remove them (kdedge data check lists them all), or allow more with "
-            "--set data.max_unreadable_fraction=F."
+            f"{max_fraction:.1%}. Repair or remove them (kdedge data check lists them all), or allow more with --set "
+            "data.max_unreadable_fraction=F."
         )
     return f"{count} of {of} images cannot be read and are left out: {names}." if bad else ""
 

@@ -57,8 +57,8 @@ def _missing(spec: str, path: Path) -> DataError:
             f"{kind} {path} does not exist. Expected an existing folder or CSV, or one of {', '.join(NAMES)}."
         )
     return DataError(
-        f"There is no data set named '{spec}'.{did_you_mean(spec, NAMES)} Known names: {', '.join(NAMES)}; "
-        f"or a folder: {path.absolute()} does not exist."
+        f"There is no data set named '{spec}'.{did_you_mean(spec, NAMES)} Known names: {', '.join(NAMES)}; or a "
+        f"folder: {path.absolute()} does not exist."
     )
 
 

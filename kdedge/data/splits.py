@@ -143,7 +143,8 @@ def _same_images(document: dict[str, Any], splits: dict[str, dict[str, Any]], so
     if source.fingerprint != document["fingerprint"]:
         raise DataError(
             f"{source.spec} has the file names of the run, but other contents or labels (fingerprint "
-            f"{source.fingerprint[:12]}, {document['fingerprint'][:12]} was expected). Restore the data, or train anew."
+            f"{source.fingerprint[:12]}, {document['fingerprint'][:12]} was expected). Restore the data, or train "
+            "anew."
         )
 
 
@@ -211,12 +212,12 @@ def _check_trainable(source: Source, by_class: Sequence[Indices]) -> None:
     if not any(len(members) for members in by_class):
         raise DataError(
             f"{source.name} has no labelled training image ({_counts(source)}). Expected some in labeled/CLASS/ or "
-            f"train/CLASS/."
+            "train/CLASS/."
         )
     if len(by_class) < 2:
         raise DataError(
             f"{source.name} has one class, '{source.classes[0]}'. Expected at least two: a classifier of one has "
-            f"nothing to learn."
+            "nothing to learn."
         )
 
 
@@ -235,8 +236,8 @@ def _check_labels(source: Source, labels: int, by_class: Sequence[Indices]) -> N
     if labels > most:
         why = (
             f"the smallest class, '{source.classes[smallest]}', has "
-            f"{counted(len(by_class[smallest]), 'labelled training image')}, "
-            f"so at most {classes} x {len(by_class[smallest])} = {most} can be drawn evenly"
+            f"{counted(len(by_class[smallest]), 'labelled training image')}, so at most {classes} x "
+            f"{len(by_class[smallest])} = {most} can be drawn evenly"
         )
     elif labels < classes:
         why = f"there are {classes} classes, and each needs at least one"
@@ -252,8 +253,8 @@ def _notes(source: Source, labeled: Indices, pool: Indices, test: Indices) -> tu
     notes = []
     if len(pool) == len(labeled):
         notes.append(
-            "Every training image keeps its label, so there is nothing unlabeled to learn from. "
-            "Give --labels N to keep N labels, or add an unlabeled/ folder."
+            "Every training image keeps its label, so there is nothing unlabeled to learn from. Give --labels N to "
+            "keep N labels, or add an unlabeled/ folder."
         )
     if not len(test):
         notes.append(

@@ -33,16 +33,16 @@ class _Dtype:
         order = state[1].decode("ascii", "replace") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"an array with byte order {order!r}")
-        self.value = self.value.newbyteorder(">" if order == ">" else "<")  # both machines we run on are little
+        self.value = self.value.newbyteorder(">" if order == ">" else "<")  # "|": one byte, where it does not matter
 
 
 class _Bytes:
-    """Stands for _codecs.encode, which Python 3 writes for bytes in old protocols.
+    """Stands for _codecs.encode and, without arguments, for bytes: so Python 3 writes bytes in old protocols.
 
     A class, since a pickle can set the attributes of a function it can name.
     """
 
-    def __init__(self, text: str, encoding: object = "latin1") -> None:
+    def __init__(self, text: str = "", encoding: object = "latin1") -> None:
         if encoding not in ("latin1", b"latin1"):
             raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
         self.value = text.encode("latin1")
@@ -72,6 +72,7 @@ _KNOWN: dict[tuple[str, str], type] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Bytes,
+    ("__builtin__", "bytes"): _Bytes,
 }
 
 
@@ -121,8 +122,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle may raise anything: IndexError, KeyError, MemoryError ...
         raise DataError(
             f"{path} was refused: {error}. Expected a CIFAR batch: a pickled dict of bytes, str, int, lists and "
-            f"integer "
-            "arrays. Delete it and let kdedge fetch the official one."
+            "integer arrays. Delete it and let kdedge fetch the official one."
         ) from None
     if not isinstance(document, dict):
         raise DataError(f"{path} was refused: it holds a {type(document).__name__}. Expected a pickled dict.")

@@ -1,0 +1,53 @@
+"""What a SPEC may be, and what is said of everything else."""
+
+from pathlib import Path
+
+import pytest
+
+from kdedge.data import NAMES, data_root, open_source
+from kdedge.errors import DataError
+
+
+def test_known_names() -> None:
+    assert NAMES == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "food101")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("digit", r"no data set named 'digit'. Did you mean 'digits'\?.*or a folder: .*digit does not exist"),
+        ("cifar-10", "Did you mean 'cifar10'?"),
+        ("no/such/folder", "The folder no/such/folder does not exist"),
+        ("list.csv", "The CSV file list.csv does not exist"),
+        ("", "SPEC is empty"),
+        ("  ", "SPEC is empty"),
+        ("shards-{000..099}.tar", "WebDataset shards, which this version does not read yet"),
+        ("x" * 5000, "cannot be opened"),
+    ],
+)
+def test_what_does_not_exist(spec: str, message: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        open_source(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("photos.tar.gz", "is an archive; a folder was expected. Unpack it"),
+        ("photos.ZIP", "is an archive"),
+        ("photos.pack", "kdedge data pack are not read yet"),
+    ],
+)
+def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path / name))
+
+
+def test_where_named_sets_lie(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_root() == tmp_path / ".cache" / "kdedge" / "data"
+    monkeypatch.setenv("KDEDGE_DATA", "~/sets")
+    assert data_root() == tmp_path / "sets"
+    assert data_root(Path("/other")) == Path("/other")
