@@ -4,6 +4,7 @@ Each stage leaves a file, and a stage whose file is there is not done again. Wha
 that a resumed run computes with exactly what an uninterrupted one does.
 """
 
+import contextlib
 import platform
 import shutil
 import time
@@ -82,10 +83,8 @@ def train(
 
 
 def _try_to_note_failure(run: Run, error: BaseException) -> None:
-    try:
+    with contextlib.suppress(RunError):  # the disk is full: the first error is the one to tell
         run.update_manifest(status="failed", failure=f"{type(error).__name__}: {error}")
-    except RunError:
-        pass  # the disk is full: the first error is the one to tell
 
 
 def _check_folder(run: Run, recipe: Recipe, source: Source, resume: bool) -> dict[str, Any] | None:
@@ -178,9 +177,7 @@ class _Stages:
         mean, std = resolved.data.mean, resolved.data.std
         if mean is None or std is None:
             mean, std = _statistics(images)
-            resolved = resolved.model_copy(
-                update={"data": resolved.data.model_copy(update={"mean": mean, "std": std})}
-            )
+            resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"mean": mean, "std": std})})
         preprocess = replace(plain, mean=mean, std=std)
         pool = _pool(images, splits, preprocess, device)
         if not run.manifest_path.is_file():
@@ -200,7 +197,9 @@ class _Stages:
         started_at_s = time.perf_counter()
         recipe = self.recipe
         if recipe.baseline.enabled:
-            self._train("baseline", self.run.baseline_path, self._student_spec(), recipe.baseline.optim, Supervised, "student")
+            self._train(
+                "baseline", self.run.baseline_path, self._student_spec(), recipe.baseline.optim, Supervised, "student"
+            )
         self._train(
             "outer",
             self.run.teacher_path,
@@ -314,7 +313,6 @@ class _Stages:
         started_at_s = time.perf_counter()
         plan = self._stage_plan("outer")
         teacher = as_planned(load_model(self.run.teacher_path).module.to(self.device), plan)
-        assert isinstance(teacher, Network)
         pool = self.pool
         logits, features = predict_with_features(teacher, pool.images[pool.unlabeled], pool.mean, pool.std, plan)
         given = torch.full((len(pool.unlabeled),), -1)
@@ -372,9 +370,7 @@ class _Stages:
         result["input"] = [self.preprocess.channels, self.preprocess.height, self.preprocess.width]
         add_predictions(self.run, "test", test.ids, test.labels.numpy(), {n: z.numpy() for n, z in logits.items()})
         write_json(self.run.result_path, result)
-        self.run.update_manifest(
-            status="finished", stage=None, elapsed_s=round(time.perf_counter() - started_at_s, 2)
-        )
+        self.run.update_manifest(status="finished", stage=None, elapsed_s=round(time.perf_counter() - started_at_s, 2))
         if not self.recipe.engine.keep_checkpoints:
             shutil.rmtree(self.run.checkpoint_path, ignore_errors=True)
         return result
@@ -383,7 +379,6 @@ class _Stages:
         plan = self._stage_plan(stage)
         loaded = load_model(path)
         network = as_planned(loaded.module.to(self.device), plan)
-        assert isinstance(network, Network)
         pool, val = self.pool, self.val
         logits = predict(network, test.images, pool.mean, pool.std, plan)
         val_logits = predict(network, val.images, pool.mean, pool.std, plan) if val is not None else None
@@ -421,7 +416,7 @@ def _describe(source: Source, splits: Splits, starting: dict[str, StartingWeight
 def _statistics(images_u8: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixel / 255 for each channel, in whole numbers summed exactly; 4 digits."""
     total = squares = torch.zeros(images_u8.shape[1], dtype=torch.float64)
-    for part in images_u8.split(1024):
+    for part in torch.split(images_u8, 1024):
         values = part.to(torch.float64)
         total = total + values.sum((0, 2, 3))
         squares = squares + values.pow(2).sum((0, 2, 3))

@@ -180,9 +180,7 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
     width = recipe.student.width or (0.5 if data.kind == "digits" else 1.0)
     return recipe.model_copy(
         update={
-            "data": _filled(
-                recipe.data, image_px=px, channels=channels, mean=data.weights_mean, std=data.weights_std
-            ),
+            "data": _filled(recipe.data, image_px=px, channels=channels, mean=data.weights_mean, std=data.weights_std),
             "views": _views(recipe.views, data),
             "teacher": recipe.teacher.model_copy(
                 update={
@@ -194,7 +192,9 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
             "student": recipe.student.model_copy(
                 update={
                     "width": width,
-                    "halvings": _halvings(recipe.student.halvings, recipe.student.arch, px, recipe.student.init, "student"),
+                    "halvings": _halvings(
+                        recipe.student.halvings, recipe.student.arch, px, recipe.student.init, "student"
+                    ),
                     "optim": _optim(recipe.student.optim, recipe.student.settings, student_steps, data, "student"),
                 }
             ),
@@ -217,7 +217,7 @@ def _views(given: ViewConfig, data: DataDescription) -> ViewConfig:
 
 
 def _image_px(data: DataDescription) -> int:
-    """Small images as they are; photographs at 160 to 224 px, at the size of the starting weights if that is smaller."""
+    """Small images as they are; photographs at 160 to 224 px, or the size of the starting weights if smaller."""
     if data.kind != "photo":
         return data.shorter_px
     px = min(max(data.shorter_px, 160), 224) // 32 * 32
@@ -239,7 +239,8 @@ def _halvings(given: int | None, arch: str, px: int, init: str | None, who: str)
     chosen = min(fitting, most, known.halvings if px <= 32 else most) if given is None else given
     if px / 2**chosen < 2:
         raise RecipeError(
-            f"{chosen} halvings of {px} px leave a map below 2 x 2 for {arch}. Set {who}.halvings lower or data.image_px higher."
+            f"{chosen} halvings of {px} px leave a map below 2 x 2 for {arch}. "
+            f"Set {who}.halvings lower or data.image_px higher."
         )
     return chosen
 
@@ -268,9 +269,7 @@ def _baseline_optim(given: OptimConfig, steps: int, data: DataDescription) -> Op
     )
 
 
-def _in_steps(
-    config: OptimConfig, default: int, *, images_an_epoch: int, batch_of_epoch: int, who: str
-) -> OptimConfig:
+def _in_steps(config: OptimConfig, default: int, *, images_an_epoch: int, batch_of_epoch: int, who: str) -> OptimConfig:
     """The duration as total_steps, whatever unit it was given in."""
     try:
         epochs = to_steps(None, config.total_epochs, None, batch=batch_of_epoch, images_an_epoch=images_an_epoch)

@@ -154,13 +154,19 @@ class Run:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; RunError where the folder is no run, or one of a newer kdedge."""
         if not self.manifest_path.is_file():
-            raise RunError(f"{self.path} is not a run folder: it has no manifest.json. Expected a folder made by kdedge train-recipe.")
+            raise RunError(
+                f"{self.path} is not a run folder: it has no manifest.json. "
+                "Expected a folder made by kdedge train-recipe."
+            )
         manifest = read_json(self.manifest_path)
         if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
-            raise RunError(f"{self.manifest_path} has no integer 'schema'; it was not written by kdedge, or was altered.")
+            raise RunError(
+                f"{self.manifest_path} has no integer 'schema'; it was not written by kdedge, or was altered."
+            )
         if manifest["schema"] > SCHEMA:
             raise RunError(
-                f"{self.manifest_path} has schema {manifest['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge."
+                f"{self.manifest_path} has schema {manifest['schema']}; this kdedge reads up to {SCHEMA}. "
+                "Update kdedge."
             )
         return manifest
 
@@ -182,7 +188,9 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(f"Another kdedge is training in {self.path}. Wait for it, or choose another folder with --out.") from None
+                raise RunError(
+                    f"Another kdedge is training in {self.path}. Wait for it, or choose another folder with --out."
+                ) from None
             yield
 
 
@@ -197,7 +205,10 @@ def latest_finished(root: Path = Path("runs")) -> Run:
     """The finished run under `root` whose result was written last."""
     folders = [p for p in root.iterdir() if p.is_dir() and _finished(p)] if root.is_dir() else []
     if not folders:
-        raise RunError(f"There is no finished run under {root.resolve()}. Name one, or make one with: kdedge train-recipe mobilenet")
+        raise RunError(
+            f"There is no finished run under {root.resolve()}. Name one, or make one with: "
+            "kdedge train-recipe mobilenet"
+        )
     return Run(max(folders, key=lambda p: Run(p).result_path.stat().st_mtime))
 
 
@@ -209,5 +220,7 @@ def open_finished(path: Path | None, root: Path = Path("runs")) -> Run:
         raise RunError(f"The run folder {path} does not exist.")
     status = Run(path).read_manifest().get("status")
     if status != "finished":
-        raise RunError(f"The run in {path} is {status}, not finished. Go on with it: kdedge train-recipe ... --out {path} --resume")
+        raise RunError(
+            f"The run in {path} is {status}, not finished. Go on with it: kdedge train-recipe ... --out {path} --resume"
+        )
     return Run(path)

@@ -38,7 +38,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` [B + 2 U, C, H, W], normalised: labeled images (weak views), then weak, then strong views of the unlabeled.
+    """`images` [B + 2 U, C, H, W], normalised: labeled images (weakly), then the unlabeled weakly, then strongly.
 
     They are one tensor because they pass through the network together. `position_U` is the place of each unlabeled
     image in `Pool.unlabeled`.
@@ -64,8 +64,8 @@ def _permutation(count: int, *key: int | str) -> Tensor:
 def _draw(count: int, batch: int, step: int, *key: int | str) -> Tensor:
     """Positions [batch]: step after step walks through one permutation of `count` after another."""
     start = step * batch
-    parts = []
-    while (missing := batch - sum(map(len, parts))) > 0:
+    parts: list[Tensor] = []
+    while (missing := batch - sum(len(part) for part in parts)) > 0:
         epoch, offset = divmod(start, count)
         part = _permutation(count, *key, epoch)[offset : offset + missing]
         parts.append(part)

@@ -6,6 +6,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from kdedge.models.zoo import Network
+
 __all__ = ["Ema", "ema_decay"]
 
 
@@ -18,8 +20,8 @@ def ema_decay(step: int, ceiling: float) -> float:
 class Ema:
     """A frozen copy whose floating-point weights and statistics trail those of the network it was made from."""
 
-    def __init__(self, network: nn.Module, ceiling: float) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+    def __init__(self, network: Network, ceiling: float) -> None:
+        self.network: Network = copy.deepcopy(network).eval().requires_grad_(False)
         self.ceiling = ceiling
         self._pairs = _pairs(self.network, network)
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +42,7 @@ class LoadedModel:
         return num_params(self.module)
 
 
-def save_model(
-    path: Path, network: Network, spec: ModelSpec, classes: tuple[str, ...], preprocess: Preprocess
-) -> str:
+def save_model(path: Path, network: Network, spec: ModelSpec, classes: tuple[str, ...], preprocess: Preprocess) -> str:
     """Write weights, atomically, with the spec, classes and preprocessing in the header. Returns the file's sha256."""
     from safetensors.torch import save
 

@@ -35,7 +35,8 @@ class _Block(nn.Module):
         out = self.conv2(functional.leaky_relu(self.bn2(out), _SLOPE))
         source = activated if self.activate_before_residual else x_BCHW
         skip: Tensor = source if self.shortcut is None else self.shortcut(source)
-        return skip + out
+        total: Tensor = skip + out
+        return total
 
 
 @final

@@ -89,7 +89,8 @@ def architecture(name: str) -> Architecture:
     if name not in ARCHITECTURES:
         known = [*ARCHITECTURES, "wide-resnet-28-2"]
         raise RecipeError(
-            f"There is no architecture '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)} (any depth and width)."
+            f"There is no architecture '{name}'.{did_you_mean(name, known)} "
+            f"Known: {', '.join(known)} (any depth and width)."
         )
     return ARCHITECTURES[name]
 
@@ -98,7 +99,9 @@ def build(spec: ModelSpec) -> Network:
     """A freshly initialised network for `spec`, drawn from torch's global generator."""
     known = architecture(spec.arch)
     if spec.width != 1.0 and not known.scalable:
-        raise RecipeError(f"'{spec.arch}' has no width multiplier, but width {spec.width} was asked for. Leave width at 1.0.")
+        raise RecipeError(
+            f"'{spec.arch}' has no width multiplier, but width {spec.width} was asked for. Leave width at 1.0."
+        )
     if match := _WIDE_RESNET.fullmatch(spec.arch):
         return _wide_resnet(int(match[1]), int(match[2]), spec)
     if spec.arch.startswith("timm/"):
@@ -170,9 +173,8 @@ def _keep_last_halvings(backbone: nn.Module, keep: int) -> None:
 def _replace_stem(backbone: nn.Module, channels: int) -> None:
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
-            stem = nn.Conv2d(
-                channels, module.out_channels, module.kernel_size, module.stride, module.padding, bias=module.bias is not None
-            )
+            kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
+            stem = nn.Conv2d(channels, module.out_channels, kernel, stride, padding, bias=module.bias is not None)
             nn.init.kaiming_normal_(stem.weight, mode="fan_out")
             parent, _, leaf = name.rpartition(".")
             setattr(backbone.get_submodule(parent), leaf, stem)

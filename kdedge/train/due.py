@@ -11,7 +11,7 @@ def due(step: int, every: int, total: int) -> bool:
 def to_steps(
     total_steps: int | None, total_epochs: int | None, total_images: int | None, *, batch: int, images_an_epoch: int
 ) -> int | None:
-    """A duration in any one unit as steps of `batch` images, rounded up; None where none is given, ValueError where two are."""
+    """A duration in any one unit as steps of `batch` images, rounded up; None for none, ValueError for two."""
     units = {"total_steps": total_steps, "total_epochs": total_epochs, "total_images": total_images}
     given = [name for name, value in units.items() if value is not None]
     if len(given) > 1:

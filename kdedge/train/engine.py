@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -21,7 +21,18 @@ from kdedge.data.batches import Batch, Batches
 from kdedge.errors import DeviceError
 from kdedge.methods.step import Method
 
-__all__ = ["EngineConfig", "EnginePlan", "as_planned", "available_cores", "measure_plan", "pick_device", "prepare", "using"]
+__all__ = [
+    "EngineConfig",
+    "EnginePlan",
+    "as_planned",
+    "available_cores",
+    "measure_plan",
+    "pick_device",
+    "prepare",
+    "using",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _BUDGET_S = 1.0  # seconds a candidate may take after its first step
 
@@ -61,7 +72,9 @@ def pick_device(name: str) -> torch.device:
     if name != "cpu":
         count = torch.cuda.device_count()
         if int(name.partition(":")[2] or 0) >= count:
-            raise DeviceError(f"The device {name} was asked for, and torch finds {count} CUDA devices. Use --device cpu.")
+            raise DeviceError(
+                f"The device {name} was asked for, and torch finds {count} CUDA devices. Use --device cpu."
+            )
     return torch.device(name)
 
 
@@ -69,9 +82,9 @@ def _format(plan: EnginePlan) -> torch.memory_format:
     return torch.channels_last if plan.memory_format == "channels-last" else torch.contiguous_format
 
 
-def as_planned(network: nn.Module, plan: EnginePlan) -> nn.Module:
-    """The network's weights in the plan's memory format."""
-    return network.to(memory_format=_format(plan))  # type: ignore[call-overload, no-any-return]
+def as_planned(module: Module, plan: EnginePlan) -> Module:
+    """The module, its weights now in the plan's memory format."""
+    return module.to(memory_format=_format(plan))
 
 
 def prepare(images_BCHW: Tensor, plan: EnginePlan) -> Tensor:
@@ -82,7 +95,7 @@ def prepare(images_BCHW: Tensor, plan: EnginePlan) -> Tensor:
     """
     if plan.memory_format == "contiguous":
         return images_BCHW.contiguous()
-    batch, channels, height, width = images_BCHW.shape
+    _, channels, height, width = images_BCHW.shape
     if channels > 1:
         return images_BCHW.contiguous(memory_format=torch.channels_last)
     return images_BCHW.contiguous().as_strided(images_BCHW.shape, (height * width, 1, width, 1))
@@ -102,8 +115,9 @@ def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
 
 def _bf16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported()) if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+        return bool(torch.cuda.is_bf16_supported())
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def measure_plan(method: Method, batches: Batches, device: torch.device) -> tuple[EnginePlan, list[dict[str, object]]]:

@@ -25,7 +25,7 @@ def predict_with_features(
     network.eval()
     logits, features = [], []
     with using(plan, device):
-        for part in images_u8.split(_BATCH):
+        for part in torch.split(images_u8, _BATCH):
             embedded = network.embed(prepare(normalize(part.to(device).float(), mean, std), plan))
             features.append(embedded.float().cpu())
             logits.append(network.head(embedded).float().cpu())

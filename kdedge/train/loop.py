@@ -159,9 +159,7 @@ def _save(
     checkpoints.save(step, tensors, best_accuracy=best["accuracy"])
 
 
-def _restore(
-    checkpoint: Checkpoint, method: Method, optimizer: torch.optim.SGD, ema: Ema, best: dict[str, Any]
-) -> int:
+def _restore(checkpoint: Checkpoint, method: Method, optimizer: torch.optim.SGD, ema: Ema, best: dict[str, Any]) -> int:
     """Put everything back where it was after `checkpoint.step` steps."""
 
     def part(prefix: str) -> dict[str, torch.Tensor]:

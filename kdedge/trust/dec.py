@@ -33,7 +33,10 @@ def soft_assignment(features_NF: Tensor, centroids_JF: Tensor) -> Tensor:
 
 
 def target_distribution(q_NJ: Tensor) -> Tensor:
-    """p_ij proportional to q_ij^2 / f_j with f_j = sum_i q_ij, rows sum to 1 (eq. 3): sharper, and fair to small clusters."""
+    """p_ij proportional to q_ij^2 / f_j with f_j = sum_i q_ij, rows sum to 1 (eq. 3).
+
+    Sharper than q, and fair to small clusters.
+    """
     weight_NJ = q_NJ.pow(2) / q_NJ.sum(0).clamp(min=1e-12)
     return weight_NJ / weight_NJ.sum(1, keepdim=True)
 
@@ -60,7 +63,7 @@ def cluster(
         for _ in range(steps_an_update):
             loss = kl_loss(p_NJ, soft_assignment(features_NF, centroids_JF))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
             now_N = soft_assignment(features_NF, centroids_JF).argmax(1)

@@ -33,7 +33,9 @@ class TrustConfig(Config):
     filters: Literal["none", "confidence", "clusters", "confidence+clusters"] = "confidence+clusters"
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
     clusters: Annotated[int, Field(gt=1)] | None = None  # null: as many as classes
-    quota: Annotated[int, Field(gt=0)] | None = None  # at most so many a class, the most confident first; null: no limit
+    quota: Annotated[int, Field(gt=0)] | None = (
+        None  # at most so many a class, the most confident first; null: no limit
+    )
     label_weight: Annotated[float, Field(ge=0)] = 10.0  # votes of a labeled image when clusters get their class
 
 
@@ -82,7 +84,9 @@ def select_trusted(
     classes = logits_NK.shape[1]
     confidence_N, predicted_N = torch.softmax(logits_NK.float(), dim=1).max(1)
     confident_N = confidence_N >= config.threshold
-    agrees_N, assignment_N = _clusters_agree(features_NF, predicted_N, confidence_N, confident_N, label_N, classes, config)
+    agrees_N, assignment_N = _clusters_agree(
+        features_NF, predicted_N, confidence_N, confident_N, label_N, classes, config
+    )
     why = np.full(len(index_N), KEPT, dtype="<U20")
     if "clusters" in config.filters:
         why[~agrees_N.numpy()] = DISAGREES
@@ -128,7 +132,7 @@ def _clusters_agree(
 def _start(
     scaled_NF: Tensor, label_N: Tensor, predicted_N: Tensor, confident_N: Tensor, clusters: int, classes: int
 ) -> Tensor:
-    """Centroids [J, F] to start from: class means of labeled images, or k-means with 20 starts where that is not possible."""
+    """Centroids [J, F] to start from: class means of labeled images, else k-means with 20 starts."""
     present = torch.bincount(label_N[label_N >= 0], minlength=classes) > 0
     if clusters == classes and bool(present.all()):
         return torch.stack([scaled_NF[label_N == k].mean(0) for k in range(classes)])
@@ -162,4 +166,6 @@ def load_trusted(path: Path) -> TrustedSet:
         with np.load(path, allow_pickle=False) as file:
             return TrustedSet(**{name: file[name] for name in TrustedSet.__dataclass_fields__})
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise RunError(f"{path} cannot be read as a trusted set: {error}. Remove it, then go on with --resume.") from error
+        raise RunError(
+            f"{path} cannot be read as a trusted set: {error}. Remove it, then go on with --resume."
+        ) from error
