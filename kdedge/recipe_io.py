@@ -64,11 +64,11 @@ def show(name_or_path: str) -> str:
 
 
 def about(text: str) -> str:
-    """What a recipe makes: the first paragraph of the comment it starts with."""
+    """What a recipe makes: the comment it starts with, up to an empty line or the line `# Command: ...`."""
     lines: list[str] = []
     for line in text.splitlines():
         words = line.removeprefix("#").strip()
-        if not line.startswith("#") or (lines and not words):
+        if not line.startswith("#") or (lines and not words) or words.startswith("Command:"):
             break
         if words:
             lines.append(words)

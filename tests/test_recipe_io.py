@@ -245,7 +245,7 @@ def test_what_is_dumped_loads_again() -> None:
 
 def test_a_file_is_found_by_its_path_and_a_recipe_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("# What it makes.\n# More.\n#\n# Cost.\nseed: 1\n")
+    file.write_text("# What it makes.\n# More.\n# Command: x\n# Cost.\nseed: 1\n")
     found = recipe_io.find(str(file))
     assert (found.name, found.origin, found.text) == ("mine", str(file), file.read_text())
     assert recipe_io.about(found.text) == "What it makes. More."

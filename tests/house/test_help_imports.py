@@ -33,10 +33,11 @@ EVERY = list(commands(cli))
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
-    assert sorted(" ".join(path) for path in EVERY) == sorted(
-        ["", "train-recipe", "export", "bench", "report", "compare", "predict", "eval", "models", "doctor"]
-        + ["recipes", "recipes list", "recipes show", "recipes copy", "recipes validate", "data", "data check"]
-    )
+    words = {" ".join(path) for path in EVERY if path}
+    assert words == {
+        "train-recipe", "export", "bench", "report", "compare", "predict", "eval", "models", "doctor",
+        "recipes", "recipes list", "recipes show", "recipes copy", "recipes validate", "data", "data check",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", EVERY, ids=" ".join)

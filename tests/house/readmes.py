@@ -1,0 +1,64 @@
+"""Fenced commands of a README, read and run as a reader would: from top to bottom, in one folder."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["LANGUAGES", "Fence", "commands", "fences", "links", "tiny"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LANGUAGES = {"console", "text", "yaml", "json", "python"}
+"""What a fence may be. Commands are `console`; their output, if shown, is `text`."""
+
+NEEDS = {"board", "gpu", "network", "many-processes", "desktop"}
+"""What a fence may say it needs, instead of being run."""
+
+_FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=ticks)\s*$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(
+    r"!?\[[^\]]*\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\""
+)
+
+
+@dataclass(frozen=True)
+class Fence:
+    file: Path
+    line: int
+    language: str
+    needs: frozenset[str]
+    body: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line}"
+
+
+def fences(file: Path) -> Iterator[Fence]:
+    text = file.read_text(encoding="utf-8")
+    for match in _FENCE.finditer(text):
+        language, *marks = match["info"].split() or [""]
+        needs = frozenset(mark.removeprefix("needs:") for mark in marks if mark.startswith("needs:"))
+        yield Fence(file, text[: match.start()].count("\n") + 1, language, needs, match["body"])
+
+
+def commands(fence: Fence) -> list[str]:
+    """The lines after `$ `, a trailing backslash joining the next one."""
+    joined = fence.body.replace("\\\n", " ")
+    return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def tiny(command: str) -> str:
+    """The same command at tiny size: the recipe `tiny` for every other one, and the quick effort."""
+    if command.startswith("kdedge train-recipe"):
+        return re.sub(r"^(kdedge train-recipe) (?!-)(?!\S*\.yaml)\S+", r"\1 tiny", command)
+    if command.startswith("kdedge bench"):
+        return re.sub(r" --effort \S+", "", command) + " --effort quick"
+    return command
+
+
+def links(file: Path) -> list[str]:
+    """Targets of links and pictures, outside fences and inline code."""
+    text = _FENCE.sub("", file.read_text(encoding="utf-8"))
+    text = re.sub(r"`[^`\n]*`(?!\])", "", text)
+    return [match[1] or match[2] for match in _LINK.finditer(text)]
