@@ -111,13 +111,28 @@ def _reshape(node: onnx.NodeProto, graph: Graph) -> onnx.NodeProto:
     return node
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Layer names from weights. The notes hold stack traces with paths of this machine, in a field IR 8 lacks."""
+def _rename(model: onnx.ModelProto) -> None:
+    """A node is called after the layer of its weights, else its operator; a tensor after the node that makes it."""
     graph = Graph(model)
+    taken = {*graph.inputs, *graph.outputs, *graph.initializers}
+    tensors: dict[str, str] = {}
     for index, node in enumerate(model.graph.node):
         weight = node.input[1] if len(node.input) > 1 and node.op_type in ("Conv", "Gemm") else ""
-        named = weight in graph.initializers and weight.endswith(".weight")
-        node.name = weight.removesuffix(".weight") if named else f"{node.op_type}_{index}"
+        layer = weight.removesuffix(".weight") if weight in graph.initializers else weight
+        node.name = layer if layer != weight and layer not in taken else f"{node.op_type}_{index}"
+        taken.add(node.name)
+        for place, name in enumerate(node.input):
+            node.input[place] = tensors.get(name, name)
+        for place, name in enumerate(node.output):
+            if name and name not in graph.outputs:
+                tensors[name] = node.name if place == 0 else f"{node.name}:{place}"
+                node.output[place] = tensors[name]
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Layer names from weights. The notes hold stack traces with paths of this machine, in a field IR 8 lacks."""
+    _rename(model)
+    for node in model.graph.node:
         node.doc_string = ""
         node.ClearField("metadata_props")
     for each in [*model.graph.input, *model.graph.output, *model.graph.initializer]:

@@ -1,0 +1,103 @@
+"""The images an export needs, from the run's own splits: to calibrate on, to decide on, and to score once at the end.
+
+N images, H x W pixels, C channels, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from kdedge_device.evaluate import logits_of
+from kdedge_device.preprocess import Preprocess
+from kdedge_device.runners import OrtRunner
+
+from kdedge import recipe_io
+from kdedge.data.source import Source
+from kdedge.data.sources import open_source
+from kdedge.data.splits import Splits
+from kdedge.errors import DataError
+from kdedge.runs import Run, read_json
+
+__all__ = ["Part", "RunImages", "calibration_part", "open_run_images"]
+
+CALIBRATION_IMAGES = 512
+_CHUNK = 256  # images in memory at a time where only their logits are kept
+
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source. `labels` -1: not known, or not to be known by what asks."""
+
+    name: str
+    source: Source
+    indices: npt.NDArray[np.int64]
+    labels: Labels
+    sha256: str | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.source.ids[i] for i in self.indices]
+
+    def load(self, preprocess: Preprocess, chosen: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """uint8 [N, H, W, C]."""
+        tensor = self.source.load(self.indices[chosen], preprocess)
+        return np.ascontiguousarray(tensor.numpy().transpose(0, 2, 3, 1))
+
+    def logits(self, models: Sequence[Path], preprocess: Preprocess, threads: int = 1) -> list[npt.NDArray[np.float32]]:
+        """float32 [N, K] of each model; every image is decoded once, and few are in memory at a time."""
+        parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in models]
+        for start in range(0, len(self), _CHUNK):
+            images = self.load(preprocess, slice(start, start + _CHUNK))
+            for model, found in zip(models, parts, strict=True):
+                with OrtRunner(model, threads) as runner:
+                    found.append(logits_of(runner, preprocess, images))
+        return [np.concatenate(found) if found else np.zeros((0, 0), np.float32) for found in parts]
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """`gate` knows the classes only of images that training knew too; `test` knows all, and is looked at last."""
+
+    calibration: Part
+    gate: Part
+    test: Part
+    test_is_val: bool
+
+
+def open_run_images(run: Run) -> RunImages:
+    """The run's data, opened again and checked to be the same. DataError where it is gone or has changed."""
+    config = recipe_io.load(str(run.recipe_path)).data
+    root = Path(config.root) if config.root else None
+    source = open_source(config.spec, root=root, max_unreadable_fraction=config.max_unreadable_fraction)
+    document = read_json(run.splits_path)
+    splits = Splits.from_json(document, source)
+
+    def part(name: str, indices: npt.NDArray[np.int64], labels: Labels) -> Part:
+        return Part(name, source, indices, labels, document["splits"][name]["sha256"])
+
+    gate_labels = np.where(np.isin(splits.gate, splits.labeled), splits.truth[splits.gate], -1)
+    return RunImages(
+        calibration=part("calibration", splits.calibration, np.full(len(splits.calibration), -1)),
+        gate=part("gate", splits.gate, gate_labels),
+        test=part("test", splits.test, splits.truth[splits.test]),
+        test_is_val=splits.test_is_val,
+    )
+
+
+def calibration_part(spec: str) -> Part:
+    """Up to 512 images of another set, evenly over it, none of its val or test."""
+    source = open_source(spec)
+    pool = np.flatnonzero(np.isin(source.part, ("train", "unlabeled")))
+    if len(pool) == 0:
+        raise DataError(
+            f"{spec} has no training or unlabeled images to calibrate on. Name another set with --calibrate."
+        )
+    places = np.unique(np.linspace(0, len(pool) - 1, min(CALIBRATION_IMAGES, len(pool))).round().astype(np.int64))
+    return Part(spec, source, pool[places], np.full(len(places), -1), source.fingerprint)
