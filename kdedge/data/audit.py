@@ -20,7 +20,7 @@ from kdedge.data.words import counted
 
 __all__ = ["check"]
 
-SCHEMA = 1
+_SCHEMA = 1
 _LISTED = 200  # of each kind of finding; counts are always complete
 _THUMB = tuple[bytes, NDArray[np.uint8] | None, str, str]  # sha256, 32x32 grey, mode, why not
 
@@ -101,12 +101,14 @@ def _near(source: Source, looked: Sequence[_THUMB]) -> list[dict[str, Any]] | No
     """Pairs that are near but not exact duplicates; None for images too small to tell."""
     if min(source.native_px) < HASHABLE_PX:
         return None
-    where = [i for i, (_, small, _, _) in enumerate(looked) if small is not None]
+    # One of each group of exact duplicates stands for all: they are told already.
+    first = {digest: i for i, (digest, small, _, _) in reversed(list(enumerate(looked))) if small is not None}
+    where = sorted(first.values())
     if not where:
         return []
-    thumbnails = np.stack([small for _, small, _, _ in looked if small is not None])
+    thumbnails = np.stack([small for i in where if (small := looked[i][1]) is not None])
     pairs = [(where[i], where[j], bits) for i, j, bits in near_pairs(thumbnails)]
-    return [_finding(source, (i, j)) | {"bits": bits} for i, j, bits in pairs if looked[i][0] != looked[j][0]]
+    return [_finding(source, (i, j)) | {"bits": bits} for i, j, bits in pairs]
 
 
 def _leaks(parts: Sequence[str]) -> bool:
@@ -121,7 +123,7 @@ def _counted(source: Source) -> dict[str, Any]:
         for i, label in enumerate(source.classes)
     }
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "data": source.spec,
         "name": source.name,
         "images": len(source),

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HASHABLE_PX", "exact_groups", "near_pairs", "perceptual_hashes"]
+__all__ = ["HASHABLE_PX", "MOST_PAIRS", "exact_groups", "near_pairs", "perceptual_hashes"]
 
 HASHABLE_PX = 32  # shorter side from which a perceptual hash says something
-HASH_DISTANCE = 8  # of 64 bits: candidates
-PIXEL_DISTANCE = 8.0  # mean absolute difference of the 32x32 thumbnails, of 255, after removing mean brightness
-_BLOCK = 2048
+_HASH_DISTANCE = 8  # of 64 bits: candidates
+_PIXEL_DISTANCE = 8.0  # mean absolute difference of the 32x32 thumbnails, of 255, after removing mean brightness
+_FLAT = 1.0  # of 255: standard deviation of a thumbnail
+MOST_PAIRS = 100_000
+_BLOCK = 1024  # images; a block of pairs stays within the processor's cache
 
 
 def exact_groups(digests: Sequence[bytes]) -> list[list[int]]:
@@ -43,21 +45,25 @@ def perceptual_hashes(thumbnails: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def near_pairs(thumbnails: NDArray[np.uint8]) -> list[tuple[int, int, int]]:
     """(i, j, bits that differ) for i < j whose hashes are near and whose thumbnails agree.
 
-    All pairs of hashes are compared, in blocks, as whole numbers (100,000 images: 5e9 pairs, about ten seconds);
-    the few candidates are then compared by their pixels, since flat or simple images share hashes by chance.
+    All pairs of hashes are compared, in blocks, as whole numbers; the few candidates are then compared by their pixels,
+    since simple images share hashes by chance. Flat images have no shape to compare and are left out. The search ends
+    at MOST_PAIRS: frames of one film are all near each other.
     """
     hashes = perceptual_hashes(thumbnails)
+    shaped = thumbnails.std(axis=(1, 2)) >= _FLAT
     found: list[tuple[int, int, int]] = []
     for start in range(0, len(hashes), _BLOCK):
         rows = hashes[start : start + _BLOCK]
         for other in range(start, len(hashes), _BLOCK):
             distance = np.bitwise_count(rows[:, None] ^ hashes[None, other : other + _BLOCK])
-            i, j = np.nonzero(distance <= HASH_DISTANCE)
+            i, j = np.nonzero(distance <= _HASH_DISTANCE)
             first, second = i + start, j + other
-            keep = first < second
+            keep = (first < second) & shaped[first] & shaped[second]
             agree = _agree(thumbnails, first[keep], second[keep])
             pairs = zip(first[keep][agree], second[keep][agree], distance[i, j][keep][agree], strict=True)
             found += [(int(a), int(b), int(d)) for a, b, d in pairs]
+            if len(found) >= MOST_PAIRS:
+                return found[:MOST_PAIRS]
     return found
 
 
@@ -68,5 +74,5 @@ def _agree(thumbnails: NDArray[np.uint8], first: NDArray[np.intp], second: NDArr
         piece = slice(start, start + _BLOCK)
         difference = thumbnails[first[piece]].astype(np.float32) - thumbnails[second[piece]]
         difference -= difference.mean(axis=(1, 2), keepdims=True)
-        out[piece] = np.abs(difference).mean(axis=(1, 2)) <= PIXEL_DISTANCE
+        out[piece] = np.abs(difference).mean(axis=(1, 2)) <= _PIXEL_DISTANCE
     return out

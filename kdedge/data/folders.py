@@ -72,18 +72,26 @@ class _Scan:
     def relative(self, path: Path) -> str:
         return PurePosixPath(path.relative_to(self.root)).as_posix()
 
+    def _above(self) -> set[tuple[int, int]]:
+        """The root and the folders it lies in: a link to one of them leads back here."""
+        return {_identity(parent) for parent in (self.root.resolve(), *self.root.resolve().parents)}
+
+    def declare(self, folder: Path) -> None:
+        if _identity(folder) not in self._above():
+            self.declared.append(folder.name)
+
     def add_class_folders(self, folder: Path, part: str) -> None:
         """Every folder in `folder` is a class; files beside them are stray."""
         classes, files = self.listing(folder)
         self.stray += [self.relative(path) for path in files]
         for path in classes:
             if part == "train":
-                self.declared.append(path.name)
+                self.declare(path)
             self.add_images(path, path.name, part)
 
     def add_images(self, folder: Path, label: str | None, part: str) -> None:
         """All images in and below `folder`. Each real folder is read once, so links in a circle come to an end."""
-        seen = {_identity(parent) for parent in (self.root.resolve(), *self.root.resolve().parents)}
+        seen = self._above()
         waiting = [folder]
         while waiting:
             current = waiting.pop()
@@ -129,7 +137,7 @@ def open_folder(path: Path, spec: str, max_unreadable_fraction: float) -> Source
         notes = _other_folders(others)
     else:
         for folder in others:
-            scan.declared.append(folder.name)
+            scan.declare(folder)
             scan.add_images(folder, folder.name, "train")
     if not scan.entries:
         raise _nothing_found(path, scan, folders)

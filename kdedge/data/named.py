@@ -17,13 +17,13 @@ from kdedge.errors import DataError
 
 __all__ = ["NAMES", "open_named"]
 
-DIGITS = tuple("0123456789")
-FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+_DIGITS = tuple("0123456789")
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _DIGITS_SPLIT = 0  # random_state of the one 70/30 split of digits there is
 
 
-class Block(NamedTuple):
+class _Block(NamedTuple):
     """One part of a set: uint8 [n, h, w, C] and int64 [n] (None: no labels)."""
 
     part: str
@@ -41,7 +41,7 @@ def _datasets() -> Any:
 def _from_blocks(
     name: str,
     classes: Sequence[str],
-    blocks: Sequence[Block],
+    blocks: Sequence[_Block],
     flip_allowed: bool,
     default_labels: int,
 ) -> Source:
@@ -92,7 +92,7 @@ def _open_digits(_: Path, __: float) -> Source:
     return Source(
         name="digits",
         spec="digits",
-        classes=DIGITS,
+        classes=_DIGITS,
         ids=ids,
         labels=labels,
         part=part,
@@ -101,7 +101,7 @@ def _open_digits(_: Path, __: float) -> Source:
         kind="digits",
         flip_allowed=False,
         images=images,
-        fingerprint=fingerprint_of(DIGITS, ids, labels, part, images.digest()),
+        fingerprint=fingerprint_of(_DIGITS, ids, labels, part, images.digest()),
         default_labels=40,
     )
 
@@ -120,7 +120,7 @@ def _open_mnist(root: Path, name: str, folder_name: str, classes: Sequence[str],
             raise DataError(
                 f"{folder} has {part} images {images.shape} and labels {labels.shape}; one label an image was expected."
             )
-        blocks.append(Block(part, images[..., None], labels.astype(np.int64)))
+        blocks.append(_Block(part, images[..., None], labels.astype(np.int64)))
     return _from_blocks(name, classes, blocks, flip_allowed, 100)
 
 
@@ -137,7 +137,7 @@ def _open_cifar(root: Path, name: str, key: str, default_labels: int) -> Source:
     classes = [n.decode("latin1") if isinstance(n, bytes) else str(n) for n in names]
     blocks = []
     for part, files in (("train", official.train_list), ("test", official.test_list)):
-        blocks.append(Block(part, *read_cifar([folder / file for file, _ in files], key)))
+        blocks.append(_Block(part, *read_cifar([folder / file for file, _ in files], key)))
     return _from_blocks(name, classes, blocks, True, default_labels)
 
 
@@ -147,8 +147,8 @@ def _open_svhn(root: Path, _: float) -> Source:
         url, file_name, md5 = _datasets().SVHN.split_list[part]
         fetch_files("svhn", root, root, [(file_name, md5)], [url.removesuffix(file_name)])
         require_md5(root / file_name, md5)
-        blocks.append(Block(part, *read_svhn(root / file_name)))
-    return _from_blocks("svhn", DIGITS, blocks, False, 250)
+        blocks.append(_Block(part, *read_svhn(root / file_name)))
+    return _from_blocks("svhn", _DIGITS, blocks, False, 250)
 
 
 def _open_stl10(root: Path, _: float) -> Source:
@@ -168,8 +168,8 @@ def _open_stl10(root: Path, _: float) -> Source:
             labels = np.fromfile(folder / f"{part}_y.bin", np.uint8).astype(np.int64) - 1  # 1 to 10 in the file
             if len(labels) != len(pixels):
                 raise DataError(f"{folder} has {len(pixels)} {part} images and {len(labels)} labels. Fetch it again.")
-        blocks.append(Block(part, pixels, labels))
-    return _from_blocks("stl10", STL10, blocks, True, 1000)
+        blocks.append(_Block(part, pixels, labels))
+    return _from_blocks("stl10", _STL10, blocks, True, 1000)
 
 
 def _open_food101(root: Path, max_unreadable_fraction: float) -> Source:
@@ -192,8 +192,8 @@ def _open_food101(root: Path, max_unreadable_fraction: float) -> Source:
 
 _OPENERS: dict[str, Callable[[Path, float], Source]] = {
     "digits": _open_digits,
-    "mnist": lambda root, _: _open_mnist(root, "mnist", "MNIST", DIGITS, False),
-    "fashion-mnist": lambda root, _: _open_mnist(root, "fashion-mnist", "FashionMNIST", FASHION, True),
+    "mnist": lambda root, _: _open_mnist(root, "mnist", "MNIST", _DIGITS, False),
+    "fashion-mnist": lambda root, _: _open_mnist(root, "fashion-mnist", "FashionMNIST", _FASHION, True),
     "cifar10": lambda root, _: _open_cifar(root, "cifar10", "labels", 250),
     "cifar100": lambda root, _: _open_cifar(root, "cifar100", "fine_labels", 2500),
     "svhn": _open_svhn,

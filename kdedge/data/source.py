@@ -28,7 +28,7 @@ __all__ = ["PARTS", "SMALL_PX", "ArrayImages", "FileImages", "Indices", "Source"
 PARTS = ("train", "unlabeled", "val", "test")
 SMALL_PX = 64  # shorter side up to which images are small for the strides of a network made for photographs
 Indices: TypeAlias = NDArray[np.int64]
-Kind: TypeAlias = Literal["digits", "small", "photo"]
+_Kind: TypeAlias = Literal["digits", "small", "photo"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Source:
     part: NDArray[np.str_]
     channels: Literal[1, 3]
     native_px: tuple[int, int]  # median height and width
-    kind: Kind
+    kind: _Kind
     flip_allowed: bool
     images: ArrayImages | FileImages
     fingerprint: str

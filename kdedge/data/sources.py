@@ -1,6 +1,7 @@
 """From a SPEC, as typed after --data, to a source."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from kdedge.data.folders import LAYOUTS, open_folder
@@ -28,7 +29,11 @@ def open_source(spec: str, *, root: Path | None = None, max_unreadable_fraction:
     expected and what to do.
     """
     if spec in NAMES:
-        return open_named(spec, data_root(root), max_unreadable_fraction)
+        source = open_named(spec, data_root(root), max_unreadable_fraction)
+        if not Path(spec).is_dir():
+            return source
+        note = f"The folder {spec}/ here is not read: {spec} is the name of a known set. Write ./{spec} for the folder."
+        return replace(source, warnings=(*source.warnings, note))
     if not spec.strip():
         raise DataError(f"The data SPEC is empty. Expected one of {', '.join(NAMES)}, a folder, or a CSV file.")
     path = Path(spec).expanduser()

@@ -18,11 +18,11 @@ from kdedge.errors import DataError
 
 __all__ = ["SPLIT_NAMES", "Splits", "make_splits"]
 
-SCHEMA = 1
-CALIBRATION_IMAGES = 512
-GATE_IMAGES = 1000
-VAL_FRACTION = 0.2  # of the labelled images of each class
-VAL_AT_LEAST = 10  # a class; with fewer, val would choose by chance
+_SCHEMA = 1
+_CALIBRATION_IMAGES = 512
+_GATE_IMAGES = 1000
+_VAL_FRACTION = 0.2  # of the labelled images of each class
+_VAL_AT_LEAST = 10  # a class; with fewer, val would choose by chance
 SPLIT_NAMES = ("labeled", "unlabeled", "val", "test", "calibration", "gate")
 
 
@@ -55,7 +55,7 @@ class Splits:
     def to_json(self, source: Source) -> dict[str, Any]:
         """The document of splits.json."""
         return {
-            "schema": SCHEMA,
+            "schema": _SCHEMA,
             "data": source.spec,
             "name": source.name,
             "fingerprint": source.fingerprint,
@@ -104,9 +104,9 @@ def _checked(document: Any) -> dict[str, dict[str, Any]]:
     """The "splits" of a document whose form and hashes are right."""
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
         raise DataError("splits.json has no integer 'schema'. It was not written by kdedge, or was altered.")
-    if document["schema"] > SCHEMA:
+    if document["schema"] > _SCHEMA:
         raise DataError(
-            f"splits.json has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge."
+            f"splits.json has schema {document['schema']}; this kdedge reads up to {_SCHEMA}. Update kdedge."
         )
     try:
         splits = {name: dict(document["splits"][name]) for name in SPLIT_NAMES}
@@ -193,8 +193,8 @@ def make_splits(source: Source, labels: int | None = None, seed: int = 0) -> Spl
 
 def _carve_val(by_class: Sequence[Indices]) -> tuple[list[Indices], Indices]:
     """(labelled images left, val): a fifth of each class where that is enough in every class, else none."""
-    sizes = [int(VAL_FRACTION * len(members)) for members in by_class]
-    if min(sizes) < VAL_AT_LEAST:
+    sizes = [int(_VAL_FRACTION * len(members)) for members in by_class]
+    if min(sizes) < _VAL_AT_LEAST:
         return list(by_class), _array([])
     val = np.concatenate([members[:size] for members, size in zip(by_class, sizes, strict=True)])
     return [members[size:] for members, size in zip(by_class, sizes, strict=True)], np.sort(val)
@@ -202,10 +202,10 @@ def _carve_val(by_class: Sequence[Indices]) -> tuple[list[Indices], Indices]:
 
 def _export_splits(pool: Indices) -> tuple[Indices, Indices]:
     """(calibration, gate), disjoint. A pool too small for both gives a third to calibration."""
-    if len(pool) >= CALIBRATION_IMAGES + GATE_IMAGES:
-        return pool[:CALIBRATION_IMAGES], pool[CALIBRATION_IMAGES : CALIBRATION_IMAGES + GATE_IMAGES]
-    third = min(CALIBRATION_IMAGES, max(1, len(pool) // 3))
-    return pool[:third], pool[third : third + GATE_IMAGES]
+    if len(pool) >= _CALIBRATION_IMAGES + _GATE_IMAGES:
+        return pool[:_CALIBRATION_IMAGES], pool[_CALIBRATION_IMAGES : _CALIBRATION_IMAGES + _GATE_IMAGES]
+    third = min(_CALIBRATION_IMAGES, max(1, len(pool) // 3))
+    return pool[:third], pool[third : third + _GATE_IMAGES]
 
 
 def _check_trainable(source: Source, by_class: Sequence[Indices]) -> None:

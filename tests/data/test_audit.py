@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdedge.data import check
+from kdedge.data import check, duplicates
 from kdedge.data.duplicates import exact_groups, near_pairs, perceptual_hashes
 
 
@@ -127,3 +127,12 @@ def test_near_pairs_equal_a_slow_search() -> None:
                 slow.append((i, j, bits))
     assert {(i, j) for i, j, _ in slow} == {(i, 40 + i) for i in range(15)}
     assert sorted(near_pairs(thumbnails)) == slow
+
+
+def test_flat_images_and_films_end(monkeypatch) -> None:
+    flat = np.arange(50, dtype=np.uint8)[:, None, None] * np.ones((1, 32, 32), dtype=np.uint8)
+    assert near_pairs(flat) == []
+    film = np.random.default_rng(0).integers(0, 256, (1, 32, 32), dtype=np.uint8).repeat(60, axis=0)
+    assert len(near_pairs(film)) == 60 * 59 // 2
+    monkeypatch.setattr(duplicates, "MOST_PAIRS", 100)
+    assert len(near_pairs(film)) == 100

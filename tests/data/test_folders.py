@@ -104,12 +104,13 @@ def test_links_outside_are_read_and_circles_end(tmp_path, picture) -> None:
     (root / "cat" / "single.png").symlink_to(tmp_path / "elsewhere" / "2.png")
     (root / "cat" / "self").symlink_to(root / "cat")
     (root / "dog" / "up").symlink_to(root)
+    (root / "loop").symlink_to(root)
     (root / "dog" / "all").symlink_to("/")
     (root / "dog" / "nowhere.png").symlink_to(tmp_path / "gone.png")
     source = open_source(str(root), max_unreadable_fraction=0.5)
     assert source.ids == ("cat/1.png", "cat/more/2.png", "cat/single.png", "dog/1.png")
     assert source.unreadable == (("dog/nowhere.png", "there is no such file"),)
-    assert any("Skipped 3 linked folders" in warning for warning in source.warnings)
+    assert any("Skipped 4 linked folders" in warning for warning in source.warnings)
 
 
 def test_the_order_of_the_file_system_does_not_matter(tmp_path, picture, monkeypatch) -> None:

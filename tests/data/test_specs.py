@@ -1,5 +1,8 @@
 """What a SPEC may be, and what is said of everything else."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ def test_known_names() -> None:
         ("", "SPEC is empty"),
         ("  ", "SPEC is empty"),
         ("shards-{000..099}.tar", "WebDataset shards, which this version does not read yet"),
-        ("x" * 5000, "cannot be opened"),
+        ("x" * 5000, "cannot be opened|no data set named"),
     ],
 )
 def test_what_does_not_exist(spec: str, message: str, tmp_path, monkeypatch) -> None:
@@ -43,6 +46,27 @@ def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> Non
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(DataError, match=message):
         open_source(str(tmp_path / name))
+
+
+def test_a_name_wins_over_a_folder_and_says_so(tmp_path, picture, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "digits" / "aa" / "1.png")
+    assert open_source("digits").warnings[-1].endswith("Write ./digits for the folder.")
+    assert open_source("./digits").classes == ("aa",)
+
+
+def test_opening_and_checking_need_no_torch(class_folders: Path) -> None:
+    program = (
+        "import sys; from kdedge.data import check, make_splits, open_source; "
+        f"make_splits(open_source('digits')); check({str(class_folders)!r}); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=_environment())
+    assert done.stderr == ""
+    assert done.stdout == "False\n"
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def test_where_named_sets_lie(tmp_path, monkeypatch) -> None:
