@@ -43,7 +43,9 @@ def wilson(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     share = count / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    low = 0.0 if count == 0 else centre - half  # exactly 0 and 1 at the ends, whatever rounding says
+    high = 1.0 if count == total else centre + half
+    return 100 * low, 100 * high
 
 
 def agreement(fp32: Logits, int8: Logits, labels: npt.NDArray[np.int64]) -> Agreement:
