@@ -10,22 +10,32 @@ import numpy as np
 import numpy.typing as npt
 
 from kdedge_bench.facts import Facts
-from kdedge_bench.formats import count, milliseconds, percent, unique_short
-from kdedge_bench.svg import INK, MUTED, drawing, to_svg
+from kdedge_bench.formats import count, milliseconds, percent, shorten, unique_short
+from kdedge_bench.svg import HEIGHT_IN, INK, MUTED, drawing, to_svg
 from kdedge_bench.table import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["confusion", "curves", "kept_share", "learning_rate", "loss", "pseudo_label_accuracy", "tradeoff", "trusted"]
+__all__ = [
+    "confusion",
+    "curves",
+    "kept_share",
+    "learning_rate",
+    "loss",
+    "pseudo_label_accuracy",
+    "tradeoff",
+    "trusted",
+    "validation_accuracy",
+]
 
 STAGES = {
     "baseline": ("baseline", "#8a949e"),
     "outer": ("outer (teacher)", "#D55E00"),
-    "trusted": ("trusted set", "#CC79A7"),
     "inner": ("inner (student)", "#0072B2"),
 }
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+ROW_COLOURS = {"fp32": "#0072B2", "int8": "#D55E00"}
 MAX_NAMED = 20  # classes; more names than this cannot be read on an axis of 3 inches
 MAX_NUMBERED = 12  # classes; more numbers than this cannot be read in the cells
 SMOOTH_FROM = 80  # points
@@ -37,7 +47,9 @@ def curves(facts: Facts, key: str) -> list[Curve]:
     """`key` of every stage that logged it: (name, colour, steps, values)."""
     found = []
     for stage, (name, colour) in STAGES.items():
-        points = [(line["step"], line[key]) for line in facts.metrics if line.get("stage") == stage and _number(line.get(key))]
+        points = [
+            (line["step"], line[key]) for line in facts.metrics if line.get("stage") == stage and _number(line.get(key))
+        ]
         if points:
             steps, values = zip(*points, strict=True)
             found.append((name, colour, [float(step) for step in steps], [float(value) for value in values]))
@@ -70,7 +82,7 @@ def _steps_axis(axes: "Axes") -> None:
 
     axes.set_xlabel("Step of the stage")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
@@ -120,7 +132,10 @@ def loss(facts: Facts, key: str) -> str | None:
 
 
 def learning_rate(facts: Facts, key: str) -> str | None:
-    return _over_time(facts, "lr", key, "Learning rate over the steps of each stage", "Learning rate", lambda axes, _: axes.set_ylim(bottom=0) and None)
+    def finish(axes: "Axes", _: list[Curve]) -> None:
+        axes.set_ylim(bottom=0)
+
+    return _over_time(facts, "lr", key, "Learning rate over the steps of each stage", "Learning rate", finish)
 
 
 def _share(axes: "Axes", _: list[Curve]) -> None:
@@ -151,13 +166,16 @@ def validation_accuracy(facts: Facts, key: str) -> str | None:
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], key: str, artifact: str) -> str:
     """Counts [K true, K predicted]; a cell's colour is its share of the true class, so rare classes show too."""
+    from matplotlib.colors import PowerNorm
+
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     many = len(classes)
     with drawing(height_in=4.0) as (figure, axes):
         axes.grid(False)
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="none", aspect="equal")
+        # Square root: one mistake in a hundred is still seen.
+        axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none", aspect="equal")
         axes.set_xlabel("Predicted class")
         axes.set_ylabel("True class")
         if many <= MAX_NAMED:
@@ -165,11 +183,13 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], key: str, a
         if many <= MAX_NUMBERED:
             for (row, column), number in np.ndenumerate(matrix):
                 if number:
-                    colour = "white" if shares[row, column] > 0.55 else INK
+                    colour = "white" if shares[row, column] > 0.36 else INK
                     axes.text(column, row, f"{number}", ha="center", va="center", color=colour)
         right = int(np.trace(matrix))
         title = f"Confusion matrix of {artifact} on the test images"
-        return to_svg(figure, key, title, f"{right} of {int(matrix.sum())} images lie on the diagonal of {many} classes.")
+        return to_svg(
+            figure, key, title, f"{right} of {int(matrix.sum())} images lie on the diagonal of {many} classes."
+        )
 
 
 def _class_ticks(axes: "Axes", classes: Sequence[str]) -> None:
@@ -182,10 +202,14 @@ def _class_ticks(axes: "Axes", classes: Sequence[str]) -> None:
 
 def tradeoff(summaries: Sequence[Summary], key: str) -> str | None:
     """Test accuracy with its interval against p90 latency; what has no latency is a line across."""
-    points = [(found, row) for found in summaries for row in found.rows if row.p90_ms is not None and row.accuracy is not None]
+    points = [
+        (found, row) for found in summaries for row in found.rows if row.p90_ms is not None and row.accuracy is not None
+    ]
     if not points:
         return None
-    with drawing() as (figure, axes):
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with drawing(HEIGHT_IN if len(summaries) == 1 else HEIGHT_IN + 0.18 * len(summaries)) as (figure, axes):
         latencies = [row.p90_ms or 0.0 for _, row in points]
         for index, found in enumerate(summaries):
             _plot_run(axes, found, PALETTE[index % len(PALETTE)], alone=len(summaries) == 1)
@@ -194,10 +218,13 @@ def tradeoff(summaries: Sequence[Summary], key: str) -> str | None:
         _percent_axis(axes.yaxis)
         if max(latencies) > 10 * min(latencies):
             _log_axis(axes.xaxis)
-        axes.set_xlim(0 if max(latencies) <= 10 * min(latencies) else min(latencies) / 1.5, max(latencies) * 1.3)
+            axes.set_xlim(min(latencies) / 1.5, max(latencies) * 3)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_xlim(0, max(latencies) * 1.5)
         axes.margins(y=0.15)
-        if len(summaries) > 1:
-            figure.legend(loc="outside upper left", ncols=1)
+        figure.legend(loc="outside upper left", ncols=2 if len(summaries) == 1 else 1)
         described = "; ".join(
             f"{found.run} {row.name}: {percent(row.accuracy)} at {milliseconds(row.p90_ms)} ms" for found, row in points
         )
@@ -205,27 +232,30 @@ def tradeoff(summaries: Sequence[Summary], key: str) -> str | None:
 
 
 def _plot_run(axes: "Axes", found: Summary, colour: str, alone: bool) -> None:
-    labelled = False
-    for index, row in enumerate(found.rows):
+    """The points of one run. Alone, rows have names and colours of their own; among others, the run has."""
+    named = False
+    for row in found.rows:
         if row.accuracy is None:
             continue
         if row.p90_ms is None:
             if alone:
-                axes.axhline(row.accuracy, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-                axes.annotate(row.name, (0.995, row.accuracy), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=MUTED, xytext=(0, 1), textcoords="offset points")
+                dashes = "-." if row.key == "teacher" else ":"
+                axes.axhline(row.accuracy, color=MUTED, linewidth=1.1, linestyle=dashes, label=row.name)
             continue
-        low, high = (row.low or row.accuracy), (row.high or row.accuracy)
-        own = PALETTE[index % len(PALETTE)] if alone else colour
+        low, high = (row.accuracy if limit is None else limit for limit in (row.low, row.high))
+        own = ROW_COLOURS.get(row.key, PALETTE[-1]) if alone else colour
+        fill = own if row.shipped else "white"
+        mark = "o" if row.key == "fp32" else "s"
         axes.errorbar(
-            [row.p90_ms], [row.accuracy], yerr=[[row.accuracy - low], [high - row.accuracy]], fmt="s" if row.key == "int8" else "o",
-            color=own, capsize=3, markersize=6, markerfacecolor=own if row.shipped else "white",
-            label=None if alone or labelled else found.run,
+            [row.p90_ms], [row.accuracy], yerr=[[row.accuracy - low], [high - row.accuracy]], color=own,
+            fmt=mark, capsize=3, markersize=6, markerfacecolor=fill,
         )  # fmt: skip
-        labelled = True
+        # The legend gets marks of its own: an error bar in it looks like data.
         if alone:
-            axes.annotate(row.name, (row.p90_ms, row.accuracy), xytext=(7, 0), textcoords="offset points", va="center")
-        else:
-            axes.annotate(row.name.removeprefix("Student "), (row.p90_ms, row.accuracy), xytext=(6, 0), textcoords="offset points", va="center")
+            axes.plot([], [], mark, color=own, markersize=6, markerfacecolor=fill, label=row.name)
+        elif not named:
+            axes.plot([], [], "s", color=own, markersize=6, label=shorten(found.run, 44))
+            named = True
 
 
 def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:
@@ -233,7 +263,10 @@ def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:
     sizes = ((facts.result or {}).get("trusted") or {}).get("per_class")
     if not isinstance(sizes, list) or not sizes or not all(_number(size) for size in sizes):
         return None
+    from matplotlib.ticker import MaxNLocator
+
     with drawing() as (figure, axes):
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.bar(range(len(sizes)), sizes, color=PALETTE[0], width=0.7)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("Trusted images")

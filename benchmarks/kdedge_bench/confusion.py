@@ -23,7 +23,9 @@ class ClassRow:
     taken_for_count: int
 
 
-def confusion_matrix(labels: npt.NDArray[np.int64], guesses: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
+def confusion_matrix(
+    labels: npt.NDArray[np.int64], guesses: npt.NDArray[np.int64], classes: int
+) -> npt.NDArray[np.int64]:
     """Counts [K true, K predicted]; images of unknown class (label -1) are left out."""
     known = labels >= 0
     flat = labels[known] * classes + guesses[known]

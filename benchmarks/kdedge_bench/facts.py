@@ -17,7 +17,7 @@ from kdedge.errors import RunError
 from kdedge.runs import Run, read_json
 from kdedge_bench.records import Record, machine_name, read_records
 
-__all__ = ["Facts", "array_file", "bundle_of", "is_bundle", "read_facts"]
+__all__ = ["Facts", "array_file", "read_facts"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -79,7 +79,8 @@ class Facts:
         """How many test images have a known class: what the accuracies are shares of."""
         if self.test_labels is not None:
             return int((self.test_labels >= 0).sum())
-        return _split_size(self.splits, "test")
+        scored = ((self.bundle or {}).get("accuracy") or {}).get("images")
+        return scored or _split_size(self.splits, "test")
 
     def record(self, artifact: str) -> Record | None:
         """The newest measurement of `artifact` on the machine measured last, so that rows of a table are comparable."""
@@ -110,24 +111,6 @@ def read_facts(run: Run) -> Facts:
         records=records,
         stale_records=stale,
     )
-
-
-def is_bundle(path: Path) -> bool:
-    """Does this folder hold a bundle (a manifest with artifacts)?"""
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
-        return False
-    document = read_json(manifest)
-    return isinstance(document, dict) and isinstance(document.get("artifacts"), dict)
-
-
-def bundle_of(path: Path) -> Path:
-    """The bundle of a run folder, or `path` itself where it is one. RunError where there is none."""
-    if is_bundle(path):
-        return path
-    if is_bundle(path / "bundle"):
-        return path / "bundle"
-    raise RunError(f"{path} has no bundle to measure. Make one first: kdedge export {path} --int8")
 
 
 def array_file(path: Path) -> Arrays:
@@ -171,10 +154,6 @@ def _read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _split_size(splits: Mapping[str, Any] | None, name: str) -> int | None:
-    """Number of ids of a split, whether it is written as a list or as {"ids": [...]}."""
-    split = (splits or {}).get(name)
-    if split is None:
-        split = ((splits or {}).get("splits") or {}).get(name)
-    if isinstance(split, dict):
-        split = split.get("ids") or split.get("index")
-    return len(split) if isinstance(split, list) and split else None
+    """Number of images of a split as splits.json says; None where it has none."""
+    count = (((splits or {}).get("splits") or {}).get(name) or {}).get("count")
+    return count if isinstance(count, int) and count > 0 else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["DASH", "count", "interval", "milliseconds", "percent", "shorten", "size", "span"]
+__all__ = ["DASH", "count", "interval", "milliseconds", "percent", "shorten", "size", "span", "unique_short"]
 
 DASH = "–"
 NBSP = "\N{NO-BREAK SPACE}"
@@ -65,14 +65,15 @@ def shorten(name: str, limit: int) -> str:
     """`name` in at most `limit` characters: the middle is left out, because long class names differ at either end."""
     if len(name) <= limit:
         return name
-    head = (limit - 1 + 1) // 2
+    head = limit // 2
     tail = limit - 1 - head
-    return f"{name[:head]}…{name[len(name) - tail:] if tail else ''}"
+    return f"{name[:head]}…{name[len(name) - tail :] if tail else ''}"
 
 
 def unique_short(names: Sequence[str], limit: int) -> list[str]:
     """Shortened names that still differ from one another; a clash gets its number in front."""
     short = [shorten(name, limit) for name in names]
     return [
-        text if short.count(text) == 1 else shorten(f"{index} {names[index]}", limit) for index, text in enumerate(short)
+        text if short.count(text) == 1 else shorten(f"{index} {names[index]}", limit)
+        for index, text in enumerate(short)
     ]

@@ -1,6 +1,5 @@
 """The report: one self-contained HTML page of one or several runs. No scripts, no fonts, nothing fetched."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +10,12 @@ import numpy as np
 from kdedge.errors import RunError
 from kdedge.runs import Run, write_bytes
 from kdedge_bench import charts, formats
+from kdedge_bench.appendix import commands, conditions, hashes, latencies, provenance, stages
 from kdedge_bench.confusion import ClassRow, class_rows, confusion_matrix
 from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.pictures import Load, Strip, strip
-from kdedge_bench.records import flags, latency, machine_name
 from kdedge_bench.sentences import headline, trusted_sentences
-from kdedge_bench.table import HEADINGS, Summary, artifact_label, cells, footnotes, summarize
+from kdedge_bench.table import HEADINGS, Summary, artifact_label, cells, decision, footnotes, summarize
 
 __all__ = ["report"]
 
@@ -40,6 +39,7 @@ class Chapter:
     summary: Summary
     rows: list[tuple[str, ...]]
     notes: list[str]
+    decision: str
     tradeoff: Figure
     confusion: Figure
     class_rows: list[ClassRow]
@@ -50,7 +50,9 @@ class Chapter:
     trusted_figure: Figure
     latencies: list[tuple[str, ...]]
     conditions: list[tuple[str, str]]
+    stages: list[tuple[str, ...]]
     provenance: list[tuple[str, str]]
+    hashes: list[tuple[str, str]]
     commands: list[str]
     recipe: str
     gaps: list[str] = field(default_factory=list)
@@ -87,6 +89,7 @@ def _render(chapters: Sequence[Chapter]) -> str:
         title=f"kdedge report: {chapters[0].name}" if one else f"kdedge report: {len(chapters)} runs",
         chapters=chapters,
         headings=HEADINGS,
+        max_named=charts.MAX_NAMED,
         overview=None if one else _overview(chapters),
         overview_rows=[] if one else [(chapter, cells(best)) for chapter in chapters if (best := chapter.summary.best)],
     )
@@ -95,7 +98,8 @@ def _render(chapters: Sequence[Chapter]) -> str:
 def _overview(chapters: Sequence[Chapter]) -> Figure:
     return Figure(
         charts.tradeoff([chapter.summary for chapter in chapters], "overview"),
-        "Test accuracy with its 95 % interval against the latency of one image. Squares are INT8, circles FP32; filled is what ships.",
+        "Test accuracy with its 95 % interval against the latency of one image. "
+        "Squares are INT8, circles FP32; filled is what ships.",
         "No run has a latency yet: kdedge bench measures it.",
     )
 
@@ -112,6 +116,7 @@ def _chapter(facts: Facts, key: str, load: Load | None) -> Chapter:
         summary=found,
         rows=[cells(row) for row in found.rows],
         notes=footnotes(found),
+        decision=_decision(found),
         tradeoff=_tradeoff(found, key),
         confusion=_confusion(facts, matrix, label, key),
         class_rows=class_rows(matrix, facts.classes) if matrix is not None else [],
@@ -120,10 +125,12 @@ def _chapter(facts: Facts, key: str, load: Load | None) -> Chapter:
         training=_training(facts, key),
         trusted=trusted_sentences(facts),
         trusted_figure=_trusted_figure(facts, key),
-        latencies=_latencies(facts),
-        conditions=_conditions(facts),
-        provenance=_provenance(facts),
-        commands=_commands(facts),
+        latencies=latencies(facts),
+        conditions=conditions(facts),
+        stages=stages(facts),
+        provenance=provenance(facts),
+        hashes=hashes(facts),
+        commands=commands(facts),
         recipe=facts.run.recipe_path.read_text(encoding="utf-8") if facts.run.recipe_path.is_file() else "",
         gaps=_gaps(facts, found),
     )
@@ -157,19 +164,44 @@ def _gaps(facts: Facts, found: Summary) -> list[str]:
     elif found.row("int8") is not None and "int8" not in facts.bundle.get("artifacts", {}):
         gaps.append("The bundle has no INT8 file: kdedge export --int8.")
     if facts.stale_records:
-        gaps.append(f"{facts.stale_records} measurement(s) of files that were exported again since are left out: kdedge bench.")
+        gaps.append(
+            f"{facts.stale_records} measurement(s) of files that were exported again since are left out: kdedge bench."
+        )
+    if (facts.splits or {}).get("test_is_val"):
+        gaps.append("The data has no test split: the test images of this page are its validation images.")
     if facts.test_labels is None:
         gaps.append("No test image has a known class, so there is no test accuracy.")
     if facts.result and (facts.result.get("student") or {}).get("val_accuracy") is None:
-        gaps.append("There was no validation split: nothing was chosen on held-out images, the last averaged weights were taken.")
+        gaps.append(
+            "There was no validation split: no held-out images chose anything, the last averaged weights were taken."
+        )
     return gaps
+
+
+def _decision(found: Summary) -> str:
+    """What the gate measured and why it decided so; empty before an export."""
+    shipping = found.shipping
+    if shipping is None:
+        return ""
+    said = [f"verdict {shipping.verdict or 'undecided'}"]
+    if shipping.speedup is not None:
+        said.append(f"INT8 at {shipping.speedup:.2f} times the speed of FP32")
+    if shipping.drop_points is not None:
+        low_high = shipping.drop_interval
+        sure = f" (95 % interval {_points(low_high[0])} to {_points(low_high[1])})" if low_high else ""
+        said.append(f"a drop of {_points(shipping.drop_points)} points on the gate images{sure}")
+    return f"Gate of the target {shipping.target}: {', '.join(said)}. {decision(found)}"
+
+
+def _points(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def _tradeoff(found: Summary, key: str) -> Figure:
     return Figure(
         charts.tradeoff([found], f"{key}-tradeoff"),
-        "Test accuracy with its 95 % interval against the latency of one image. Filled is what ships; dashed lines are "
-        "networks that are not exported, so they have no latency.",
+        "Test accuracy with its 95 % interval against the latency of one image. Filled is what ships. Lines across are "
+        "networks that are not exported and so have no latency.",
         "No latency has been measured yet: kdedge bench measures it.",
     )
 
@@ -180,7 +212,8 @@ def _confusion(facts: Facts, matrix: Any, label: str, key: str) -> Figure:
         return Figure(None, "", missing)
     names = "" if len(facts.classes) <= charts.MAX_NAMED else " Classes are numbered as in the table below."
     numbers = "Numbers are images; the" if len(facts.classes) <= charts.MAX_NUMBERED else "The"
-    caption = f"Confusion matrix of {label}. {numbers} colour is the share of the true class, from 0 to 100 %.{names}"
+    scale = "colour is the share of the true class, on a square-root scale so that rare mistakes show."
+    caption = f"Confusion matrix of {label}. {numbers} {scale}{names}"
     return Figure(charts.confusion(matrix, facts.classes, f"{key}-confusion", label), caption, missing)
 
 
@@ -188,8 +221,14 @@ def _training(facts: Facts, key: str) -> list[Figure]:
     smooth = "Pale: as logged; strong: running mean."
     long = any(len(curve[3]) >= charts.SMOOTH_FROM for curve in charts.curves(facts, "loss"))
     figures = [
-        Figure(charts.loss(facts, f"{key}-loss"), f"Training loss of each stage. {smooth if long else ''}".strip(), "No loss was logged."),
-        Figure(charts.learning_rate(facts, f"{key}-lr"), "Learning rate of each stage.", "No learning rate was logged."),
+        Figure(
+            charts.loss(facts, f"{key}-loss"),
+            f"Training loss of each stage. {smooth if long else ''}".strip(),
+            "No loss was logged.",
+        ),
+        Figure(
+            charts.learning_rate(facts, f"{key}-lr"), "Learning rate of each stage.", "No learning rate was logged."
+        ),
         Figure(
             charts.kept_share(facts, f"{key}-kept"),
             "Kept share: unlabeled images whose pseudo label passes the confidence threshold.",
@@ -197,110 +236,19 @@ def _training(facts: Facts, key: str) -> list[Figure]:
         ),
         Figure(
             charts.pseudo_label_accuracy(facts, f"{key}-pseudo"),
-            "Accuracy of the kept pseudo labels. The true classes of the unlabeled images are used for this curve only.",
+            "Accuracy of the kept pseudo labels. The true classes of unlabeled images are used for this curve only.",
             "The accuracy of the pseudo labels is not known: the true classes of the unlabeled images are not.",
         ),
-        Figure(
-            charts.validation_accuracy(facts, f"{key}-val"),
-            "Accuracy on the validation split, which chooses the weights.",
-            "No accuracy was evaluated during training: there is no validation split.",
-        ),
     ]
+    validation = charts.validation_accuracy(facts, f"{key}-val")
+    if validation is not None:  # without a validation split there is none, which the summary says
+        figures.append(Figure(validation, "Accuracy on the validation split, which chooses the weights.", ""))
     return figures
 
 
 def _trusted_figure(facts: Facts, key: str) -> Figure:
     return Figure(
         charts.trusted(facts, facts.classes, f"{key}-trusted"),
-        "Trusted images of each class: those the student learns from as if they were labelled.",
+        "Trusted images of each class.",
         "The sizes of the trusted set by class are not known.",
     )
-
-
-def _latencies(facts: Facts) -> list[tuple[str, ...]]:
-    """Rows of the table of latencies: every part of every measurement."""
-    parts = {"compute": "compute", "with_copies": "with copies", "end_to_end": "end to end"}
-    rows = []
-    for record in sorted(facts.records, key=lambda record: (machine_name(record), str(record["artifact"].get("precision")))):
-        for part, name in parts.items():
-            times = latency(record, part)
-            if times:
-                numbers = [formats.milliseconds(times.get(key)) for key in ("p50", "p90", "p99", "min", "max", "mean", "std")]
-                rows.append((artifact_label(str(record["artifact"].get("precision"))), name, *numbers, formats.count(times.get("count"))))
-    return rows
-
-
-def _conditions(facts: Facts) -> list[tuple[str, str]]:
-    """How the newest measurement was made; the others of the same batch differ in temperature and load only."""
-    if not facts.records:
-        return []
-    record = facts.records[0]
-    artifact = record["artifact"]
-    rows = [("Machine", machine_name(record))]
-    machine = record.get("machine")
-    if isinstance(machine, dict):
-        rows += [(_words(key), _text(value)) for key, value in machine.items() if value not in (None, "", []) and key != "model"]
-    rows.append(("Runtime", f"{artifact.get('runtime') or ''} {artifact.get('version') or ''}".strip() or formats.DASH))
-    conditions = record.get("conditions") or {}
-    rows += [(_words(key), _text(value)) for key, value in conditions.items() if value not in (None, "", [])]
-    rows.append(("Repeats", _text(record.get("repeats"))))
-    rows.append(("Flags", ", ".join(flags(record)) or "none"))
-    rows.append(("Measured at", _text(record.get("started_at"))))
-    absent = [_words(key).lower() for key, value in conditions.items() if value is None]
-    if absent:
-        rows.append(("Not measured", ", ".join(absent)))
-    return rows
-
-
-def _words(key: str) -> str:
-    units = {"c": "°C", "ms": "ms", "mhz": "MHz", "mib": "MiB", "mw": "mW", "w": "W", "s": "s", "bytes": "bytes"}
-    acronyms = {"cpu": "CPU", "gpu": "GPU", "cuda": "CUDA", "jetpack": "JetPack", "os": "OS", "sha256": "SHA-256", "id": "id"}
-    *head, last = key.split("_")
-    if head and last in units:
-        return f"{_words('_'.join(head))}, {units[last]}"
-    text = " ".join(acronyms.get(word, word) for word in (*head, last))
-    return text[:1].upper() + text[1:]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return formats.DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{_words(str(key)).lower()} {_text(item)}" for key, item in value.items() if item is not None)
-    return str(value)
-
-
-def _provenance(facts: Facts) -> list[tuple[str, str]]:
-    """Where the run comes from, as its manifest and result say."""
-    result = facts.result or {}
-    rows = [(_words(key), _text(result.get(key))) for key in ("recipe", "data", "labels", "seed") if key in result]
-    if "seconds" in result:
-        rows.append(("Training took", formats.span(result["seconds"])))
-    skip = ("schema", "status", "stage", "command", "argv")
-    rows += [(_words(key), _text(value)) for key, value in facts.manifest.items() if key not in skip and value not in (None, "", {}, [])]
-    for name, entry in ((facts.bundle or {}).get("artifacts") or {}).items():
-        rows.append((f"SHA-256 of {entry.get('file') or name}", _text(entry.get("sha256"))))
-    return rows
-
-
-def _commands(facts: Facts) -> list[str]:
-    """The lines that make this run again."""
-    result, command = facts.result, facts.manifest.get("command")
-    if isinstance(command, str) and command:
-        train = command
-    elif result is None:
-        return []
-    else:
-        words = ["kdedge", "train-recipe", str(result.get("recipe")), "--data", str(result.get("data"))]
-        if result.get("labels") is not None:
-            words += ["--labels", str(result["labels"])]
-        train = shlex.join([*words, "--seed", str(result.get("seed", 0))])
-    effort = ((facts.records[0].get("conditions") or {}).get("effort") if facts.records else None) or "quick"
-    export = "kdedge export" + (" --int8" if "int8" in ((facts.bundle or {}).get("artifacts") or {"int8": 1}) else "")
-    return [train, export, f"kdedge bench --effort {effort}", "kdedge report"]

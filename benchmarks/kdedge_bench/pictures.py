@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from kdedge_device.failures import Failure
+from kdedge_device.preprocess import Preprocess
 
 from kdedge.errors import DataError, KdedgeError
 from kdedge.runs import Run
 from kdedge_bench.facts import Facts
-from kdedge_device.failures import Failure
-from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Picture", "Strip", "load_test_images", "pick", "probabilities", "strip"]
 
@@ -69,7 +69,7 @@ def pick(labels: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> tupl
 
 
 def strip(facts: Facts, artifact: str, load: Load | None = None) -> Strip:
-    """The pictures of `artifact`. A data set that cannot be opened any more is told in the page, it does not fail it."""
+    """The pictures of `artifact`. A data set that is gone is told in the page and does not fail it."""
     labels, logits, ids = facts.test_labels, facts.logits(artifact), facts.predictions.get("test_id")
     if labels is None or logits is None or ids is None:
         return Strip(problem="The run has no predictions on test images of known class.")

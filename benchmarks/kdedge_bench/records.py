@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdedge_device.record import SCHEMA
+
 from kdedge.errors import RunError
 from kdedge.runs import read_json
-from kdedge_device.record import SCHEMA
 
 __all__ = ["Record", "check_record", "file_name", "flags", "latency", "machine_name", "read_records"]
 
@@ -33,7 +34,9 @@ def read_records(folder: Path, bundle: Mapping[str, Any] | None) -> tuple[tuple[
 def check_record(document: Any, path: Path) -> Record:
     """The document, if it is a record this version reads; else RunError."""
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
-        raise RunError(f"{path} is no measurement record: it has no integer 'schema'. Expected a file written by kdedge bench.")
+        raise RunError(
+            f"{path} is no measurement record: it has no integer 'schema'. Expected a file written by kdedge bench."
+        )
     if document["schema"] > SCHEMA:
         raise RunError(f"{path} has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge.")
     for key in ("artifact", "machine", "conditions", "latency_ms"):
@@ -48,7 +51,7 @@ def latency(record: Record | None, part: str) -> dict[str, Any]:
 
 
 def machine_name(record: Record) -> str:
-    """The machine in a few words: the GPU, the board, or the processor. Not its host name, which in a container is a number."""
+    """The machine in a few words: GPU, board or processor. Not its host name, which in a container is a number."""
     machine = record["machine"]
     arm = str(machine.get("architecture") or "").startswith(("aarch64", "arm"))
     order = ("gpu", "model", "cpu") if arm else ("gpu", "cpu", "model")
@@ -58,7 +61,11 @@ def machine_name(record: Record) -> str:
 def flags(record: Record) -> list[str]:
     """Names of the warnings raised by the measurement, such as "unstable"."""
     found = record.get("flags") or {}
-    return [str(name) for name, raised in found.items() if raised] if isinstance(found, dict) else [str(name) for name in found]
+    return (
+        [str(name) for name, raised in found.items() if raised]
+        if isinstance(found, dict)
+        else [str(name) for name in found]
+    )
 
 
 def file_name(record: Record, artifact: str) -> str:

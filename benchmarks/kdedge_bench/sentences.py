@@ -1,10 +1,11 @@
 """What the numbers of a run say, in plain sentences."""
 
+import re
 from collections import Counter
 
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import count, interval, milliseconds, percent, size
-from kdedge_bench.table import Row, Summary
+from kdedge_bench.table import Row, Summary, decision
 
 __all__ = ["headline", "trusted_sentences"]
 
@@ -18,14 +19,21 @@ def headline(facts: Facts, found: Summary) -> str:
     labels = (facts.result or {}).get("labels")
     baseline = found.row("baseline")
     if labels and baseline and baseline.accuracy is not None:
-        sentences.append(f"It learned from {count(labels)} labels; those labels alone give {percent(baseline.accuracy)}.")
+        sentences.append(
+            f"It learned from {count(labels)} labels; those labels alone give {percent(baseline.accuracy)}."
+        )
     elif labels:
         sentences.append(f"It learned from {count(labels)} labels.")
-    if found.shipping and found.shipping.shipped:
-        sentences.append(f"Shipped: {found.shipping.shipped.upper()}. {found.shipping.why}".strip())
-    elif found.shipping:
-        sentences.append(f"Nothing is shipped yet. {found.shipping.why}".strip())
-    return " ".join(sentences)
+    sentences.append(_what_ships(found))
+    return " ".join(filter(None, sentences))
+
+
+def _what_ships(found: Summary) -> str:
+    """In a few words where INT8 ships, as one hopes; with the gate's reason where it does not."""
+    shipping = found.shipping
+    if shipping is None or shipping.shipped != "int8" or shipping.speedup is None:
+        return re.sub(r" \([^()]*\)", "", decision(found))  # intervals and counts stand below the table
+    return f"INT8 is shipped: {shipping.speedup:.2f} times the speed of FP32."
 
 
 def _how_good(row: Row) -> str:
@@ -33,7 +41,8 @@ def _how_good(row: Row) -> str:
     if row.accuracy is None:
         parts.append("test accuracy not known")
     elif row.images:
-        parts.append(f"{percent(row.accuracy)} of {count(row.images)} test images right (95 % interval {interval(row.low, row.high)})")
+        sure = f"95 % interval {interval(row.low, row.high)}"
+        parts.append(f"{percent(row.accuracy)} of {count(row.images)} test images right ({sure})")
     else:
         parts.append(f"{percent(row.accuracy)} of the test images right")
     if row.p90_ms is not None:
@@ -50,13 +59,16 @@ def trusted_sentences(facts: Facts) -> list[str]:
     if not part:
         return []
     precision = part.get("precision")
-    known = f"{percent(precision)} of their labels are right" if precision is not None else "how many of their labels are right is not known"
-    sentences = [
-        f"{count(part.get('size'))} images were trusted, {percent(part.get('coverage'))} of those looked at; {known}."
-    ]
+    known = (
+        f"{percent(precision)} of their labels are right"
+        if precision is not None
+        else "how many of their labels are right is not known"
+    )
+    covered = f"{count(part.get('size'))} images are trusted, {percent(part.get('coverage'))} of the unlabeled ones"
+    sentences = [f"{covered}; {known}. The student learns from them as if they were labelled."]
     if "why" in facts.trusted:
         reasons = Counter(str(why) for why in facts.trusted["why"])
-        kept = reasons.pop("kept", 0)
-        dropped = ", ".join(f"{count(number)} for “{why}”" for why, number in reasons.most_common())
-        sentences.append(f"{count(kept)} were kept" + (f"; left out: {dropped}." if dropped else ", none was left out."))
+        reasons.pop("kept", None)
+        left_out = ", ".join(f"{count(number)} ({why})" for why, number in reasons.most_common())
+        sentences.append(f"Left out: {left_out}." if left_out else "None was left out.")
     return sentences

@@ -47,7 +47,9 @@ class PairedDifference:
 
 
 def paired_difference(
-    base_right: Sequence[bool] | npt.NDArray[Any], new_right: Sequence[bool] | npt.NDArray[Any], confidence: float = 0.95
+    base_right: Sequence[bool] | npt.NDArray[Any],
+    new_right: Sequence[bool] | npt.NDArray[Any],
+    confidence: float = 0.95,
 ) -> PairedDifference:
     """Difference of two accuracies, one flag per image [N] for each model, in the same order.
 
@@ -117,7 +119,7 @@ def mcnemar_p(only_base: int, only_new: int) -> float:
     discordant = only_base + only_new
     # Sums of math.comb are exact integers, so that thousands of discordant images do not underflow.
     tail = sum(math.comb(discordant, k) for k in range(min(only_base, only_new) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * tail / (1 << discordant))
 
 
 def _z(confidence: float) -> float:

@@ -1,4 +1,7 @@
-"""A matplotlib figure as SVG that can stand in an HTML page beside others: real text, own ids, a title for those who cannot see it."""
+"""A matplotlib figure as SVG for an HTML page.
+
+Its text stays text, its ids are its own among other figures, and it has a title for those who cannot see it.
+"""
 
 import html
 import io
@@ -12,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "MUTED", "drawing", "to_svg"]
+__all__ = ["HEIGHT_IN", "INK", "MUTED", "drawing", "to_svg"]
 
 INK, MUTED, GRID = "#1f2933", "#5f6b76", "#e3e7eb"
 # 4.6 in are 442 CSS px; on a 400 px telephone the figure is shown at 368 px, and 9 pt text at 10 px.
 WIDTH_IN, HEIGHT_IN = 4.6, 3.0
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and is drawn in the page's own font
     "svg.hashsalt": "kdedge",  # the same figure gets the same ids
     "text.parse_math": False,  # a class may be called $5 bill
@@ -75,7 +78,7 @@ def to_svg(figure: "Figure", key: str, title: str, description: str) -> str:
         # A class name in a script that our measuring font lacks is drawn by the browser's fonts all the same.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from (current )?font")
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=metadata)  # type: ignore[arg-type]
+        figure.savefig(buffer, format="svg", metadata=metadata)
     return _inline(buffer.getvalue(), key, title, description)
 
 
@@ -92,7 +95,9 @@ def _inline(text: str, key: str, title: str, description: str) -> str:
     view = re.search(r'viewBox="([^"]+)"', body)
     inside = body[body.index(">") + 1 :]
     label = f"<title>{html.escape(title)}</title><desc>{html.escape(description)}</desc>"
-    return f'<svg viewBox="{view[1] if view else ""}" role="img" aria-label="{html.escape(title)}">{label}{inside.strip()}'
+    return (
+        f'<svg viewBox="{view[1] if view else ""}" role="img" aria-label="{html.escape(title)}">{label}{inside.strip()}'
+    )
 
 
 def _round(path: str) -> str:

@@ -1,5 +1,6 @@
 """The summary of a run: one row per network, from the baseline to the file that goes to the device."""
 
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kdedge.runs import Run
 from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.formats import DASH, count, interval, milliseconds, percent, size
-from kdedge_bench.records import latency, machine_name
+from kdedge_bench.records import flags, latency, machine_name
 from kdedge_bench.stats import wilson
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "as_rich",
     "as_text",
     "cells",
+    "decision",
     "footnotes",
     "summarize",
     "summary",
@@ -36,6 +38,7 @@ NAMES = {
     "fp16": "Student FP16",
 }
 HEADINGS = ("", "Test accuracy", "95 % interval", "Parameters", "Size", "p50 ms", "p90 ms")
+SHORT_HEADINGS = ("", "Accuracy", "95 % int.", "Params", "Size", "p50 ms", "p90 ms")  # for 80 columns
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Row:
     p50_ms: float | None = None  # compute, one image
     p90_ms: float | None = None
     threads: int | None = None
+    flags: tuple[str, ...] = ()  # warnings of the measurement
     shipped: bool = False
 
 
@@ -87,7 +91,7 @@ class Summary:
         """The row a person would use: the shipped one, else the smallest exported, else the student."""
         shipped = [row for row in self.rows if row.shipped]
         exported = [row for row in self.rows if row.key == "int8" and row.accuracy is not None]
-        return (shipped or exported or [row for row in self.rows if row.key == "fp32"] or [None])[0]
+        return next(iter(shipped or exported), self.row("fp32"))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,12 +105,12 @@ def summary(run: Run | Path) -> Summary:
 def summarize(facts: Facts) -> Summary:
     shipping = shipping_of(facts.gate)
     exported = [key for key in (facts.bundle or {}).get("artifacts", {}) if key not in ("fp32", "int8")]
-    rows = [_trained_row(facts, "baseline"), _trained_row(facts, "teacher")]
+    rows = [row for key in ("baseline", "teacher") if (row := _trained_row(facts, key)) is not None]
     rows += [_student_row(facts, key, shipping) for key in ("fp32", "int8", *exported)]
     measured = [facts.record(row.key) for row in rows]
     return Summary(
         run=facts.name,
-        rows=tuple(row for row in rows if row is not None),
+        rows=tuple(rows),
         shipping=shipping,
         machine=next((machine_name(record) for record in measured if record), None),
     )
@@ -152,6 +156,7 @@ def _row(
         p50_ms=compute.get("p50"),
         p90_ms=compute.get("p90"),
         threads=(record or {}).get("conditions", {}).get("threads"),
+        flags=tuple(flags(record)) if record else (),
         shipped=shipped,
     )
 
@@ -208,17 +213,26 @@ def footnotes(found: Summary) -> list[str]:
     images = next((row.images for row in found.rows if row.images), None)
     threads = next((row.threads for row in found.rows if row.threads), None)
     if images:
-        notes.append(f"Accuracy on {count(images)} test images.")
+        notes.append(f"Accuracy on {count(images)} test images, with its 95 % interval.")
     if found.machine:
         stated = f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
-        notes.append(f"Latency of one image, compute only, on {found.machine}{stated}.")
+        flagged = sorted({flag for row in found.rows for flag in row.flags})
+        doubt = f" Marked {' and '.join(flagged)}: measure again on an idle machine." if flagged else ""
+        notes.append(f"Latency of one image, compute only, on {found.machine}{stated}.{doubt}")
     else:
         notes.append(f"Latency ({DASH}) is not measured yet: kdedge bench.")
-    if found.shipping and found.shipping.shipped:
-        notes.append(f"Shipped: {found.shipping.shipped.upper()}. {found.shipping.why}".strip())
-    elif found.shipping:
-        notes.append(f"Nothing is shipped yet. {found.shipping.why}".strip())
     return notes
+
+
+def decision(found: Summary) -> str:
+    """Which file ships and why; empty before an export."""
+    if found.shipping is None:
+        return ""
+    shipped, why = found.shipping.shipped, found.shipping.why
+    if not shipped:
+        return f"Nothing is shipped yet. {why}".strip()
+    # The gate's own sentence says which it is, as a rule.
+    return why if why.lower().startswith(f"{shipped} is shipped") else f"Shipped: {shipped.upper()}. {why}".strip()
 
 
 def as_rich(found: Summary) -> "Table":
@@ -229,16 +243,15 @@ def as_rich(found: Summary) -> "Table":
 
     table = Table(
         title=Text(found.run),
-        caption=Text("\n".join(footnotes(found))),
+        caption=Text("\n".join(_below(found))),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
         show_edge=False,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for index, heading in enumerate(HEADINGS):
-        # Two-line headings: a narrow terminal cuts words, not numbers.
-        table.add_column(heading.replace(" ", "\n", 1) if index < 3 else heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for index, heading in enumerate(SHORT_HEADINGS):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in found.rows:
         # Text, not markup: a name with square brackets is a name.
         table.add_row(*map(Text, cells(row)), style="bold" if row.shipped else "")
@@ -247,11 +260,16 @@ def as_rich(found: Summary) -> "Table":
 
 def as_text(found: Summary) -> str:
     """The same without control characters, for a log or a file."""
-    lines = [HEADINGS, *((cells(row)[0] + (" (shipped)" if row.shipped else ""), *cells(row)[1:]) for row in found.rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(HEADINGS))]
-    text = [
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    ]
+    names = [cells(row)[0] + (" (shipped)" if row.shipped else "") for row in found.rows]
+    lines = [SHORT_HEADINGS, *((name, *cells(row)[1:]) for name, row in zip(names, found.rows, strict=True))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for first, *numbers in lines:
+        aligned = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        text.append("  ".join([first.ljust(widths[0]), *aligned]))
     text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([found.run, "", *text, "", *footnotes(found)]) + "\n"
+    return "\n".join([found.run, "", *text, "", *_below(found)]) + "\n"
+
+
+def _below(found: Summary) -> list[str]:
+    return [line for text in (*footnotes(found), decision(found)) for line in textwrap.wrap(text, 80)]

@@ -58,12 +58,15 @@ def record(artifact: str, sha256: str, p90_ms: float, **changes: Any) -> dict[st
 
     return {
         "schema": 1,
-        "machine": {"model": "Example CPU @ 2.0 GHz", "cpu": "Example CPU @ 2.0 GHz", "cores": 2, "gpu": None},
-        "conditions": {"threads": 1, "batch": 1, "effort": "quick", "load_average": 0.4, "power_mode": None,
-                       "temperature_before_c": 45.0, "temperature_after_c": 46.0},
+        "machine": {"name": "laptop", "model": "Laptop 7", "cpu": "Example CPU @ 2.0 GHz", "cores": 2, "gpu": None,
+                    "architecture": "x86_64"},
+        "conditions": {"threads": 1, "batch": 1, "effort": "quick", "power_mode": None,
+                       "load_average": {"before": [0.4, 0.5, 0.6], "after": [0.7, 0.5, 0.6]},
+                       "temperature_c": {"before": 45.0, "after": 46.0}, "clocks_mhz": None},
         "artifact": {"sha256": sha256, "precision": artifact, "runtime": "onnxruntime", "version": "1.23.0"},
         "latency_ms": {"compute": spread(p90_ms), "with_copies": None, "end_to_end": spread(p90_ms + 0.05)},
-        "repeats": 3, "throughput_ips": 1000 / p90_ms, "energy_mj_per_inference": None, "flags": [], "accuracy": None,
+        "repeats": 3, "throughput_ips": 1000 / p90_ms,
+        "energy_mj_per_inference": None, "flags": {"throttled": None, "unstable": False}, "accuracy": None,
         "started_at": "2026-01-02T03:04:05Z",
     } | changes  # fmt: skip
 
@@ -84,17 +87,26 @@ def build(path: Path, *, classes: list[str] | None = None, labels: npt.NDArray[n
         arrays[f"test_logits__{artifact}"] = logits_with(truth, len(names), count, seed)
     path.mkdir(parents=True)
     np.savez(path / "predictions.npz", **arrays)
-    recipe = f"# a recipe\nname: tiny\ndata:\n  spec: {data}\n  labels: 40\nseed: 0\n"
+    recipe = f"# a recipe\nschema: 1\nname: tiny\nseed: 0\ndata:\n  spec: {data}\n  labels: 40\n"
     (path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for name, size in (("baseline", 310_000), ("teacher", 1_500_000), ("student", 310_000)):
         (path / f"{name}.safetensors").write_bytes(b"\0" * size)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics()), encoding="utf-8")
+    plan = {"memory_format": "channels-last", "threads": 2, "precision": "fp32", "compile": False}
     write(path / "manifest.json", {
-        "schema": 1, "status": "finished", "stage": "done", "versions": {"kdedge": "0.1.0", "torch": "2.11.0"},
-        "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(), "seeds": {"labels": 0, "weights": 0},
-        "host": "laptop", "device": "cpu", "engine_plan": {"memory_format": "channels_last", "threads": 2},
+        "schema": 1, "status": "finished", "stage": None, "versions": {"kdedge": "0.1.0", "torch": "2.11.0"},
+        "recipe": {"name": "tiny", "data": {"spec": data}},
+        "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(), "data_fingerprint": "d" * 64, "seed": 0,
+        "host": {"system": "Linux-6.1", "machine": "x86_64"}, "device": "cpu", "started_at_s": 1767323045.5,
+        "engine_plan": {stage: {"plan": plan, "measured": []} for stage in ("baseline", "outer", "inner")},
+        "stages": {"baseline": {"sha256": "b" * 64, "seconds": 8.0, "images_per_second": 3000.0},
+                   "outer": {"sha256": "c" * 64, "seconds": 30.0, "images_per_second": 3900.4},
+                   "trusted": {"sha256": "e" * 64, "seconds": 1.5},
+                   "inner": {"sha256": "f" * 64, "seconds": 55.5, "images_per_second": 4100.0}},
     })  # fmt: skip
-    write(path / "splits.json", {"classes": names, "test": test_ids, "labeled": ["a"] * 40})
+    write(path / "splits.json", {"schema": 1, "classes": names, "test_is_val": False,
+        "splits": {"labeled": {"count": 40, "ids": ["a"] * 40},
+        "test": {"count": images, "sha256": "5" * 64, "ids": test_ids}}})  # fmt: skip
     part = {"params": 75_000, "val_accuracy": None, "seconds": 30.0}
     write(path / "result.json", {
         "schema": 1, "recipe": "tiny", "data": data, "labels": 40, "seed": 0,
@@ -106,7 +118,7 @@ def build(path: Path, *, classes: list[str] | None = None, labels: npt.NDArray[n
     })  # fmt: skip
     np.savez(path / "trusted.npz", index=np.arange(1257), label=np.arange(1257) % 10, confidence=np.full(1257, 0.97),
              cluster=np.arange(1257) % 10, kept=np.arange(1257) < 610,
-             why=np.array(["kept"] * 610 + ["low confidence"] * 400 + ["cluster disagrees"] * 150 + ["quota"] * 97))  # fmt: skip
+             why=np.repeat(["kept", "low confidence", "cluster disagrees", "quota"], [610, 400, 150, 97]))  # fmt: skip
     _write_bundle(path, names, hits, images)
     return path
 
@@ -120,16 +132,24 @@ def _write_bundle(path: Path, names: list[str], hits: dict[str, int], images: in
         artifacts[artifact] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
                                "accuracy": hits[artifact] / images}  # fmt: skip
     write(bundle / "manifest.json", {
-        "schema": 1, "artifacts": artifacts, "classes": names,
+        "schema": 1, "artifacts": artifacts, "classes": names, "files": {}, "shipped": "int8",
         "input": {"name": "input", "shape": [None, 1, 8, 8], "dtype": "float32", "layout": "NCHW"},
-        "preprocess": {"height": 8, "width": 8, "channels": 1, "resize": "short-side-crop", "mean": [0.3], "std": [0.38]},
+        "preprocess": {"height": 8, "width": 8, "channels": 1, "resize": "short-side-crop",
+                       "mean": [0.3], "std": [0.38]},
         "provenance": {"run": path.name},
     })  # fmt: skip
-    write(bundle / "gate.json", {"schema": 1, "targets": {"local": {
-        "shipped": "int8", "speedup": 2.15, "drop_points": 0.19, "drop_interval": [-0.4, 0.9], "verdict": "pass",
-        "why": "INT8 is 2.15 times as fast as FP32 and loses 0.19 points."}}})  # fmt: skip
+    write(bundle / "gate.json", {"schema": 1, "shipped": "int8", "targets": {"onnxruntime-cpu": {
+        "shipped": "int8", "speedup": 2.15, "drop_points": 0.19, "drop_points_interval": [0.05, 0.9], "verdict": "pass",
+        "why": "INT8 is shipped: it runs at 2.15 times the speed of FP32 here, and it gives another class "
+               "for 0.19 of 100 gate images."}}})  # fmt: skip
     for artifact, p90 in LATENCY_P90_MS.items():
         write(path / "bench" / f"example-cpu-{artifact}.json", record(artifact, artifacts[artifact]["sha256"], p90))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The usual run, for tests that only read it."""
+    return build(tmp_path_factory.mktemp("runs") / "tiny-digits-40-s0")
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
-
 from kdedge_bench.stats import mcnemar_p, paired_difference, tango, wilson
+from scipy import optimize, stats
 
 Z = 1.959963984540054
 
@@ -46,7 +45,9 @@ def _slow_score(first: int, second: int, n: int, delta: float) -> float:
         return float(-(counts * np.log(np.maximum(probs, 1e-300))).sum())
 
     low, high = max(0.0, -delta), (1 - delta) / 2
-    share = optimize.minimize_scalar(minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-13}).x
+    share = optimize.minimize_scalar(
+        minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-13}
+    ).x
     return float((first - second - n * delta) / math.sqrt(n * (2 * share + delta * (1 - delta))))
 
 
