@@ -27,7 +27,7 @@ from kdedge.errors import KdedgeError
 __all__ = ["cli", "main", "run"]
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141
+BROKEN_PIPE = 1  # click's own choice, where it notices first
 _USER_CAN_FIX = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 

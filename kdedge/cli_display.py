@@ -4,32 +4,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Display", "LiveDisplay", "PlainDisplay", "open_display"]
+    from kdedge.train.metrics import Display
+
+__all__ = ["LiveDisplay", "PlainDisplay", "open_display"]
 
 PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one stage, so that a log stays readable."""
 
 
-class Display(Protocol):
-    """What the pipeline tells while it runs."""
-
-    def stage(self, name: str, total_steps: int) -> None:
-        """A stage begins: `baseline`, `outer`, `trusted` or `inner`."""
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
-
-    def say(self, sentence: str) -> None:
-        """A remark: what was chosen, what was left out."""
-
-
 @contextmanager
-def open_display() -> Iterator[Display]:
+def open_display() -> "Iterator[Display]":
     """Live where standard error is a terminal, else plain lines; both on standard error."""
     if not sys.stderr.isatty():
         yield PlainDisplay()
@@ -59,8 +48,11 @@ class LiveDisplay:
         self._task = self.progress.add_task(name, total=total_steps, facts="")
 
     def step(self, record: Mapping[str, Any]) -> None:
-        if self._task is not None:
-            self.progress.update(self._task, completed=record["step"], facts=_facts(record))
+        if self._task is None:
+            return
+        self.progress.update(self._task, completed=record["step"])
+        if facts := _facts(record):  # a line of validation alone has none, and the last ones stay
+            self.progress.update(self._task, facts=facts)
 
     def say(self, sentence: str) -> None:
         self.progress.console.print(sentence, highlight=False, markup=False)
@@ -78,13 +70,13 @@ class PlainDisplay:
     def stage(self, name: str, total_steps: int) -> None:
         self._stage, self._began_at_s, self._first_step = name, time.monotonic(), -1
         self._shown_at_s = self._began_at_s
-        self._print(f"{name}: {total_steps} steps")
+        self._print(f"{name}: {total_steps} steps" if total_steps > 1 else name)
 
     def step(self, record: Mapping[str, Any]) -> None:
         now_s, step, total = time.monotonic(), record["step"], record["total_steps"]
         if self._first_step < 0:
             self._first_step = step
-        if step < total and now_s - self._shown_at_s < PLAIN_EVERY_S:
+        if total == 1 or (step < total and now_s - self._shown_at_s < PLAIN_EVERY_S):
             return
         self._shown_at_s = now_s
         done = step - self._first_step

@@ -1,10 +1,12 @@
 """`kdedge train-recipe`."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
-from kdedge.cli_common import Reply, command_output, note
+from kdedge.cli_common import Interrupted, Reply, columns, command_output, note
 
 __all__ = ["train_recipe"]
 
@@ -45,4 +47,34 @@ def train_recipe(
     loaded = recipe_io.load(recipe, settings, data=data, labels=labels, seed=seed, device=device)
     if data is None and loaded.data.spec == "digits":
         note(OWN_IMAGES)
-    raise NotImplementedError
+    from kdedge.cli_display import open_display
+    from kdedge.pipeline import train
+
+    try:
+        with open_display() as display:
+            run, result = train(loaded, out, resume=resume, display=display)
+    except KeyboardInterrupt:
+        again = _again(recipe, settings, {"data": data, "labels": labels, "seed": seed, "out": out, "device": device})
+        raise Interrupted(
+            "Stopped by Ctrl-C. What was trained is kept, up to the last checkpoint some seconds ago. "
+            f"Go on with: {again}"
+        ) from None
+    return Reply({"run": str(run.path), **result}, _text(run.path, result))
+
+
+def _again(recipe: str, settings: tuple[str, ...], flags: dict[str, Any]) -> str:
+    """The same command, to go on with."""
+    words = ["kdedge", "train-recipe", recipe]
+    words += [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    words += [word for setting in settings for word in ("--set", setting)]
+    return shlex.join([*words, "--resume"])
+
+
+def _text(path: Path, result: dict[str, Any]) -> str:
+    rows = [("", "network", "parameters", "test accuracy", "seconds")]
+    for name in ("baseline", "teacher", "student"):
+        if part := result.get(name):
+            accuracy = part["test_accuracy"]
+            shown = "-" if accuracy is None else f"{accuracy:.4f}"
+            rows.append((name, part["arch"], f"{part['params']:,}", shown, f"{part['seconds']:.0f}"))
+    return f"{columns(rows)}\n\nRun: {path}\nNext: kdedge export {shlex.quote(str(path))} --int8"
