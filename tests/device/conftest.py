@@ -1,0 +1,67 @@
+"""A small bundle written by hand: one pooled linear layer over 4 x 4 grey images, two classes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from kdedge_device.preprocess import Preprocess
+from onnx import TensorProto, helper, numpy_helper
+
+PREPROCESS = Preprocess(4, 4, 1, "squash", (0.5,), (0.5,))
+
+
+def linear_model(ir_version: int = 8, opset: int = 17, batch: object = "batch") -> bytes:
+    """logits = (-m, m) for the mean m of the normalised pixels: class "dark" or "bright"."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["input"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weight"], ["logits"], transB=1),
+    ]
+    weight = numpy_helper.from_array(np.array([[-1.0], [1.0]], np.float32), "weight")
+    inputs = [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 1, 4, 4])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 2])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    return bytes(model.SerializeToString())
+
+
+def entry(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def write_manifest(folder: Path, **changes: Any) -> None:
+    document = {
+        "schema": 1,
+        "shipped": "fp32",
+        "artifacts": {
+            "fp32": {
+                "file": "model.onnx",
+                **entry(folder / "model.onnx"),
+                "precision": "fp32",
+                "golden_tolerance": 1e-5,
+            }
+        },
+        "input": {"name": "input", "shape": ["batch", 1, 4, 4], "dtype": "float32", "layout": "NCHW"},
+        "preprocess": PREPROCESS.to_json(),
+        "classes": ["dark", "bright"],
+        "files": {"golden.npz": entry(folder / "golden.npz")},
+    }
+    (folder / "manifest.json").write_text(json.dumps({**document, **changes}), encoding="utf-8")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(linear_model())
+    images = np.stack([np.full((4, 4, 1), value, np.uint8) for value in (0, 60, 255)])
+    means = PREPROCESS.normalize(images).mean((1, 2, 3))
+    np.savez(folder / "golden.npz", images=images, logits__fp32=np.stack([-means, means], 1))
+    write_manifest(folder)
+    onnx.checker.check_model(str(folder / "model.onnx"))
+    return folder
