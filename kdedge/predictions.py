@@ -4,6 +4,7 @@ Keys: `<split>_id`, `<split>_label` and `<split>_logits__<artifact>` for the spl
 """
 
 import io
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,9 @@ def read_predictions(run: Run) -> dict[str, npt.NDArray[Any]]:
     if not run.predictions_path.is_file():
         return {}
     try:
-        with np.load(run.predictions_path, allow_pickle=False) as file:
+        with run.predictions_path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{run.predictions_path} cannot be read: {error}.") from error
 
 

@@ -174,7 +174,7 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
     """
     pretrained = data.weights_px is not None
     px = recipe.data.image_px or _image_px(data)
-    channels = recipe.data.channels or (3 if pretrained else data.channels)
+    channels = recipe.data.channels or (len(data.weights_mean) if data.weights_mean else data.channels)
     baseline_steps, teacher_steps, student_steps = _STEPS_FROM_WEIGHTS if pretrained else _STEPS[data.kind]
     teacher_arch = recipe.teacher.arch or ("resnet18" if data.kind == "photo" else "wide-resnet-28-2")
     width = recipe.student.width or (0.5 if data.kind == "digits" else 1.0)

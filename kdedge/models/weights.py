@@ -4,6 +4,8 @@ Nothing read here is executed: safetensors, `weights_only` .pt and .npz without 
 """
 
 import json
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,9 +137,9 @@ def _from_file(path: Path, arch: str) -> StartingWeights:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as .npz without executing anything: {error}.") from error
 
 
@@ -145,7 +147,9 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
     import pickle
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an unusual pickle protocol; what matters is told below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise DataError(

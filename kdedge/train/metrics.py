@@ -75,6 +75,7 @@ class MetricsLog:
     def write(self, stage: str, step: int, **values: Any) -> None:
         entry = {"stage": stage, "step": step} | {name: to_number(value) for name, value in values.items()}
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, allow_nan=False) + "\n")
         except OSError as error:

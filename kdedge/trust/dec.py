@@ -55,7 +55,7 @@ def cluster(
     images change cluster between updates (section 3.3 of the paper).
     """
     centroids_JF = start_JF.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.SGD([centroids_JF], lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD([centroids_JF], lr=0.1, momentum=0.9)
     assignment_N = soft_assignment(features_NF, start_JF).argmax(1)
     for _ in range(updates):
         with torch.no_grad():

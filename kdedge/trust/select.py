@@ -7,6 +7,7 @@ N unlabeled images, F features, J clusters, K classes.
 """
 
 import io
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -163,9 +164,9 @@ def save_trusted(path: Path, trusted: TrustedSet) -> None:
 def load_trusted(path: Path) -> TrustedSet:
     """Read trusted.npz; RunError where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return TrustedSet(**{name: file[name] for name in TrustedSet.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(
             f"{path} cannot be read as a trusted set: {error}. Remove it, then go on with --resume."
         ) from error

@@ -1,0 +1,62 @@
+"""A batch is a function of (seed, stage, step) alone."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toys import VIEWS, toy_pool
+
+from kdedge.data.batches import Batches
+
+
+def batches(seed: int = 0, stage: str = "outer", labeled: int = 4, unlabeled: int = 12) -> Batches:
+    return Batches(toy_pool(), VIEWS, labeled_batch=labeled, unlabeled_batch=unlabeled, seed=seed, stage=stage)
+
+
+def test_a_step_can_be_asked_for_in_any_order() -> None:
+    one, other = batches(), batches()
+    forward = [one.at(step) for step in range(12)]
+    for step in (11, 3, 7, 0):
+        again = other.at(step)
+        assert torch.equal(forward[step].images, again.images)
+        assert torch.equal(forward[step].position_U, again.position_U)
+
+
+def test_seed_and_stage_change_what_is_drawn() -> None:
+    reference = batches().at(5)
+    for other in (batches(seed=1), batches(stage="inner")):
+        assert not torch.equal(reference.position_U, other.at(5).position_U)
+        assert not torch.equal(reference.images, other.at(5).images)
+
+
+def test_every_unlabeled_image_comes_once_an_epoch() -> None:
+    drawn = torch.cat([batches().at(step).position_U for step in range(10)])  # 120 of 60: two epochs
+    assert torch.bincount(drawn, minlength=60).tolist() == [2] * 60
+    assert torch.bincount(drawn[:60], minlength=60).tolist() == [1] * 60
+
+
+def test_a_batch_larger_than_the_set_goes_around() -> None:
+    batch = batches(labeled=20).at(0)  # six labeled images
+    assert batch.labels_B.shape == (20,)
+    counts = torch.bincount(batch.labels_B, minlength=3)
+    assert counts.sum() == 20
+    assert int(counts.min()) >= 6
+
+
+def test_labels_and_truth_belong_to_their_images() -> None:
+    """The brightest third of each image tells its class."""
+    batch = batches().at(2)
+    labeled, weak, _ = batch.images.split([4, 12, 12])
+    for views, classes in ((labeled, batch.labels_B), (weak, batch.truth_U)):
+        thirds = torch.stack([views[:, 0, 3 * k : 3 * k + 2].mean((1, 2)) for k in range(3)], 1)
+        assert torch.equal(thirds.argmax(1), classes)
+    assert torch.equal(batch.truth_U, toy_pool().truth[batch.position_U])
+
+
+def test_labels_only_gives_no_unlabeled_views() -> None:
+    only = batches(unlabeled=0)
+    assert only.images_per_step == 4
+    assert only.at(0).images.shape == (4, 1, 8, 8)
+    assert batches().images_per_step == 28 == len(batches().at(0).images)

@@ -1,0 +1,200 @@
+"""The loop: resume is bit-exact, damage is survived, a lost loss stops the run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toys import SPEC, VIEWS, toy_network, toy_pool
+
+from kdedge.data.batches import Batch, Batches
+from kdedge.errors import RunError
+from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
+from kdedge.methods.step import Step
+from kdedge.models.zoo import ModelSpec, Network
+from kdedge.train.checkpoint import Checkpoints, tensors_hash
+from kdedge.train.due import due, to_steps
+from kdedge.train.engine import EngineConfig, EnginePlan, measure_plan, prepare
+from kdedge.train.loop import fit
+from kdedge.train.metrics import MetricsLog, SilentDisplay
+from kdedge.train.optim import OptimConfig, learning_rate, make_optimizer
+
+PLAN = EnginePlan(memory_format="channels-last", threads=1)
+OPTIM = OptimConfig(
+    total_steps=12,
+    labeled_batch=6,
+    unlabeled_ratio=2,
+    learning_rate=0.03,
+    warmup_steps=2,
+    momentum=0.9,
+    weight_decay=5e-4,
+    ema_decay=0.999,
+    batch_norm_momentum=0.1,
+)
+
+
+class Killed(Exception):
+    pass
+
+
+class DiesAt(FixMatch.__mro__[1]):  # type: ignore[misc]  # Method: FixMatch is final
+    """FixMatch that is killed before step `die`, counted over its life."""
+
+    def __init__(self, inner: FixMatch, die: int) -> None:
+        super().__init__(inner.network)
+        self.die, self.count = die, 0
+        self.inner = [inner]  # in a list, so that its network is not a second submodule
+
+    def forward(self, batch: Batch) -> Step:
+        if self.count == self.die:
+            raise Killed
+        self.count += 1
+        return self.inner[0](batch)
+
+
+# Dropout is in, so that a resume has to get torch's own generator right as well.
+MOBILE = ModelSpec("mobilenet-v2", 3, 1, width=0.25, halvings=2)
+
+
+def train(
+    folder: Path, *, die: int | None = None, spec: ModelSpec = SPEC, validate: Any = None, **changes: Any
+) -> Network:
+    inner = FixMatch(toy_network(spec=spec), FixMatchConfig(threshold=0.5))
+    method = inner if die is None else DiesAt(inner, die)
+    return fit(
+        method,
+        Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer"),
+        OPTIM.model_copy(update=changes),
+        EngineConfig(checkpoint_every_s=0, log_every_steps=1),
+        PLAN,
+        Checkpoints(folder / "checkpoint", "outer"),
+        MetricsLog(folder / "metrics.jsonl", SilentDisplay()),
+        seed=0,
+        validate=validate,
+    )
+
+
+def weights(network: Network) -> str:
+    return tensors_hash(network.state_dict())
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timings = ("images_per_second", "loader_wait_fraction")
+    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+
+
+@pytest.mark.parametrize("spec", [SPEC, MOBILE], ids=["wide-resnet", "mobilenet"])
+def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path, spec) -> None:
+    whole = train(tmp_path / "whole", spec=spec)
+    for die in (1, 5, 11):
+        folder = tmp_path / f"dies-at-{die}"
+        with pytest.raises(Killed):
+            train(folder, die=die, spec=spec)
+        assert weights(train(folder, spec=spec)) == weights(whole)
+        assert logged(folder) == logged(tmp_path / "whole")
+
+
+def test_another_seed_of_the_network_ends_elsewhere(tmp_path) -> None:
+    """The hash can tell networks apart, and one step more is another network."""
+    assert weights(train(tmp_path / "a")) != weights(train(tmp_path / "b", total_steps=13))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path) -> None:
+    whole = train(tmp_path / "whole")
+    for damage in ("cut", "altered"):
+        folder = tmp_path / damage
+        with pytest.raises(Killed):
+            train(folder, die=6)
+        newest = max((folder / "checkpoint").glob("outer.*"), key=lambda p: int(p.name.split(".")[1]))
+        content = bytearray(newest.read_bytes())
+        content[-20] ^= 1
+        newest.write_bytes(content[:-100] if damage == "cut" else content)
+        checkpoint, notes = Checkpoints(folder / "checkpoint", "outer").load()
+        assert checkpoint is not None
+        assert checkpoint.step == 5
+        assert len(notes) == 1
+        assert newest.name in notes[0]
+        assert weights(train(folder)) == weights(whole)
+
+
+def test_two_checkpoints_are_kept(tmp_path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, die=7)
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["outer.6.safetensors", "outer.7.safetensors"]
+
+
+def test_the_best_average_on_val_is_returned_and_resumed(tmp_path) -> None:
+    scores = [0.2, 0.9, 0.5, 0.9, 0.4, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    seen: dict[float, list[str]] = {}
+
+    def validating() -> Any:
+        steps = iter(scores[len(seen.get(-1.0, [])) :])
+
+        def score(network: Network) -> float:
+            value = next(steps)
+            seen.setdefault(value, []).append(weights(network))
+            seen.setdefault(-1.0, []).append("")
+            return value
+
+        return score
+
+    with pytest.raises(Killed):
+        train(tmp_path, die=6, validate=validating())
+    result = train(tmp_path, validate=validating())
+    assert weights(result) == seen[0.9][1]  # the later of two equals
+
+
+def test_a_loss_that_is_lost_stops_the_run_with_a_sentence(tmp_path) -> None:
+    with pytest.raises(RunError, match=r"loss of stage outer became nan at step \d+ .*optim\.learning_rate"):
+        train(tmp_path, learning_rate=1e30)
+
+
+def test_the_schedule_ends_at_a_fifth_of_its_peak() -> None:
+    assert learning_rate(1000, 1000, 0.03, 0) == pytest.approx(0.00585, abs=1e-5)
+    assert learning_rate(0, 1000, 0.03, 0) == 0.03
+    warm = [learning_rate(k, 10_000, 0.03, 4) for k in range(5)]
+    assert warm == pytest.approx([0.006, 0.012, 0.018, 0.024, 0.03], rel=1e-4)
+
+
+def test_weight_decay_spares_biases_and_batch_norms() -> None:
+    network = toy_network()
+    kernels, others = make_optimizer(network, 0.03, 0.9, 5e-4).param_groups
+    assert kernels["weight_decay"] == 5e-4
+    assert others["weight_decay"] == 0
+    assert {p.ndim for p in kernels["params"]} == {2, 4}
+    assert {p.ndim for p in others["params"]} == {1}
+    assert sum(len(g["params"]) for g in (kernels, others)) == len(list(network.parameters()))
+
+
+def test_durations_become_steps_at_the_border() -> None:
+    assert to_steps(5, None, None, batch=8, images_an_epoch=100) == 5
+    assert to_steps(None, 2, None, batch=8, images_an_epoch=100) == 25
+    assert to_steps(None, None, 65, batch=64, images_an_epoch=1) == 2
+    assert to_steps(None, None, None, batch=8, images_an_epoch=100) is None
+    with pytest.raises(ValueError, match="total_steps and total_images are both set"):
+        to_steps(5, None, 65, batch=64, images_an_epoch=1)
+    assert [k for k in range(1, 11) if due(k, 4, 10)] == [4, 8, 10]
+
+
+def test_measuring_a_plan_leaves_the_method_as_it_was() -> None:
+    method = FixMatch(toy_network(), FixMatchConfig())
+    before = tensors_hash(method.state_dict())
+    batches = Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer")
+    plan, timings = measure_plan(method, batches, torch.device("cpu"))
+    assert tensors_hash(method.state_dict()) == before
+    assert all(p.grad is None for p in method.parameters())
+    fastest = min(timings, key=lambda t: t["step_ms"])
+    assert plan.model_dump() == {k: v for k, v in fastest.items() if k != "step_ms"}
+
+
+def test_one_channel_really_becomes_channels_last() -> None:
+    """torch calls [B, 1, H, W] both formats at once; the convolution must see the one that was asked for."""
+    x = prepare(torch.rand(4, 1, 8, 8), PLAN)
+    out = torch.nn.Conv2d(1, 8, 3)(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert not out.is_contiguous()

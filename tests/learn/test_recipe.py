@@ -1,0 +1,108 @@
+"""A recipe fitted to its images."""
+
+import pytest
+
+from kdedge import recipe_io
+from kdedge.errors import RecipeError
+from kdedge.models.zoo import ModelSpec, build
+from kdedge.recipe import DataDescription, Recipe, resolve
+
+DIGITS = DataDescription("digits", 1, 8, False, 10, 40, 1257)
+MNIST = DataDescription("small", 1, 28, False, 10, 100, 60_000)
+CIFAR = DataDescription("small", 3, 32, True, 10, 250, 50_000)
+PHOTOS = DataDescription("photo", 3, 300, True, 5, 100, 2934)
+FLOWERS = DataDescription("photo", 3, 160, True, 5, 100, 2934)
+PRETRAINED = DataDescription("photo", 3, 300, True, 5, 100, 2934, 224, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+
+
+def recipe(*settings: str) -> Recipe:
+    return recipe_io.load("mobilenet", settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "px", "student_halvings", "teacher", "teacher_halvings", "flip"),
+    [
+        (DIGITS, 8, 2, "wide-resnet-28-2", 2, False),
+        (MNIST, 28, 3, "wide-resnet-28-2", 2, False),
+        (CIFAR, 32, 3, "wide-resnet-28-2", 2, True),
+        (PHOTOS, 224, 5, "resnet18", 5, True),
+        (FLOWERS, 160, 5, "resnet18", 5, True),
+    ],
+    ids=["digits", "mnist", "cifar", "photos", "flowers"],
+)
+def test_sizes_and_views_follow_the_images(data, px, student_halvings, teacher, teacher_halvings, flip) -> None:
+    resolved = resolve(recipe(), data)
+    assert (resolved.data.image_px, resolved.data.channels) == (px, data.channels)
+    assert (resolved.student.halvings, resolved.teacher.halvings) == (student_halvings, teacher_halvings)
+    assert (resolved.teacher.arch, resolved.views.flip) == (teacher, flip)
+    assert px / 2**student_halvings >= 2
+    for part in (resolved.teacher.optim, resolved.student.optim, resolved.baseline.optim):
+        assert part.total_steps
+        assert part.total_epochs is part.total_images is None
+        assert None not in (part.labeled_batch, part.learning_rate, part.momentum, part.weight_decay, part.ema_decay)
+    build(ModelSpec(resolved.student.arch, 10, data.channels, resolved.student.width, student_halvings))
+
+
+def test_every_open_value_is_filled_and_the_result_loads_again(tmp_path) -> None:
+    resolved = resolve(recipe(), PRETRAINED)
+    assert None not in resolved.views.model_dump().values()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_io.dump(resolved))
+    again = recipe_io.load(str(path))
+    assert again == resolved
+    assert resolve(again, PRETRAINED) == resolved
+
+
+def test_what_the_recipe_says_is_never_changed() -> None:
+    said = recipe(
+        "data.image_px=64", "student.width=0.75", "student.halvings=3", "teacher.arch=resnet34", "views.flip=false",
+        "student.optim.total_steps=7", "teacher.optim.learning_rate=0.1",
+    )  # fmt: skip
+    resolved = resolve(said, CIFAR)
+    assert (resolved.data.image_px, resolved.student.width, resolved.student.halvings) == (64, 0.75, 3)
+    assert (resolved.teacher.arch, resolved.views.flip) == ("resnet34", False)
+    assert resolved.student.optim.total_steps == 7
+    assert resolved.teacher.optim.learning_rate == 0.1
+    assert resolved.student.optim.learning_rate == 0.03
+
+
+def test_the_papers_setting_is_the_papers_table() -> None:
+    optim = resolve(recipe("teacher.settings=fixmatch.paper"), CIFAR).teacher.optim
+    assert optim.model_dump() == {
+        "total_steps": 2**20,
+        "total_epochs": None,
+        "total_images": None,
+        "labeled_batch": 64,
+        "unlabeled_ratio": 7,
+        "learning_rate": 0.03,
+        "warmup_steps": 0,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "ema_decay": 0.999,
+        "batch_norm_momentum": 0.001,
+    }
+    method = recipe().teacher.method
+    assert (method.threshold, method.unlabeled_weight) == (0.95, 1.0)
+
+
+def test_starting_weights_bring_size_strides_and_normalisation() -> None:
+    resolved = resolve(recipe("student.init=weights.npz"), PRETRAINED)
+    assert (resolved.data.image_px, resolved.student.halvings) == (224, 5)
+    assert (resolved.data.mean, resolved.data.std) == ((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    grey = DataDescription("small", 1, 64, False, 3, 30, 300, 224, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    assert resolve(recipe("student.init=weights.npz", "data.image_px=96"), grey).data.channels == 3
+
+
+def test_durations_in_other_units_become_steps() -> None:
+    resolved = resolve(recipe("teacher.optim.total_epochs=2", "student.optim.total_images=640"), DIGITS)
+    assert resolved.teacher.optim.total_steps == 27  # 2 x 1257 images in batches of 96
+    assert resolved.student.optim.total_steps == 20
+    with pytest.raises(RecipeError, match=r"teacher.optim: total_steps and total_epochs are both set"):
+        resolve(recipe("teacher.optim.total_epochs=2", "teacher.optim.total_steps=3"), DIGITS)
+
+
+def test_strides_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(RecipeError, match="3 halvings of 8 px leave a map below 2 x 2"):
+        resolve(recipe("student.halvings=3"), DIGITS)
+    with pytest.raises(RecipeError, match="at most 3 times"):
+        resolve(recipe("teacher.halvings=4"), CIFAR)

@@ -1,0 +1,93 @@
+"""Views: reproducible, inside the range, and no further than the config says."""
+
+import torch
+
+from kdedge.data.augment import shift
+from kdedge.data.views import OPERATIONS, ViewConfig, normalize, strong, weak
+
+PHOTO = ViewConfig(
+    flip=True,
+    shift_fraction=0.125,
+    rotate_degrees=30.0,
+    shear=0.3,
+    translate_fraction=0.3,
+    cutout_fraction=0.5,
+    fill=127.0,
+    geometric_only=False,
+)
+
+
+def images(count: int = 64, channels: int = 3, px: int = 16) -> torch.Tensor:
+    return torch.randint(0, 256, (count, channels, px, px), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_same_generator_gives_the_same_views_and_another_gives_others() -> None:
+    for view in (weak, strong):
+        assert torch.equal(view(images(), PHOTO, generator(3)), view(images(), PHOTO, generator(3)))
+        assert not torch.equal(view(images(), PHOTO, generator(3)), view(images(), PHOTO, generator(4)))
+
+
+def test_views_stay_in_range_and_leave_their_input_alone() -> None:
+    before = images()
+    for view in (weak, strong):
+        given = before.clone()
+        out = view(given, PHOTO, generator())
+        assert out.dtype == torch.float32
+        assert out.shape == before.shape
+        assert 0 <= float(out.min()) <= float(out.max()) <= 255
+        assert torch.equal(given, before)
+
+
+def test_a_weak_view_is_one_of_the_shifts_mirrored_or_not() -> None:
+    x = images(8, px=16)
+    candidates = [shift(x.float(), torch.tensor([[i, j]]).expand(8, 2), 2) for i in range(5) for j in range(5)]
+    candidates += [c.flip(3) for c in candidates]
+    out = weak(x, PHOTO, generator())
+    assert all(any(torch.equal(out[i], c[i]) for c in candidates) for i in range(8))
+
+
+def test_without_freedom_nothing_moves() -> None:
+    still = ViewConfig(
+        flip=False,
+        shift_fraction=0.0,
+        rotate_degrees=0.0,
+        shear=0.0,
+        translate_fraction=0.0,
+        cutout_fraction=0.0,
+        fill=0.0,
+        geometric_only=True,
+    )
+    assert torch.equal(strong(images(), still, generator()), images().float())
+
+
+def test_every_operation_is_drawn_about_equally_often() -> None:
+    """A constant grey image tells operations apart poorly, so count what the draw itself gives."""
+    count = 28_000
+    draws = torch.rand(count, generator=generator())
+    drawn = (draws * len(OPERATIONS)).long().clamp_(max=len(OPERATIONS) - 1)
+    share = torch.bincount(drawn, minlength=len(OPERATIONS)) / count
+    assert len(OPERATIONS) == 14
+    assert float((share - 1 / 14).abs().max()) < 0.01
+
+
+def test_a_strong_view_differs_more_than_a_weak_one() -> None:
+    smooth = torch.nn.functional.interpolate(images(64, px=4).float(), 32, mode="bilinear").to(torch.uint8)
+    reference = smooth.float()
+    config = PHOTO.model_copy(update={"flip": False})
+    weak_change = (weak(smooth, config, generator()) - reference).abs().mean()
+    strong_change = (strong(smooth, config, generator()) - reference).abs().mean()
+    assert strong_change > 1.5 * weak_change
+
+
+def test_normalize_is_that_of_the_device() -> None:
+    from kdedge_device.preprocess import Preprocess
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    x = images(4)
+    ours = normalize(x.float(), torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1))
+    theirs = Preprocess(16, 16, 3, "squash", mean, std).normalize(x.permute(0, 2, 3, 1).numpy())
+    assert float((ours - torch.from_numpy(theirs)).abs().max()) < 1e-5
