@@ -44,12 +44,15 @@ def export(
     if run is not None and run.suffix == ".onnx":
         raise ExportError(f"{run} is an ONNX file; a run folder was expected, as made by kdedge train-recipe.")
     found = finished_run(run)
-    from kdedge_export import export_run
+    from kdedge_export.export import export_run
 
-    document = export_run(found, int8=int8, out=out, max_drop_points=max_drop, calibrate=calibrate, threads=threads)
+    document = export_run(
+        found, int8=int8, out=out, max_drop_points=max_drop, calibrate=calibrate, threads=threads, display=note
+    )
     missed = strict and int8 and document["shipped"] != "int8"
-    text = _export_text(document, out or found.bundle_path)
-    return Reply(document, text + ("\n--strict: INT8 is not what ships." if missed else ""), exit_code=int(missed))
+    if missed:
+        note(f"--strict: INT8 was asked for, and {document['shipped'].upper()} is shipped.")
+    return Reply(document, _export_text(document, out or found.bundle_path), exit_code=int(missed))
 
 
 def _export_text(document: dict[str, Any], bundle: Path) -> str:
@@ -64,8 +67,7 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
                 "-" if latency is None else f"{latency:.3f} ms",
             )
         )
-    shipped = f"Shipped: {document['shipped'].upper()}. {document['why']}"
-    return f"{columns(rows)}\n\n{shipped}\nBundle: {bundle}"
+    return f"{columns(rows)}\n\n{document['why']}\nBundle: {bundle}"
 
 
 @click.command()
