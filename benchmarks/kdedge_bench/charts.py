@@ -266,7 +266,7 @@ def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:
     from matplotlib.ticker import MaxNLocator
 
     with drawing() as (figure, axes):
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.bar(range(len(sizes)), sizes, color=PALETTE[0], width=0.7)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("Trusted images")

@@ -2,7 +2,18 @@
 
 from collections.abc import Sequence
 
-__all__ = ["DASH", "count", "interval", "milliseconds", "percent", "shorten", "size", "span", "unique_short"]
+__all__ = [
+    "DASH",
+    "confidence",
+    "count",
+    "interval",
+    "milliseconds",
+    "percent",
+    "shorten",
+    "size",
+    "span",
+    "unique_short",
+]
 
 DASH = "–"
 NBSP = "\N{NO-BREAK SPACE}"
@@ -11,6 +22,11 @@ NBSP = "\N{NO-BREAK SPACE}"
 def percent(fraction: float | None, digits: int = 1) -> str:
     """0.9556 -> "95.6 %"."""
     return DASH if fraction is None else f"{100 * fraction:.{digits}f}{NBSP}%"
+
+
+def confidence(fraction: float) -> str:
+    """Whole percent; nothing short of certainty is called 100 %."""
+    return f">{NBSP}99{NBSP}%" if 0.995 <= fraction < 1 else percent(fraction, 0)
 
 
 def interval(low: float | None, high: float | None) -> str:

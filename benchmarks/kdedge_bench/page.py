@@ -83,7 +83,7 @@ def _render(chapters: Sequence[Chapter]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=formats.percent, count=formats.count)
+    environment.filters.update(percent=formats.percent, confidence=formats.confidence, count=formats.count)
     one = len(chapters) == 1
     return environment.get_template("report.html.j2").render(
         title=f"kdedge report: {chapters[0].name}" if one else f"kdedge report: {len(chapters)} runs",

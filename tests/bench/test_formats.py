@@ -1,7 +1,7 @@
 """Numbers as text, and text as short text."""
 
 import pytest
-from kdedge_bench.formats import count, interval, milliseconds, percent, shorten, size, span, unique_short
+from kdedge_bench.formats import confidence, count, interval, milliseconds, percent, shorten, size, span, unique_short
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,12 @@ def test_size(value: int | None, expected: str) -> None:
 )  # fmt: skip
 def test_milliseconds_have_three_digits(value: float | None, expected: str) -> None:
     assert milliseconds(value) == expected
+
+
+def test_confidence_is_not_rounded_up_to_certainty() -> None:
+    assert [confidence(value) for value in (0.994, 0.995, 0.99999, 1.0)] == [
+        "99\xa0%", ">\xa099\xa0%", ">\xa099\xa0%", "100\xa0%",
+    ]  # fmt: skip
 
 
 def test_interval_count_span() -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from kdedge_bench import report
 from kdedge_bench.facts import Facts
+from kdedge_bench.formats import confidence
 from kdedge_bench.pictures import pick, probabilities
 from PIL import Image
 
@@ -218,7 +219,7 @@ def test_pictures(page: Page, run_folder: Path) -> None:
         truth, guess = re.findall(r"\d+", image["alt"])
         assert truth == guess
     first = surest[0]
-    assert f"{logits[first].argmax()} {100 * probs[first].max():.0f} % is {labels[first]}" in page.text
+    assert f"{logits[first].argmax()} {confidence(float(probs[first].max()))}".replace("\xa0", " ") in page.text
 
 
 def test_pictures_are_opened_through_the_data_room(run_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""One recipe over several seeds, through the command line a user types: accuracy with its spread, as a record.
+
+python -m kdedge_bench.seeds --recipe mobilenet --labels 40 --seeds 0 1 2 3 4 --out benchmarks/results/NAME.json
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kdedge_device.record import machine, now
+
+from kdedge import __version__
+from kdedge.runs import read_json, write_json
+
+__all__ = ["main", "mean_and_interval"]
+
+COLUMNS = ("baseline", "teacher", "student", "fp32", "int8")
+
+
+def mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and the half width of its 95 % interval over seeds (Student's t; None for one seed)."""
+    from scipy.stats import t
+
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return {"mean": mean, "half_width_95": None}
+    half = float(t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return {"mean": mean, "half_width_95": half}
+
+
+def _kdedge(*arguments: str) -> None:
+    """Run one command; its output is that of this program. Raises CalledProcessError where it fails."""
+    print("$ kdedge", *arguments, file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-m", "kdedge", *arguments], check=True, stdout=sys.stderr)
+
+
+def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[str, Any]:
+    """Train (or go on, or find finished), export, and read what was measured."""
+    out = options.runs / f"s{seed}"
+    resume = ["--resume"] if (out / "manifest.json").is_file() else []
+    flags = [value for key in ("data", "labels") if (v := getattr(options, key)) for value in (f"--{key}", str(v))]
+    _kdedge("train-recipe", options.recipe, *flags, "--seed", str(seed), "--out", str(out), *extra, *resume)
+    if not (out / "bundle" / "manifest.json").is_file():
+        _kdedge("export", str(out), "--int8")
+    result, exported = read_json(out / "result.json"), read_json(out / "bundle" / "manifest.json")
+    gate = read_json(out / "bundle" / "gate.json")
+    rows = {key: result[key]["test_accuracy"] for key in COLUMNS[:3] if result[key]}
+    rows |= {key: exported["artifacts"][key]["accuracy"]["test"]["accuracy"] for key in COLUMNS[3:]}
+    return {
+        "seed": seed,
+        "test_accuracy": rows,
+        "int8_drop_points": 100 * (rows["fp32"] - rows["int8"]),
+        "trusted": result["trusted"],
+        "seconds": result["seconds"],
+        "gate": gate,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kdedge_bench.seeds", description=__doc__)
+    parser.add_argument("--recipe", default="mobilenet")
+    parser.add_argument("--data")
+    parser.add_argument("--labels", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"), help="where the runs go; finished ones are kept")
+    parser.add_argument("--name", help="what the record calls the data, where --data is a path of this machine")
+    parser.add_argument("--out", type=Path, required=True, help="the record")
+    options, extra = parser.parse_known_args(arguments)
+    found = [_one(options, seed, extra) for seed in options.seeds]
+    summary = {
+        key: mean_and_interval([one["test_accuracy"][key] for one in found])
+        for key in COLUMNS
+        if key in found[0]["test_accuracy"]
+    }
+    result = read_json(options.runs / f"s{options.seeds[0]}" / "result.json")
+    shown = [options.name if options.name and value == options.data else value for value in sys.argv[1:]]
+    record = {
+        "schema": 1,
+        "command": " ".join(["python -m kdedge_bench.seeds", *shown]),
+        "date": now(),
+        "machine": machine(),
+        "kdedge": __version__,
+        "data": result["data"],
+        "labels": result["labels"],
+        "test_images": result["test_images"],
+        "input": result["input"],
+        "networks": {key: {k: result[key][k] for k in ("arch", "params")} for key in COLUMNS[:3] if result[key]},
+        "test_accuracy": summary,
+        "int8_drop_points": mean_and_interval([one["int8_drop_points"] for one in found]),
+        "seeds": found,
+    }
+    write_json(options.out, record)
+    print(json.dumps({key: record[key] for key in ("test_accuracy", "int8_drop_points")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
