@@ -34,7 +34,7 @@ setup: $(STAMP)
 $(STAMP): requirements.lock pyproject.toml
 	@set -e; \
 	python=; \
-	for candidate in "$(PYTHON)" python3.13 python3.12 python3.11 python3 python; do \
+	for candidate in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python; do \
 	  if [ -n "$$candidate" ] && "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	    python="$$candidate"; break; \
 	  elif [ -n "$(PYTHON)" ]; then break; fi; \

@@ -20,7 +20,7 @@ def describe() -> list[dict[str, Any]]:
     rows = []
     for name in [*ARCHITECTURES, WIDE_RESNET]:
         known = architecture(name)
-        spec = ModelSpec(name, classes=1000 if known.torchvision else 10)
+        spec = ModelSpec(name, classes=1000 if known.torchvision else 10, halvings=known.halvings)
         with torch.device("meta"):
             network = build(spec).eval()
         rows.append(

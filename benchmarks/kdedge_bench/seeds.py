@@ -51,7 +51,7 @@ def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[s
     result, exported = read_json(out / "result.json"), read_json(out / "bundle" / "manifest.json")
     gate = read_json(out / "bundle" / "gate.json")
     rows = {key: result[key]["test_accuracy"] for key in COLUMNS[:3] if result[key]}
-    rows |= {key: exported["artifacts"][key]["accuracy"]["test"]["accuracy"] for key in COLUMNS[3:]}
+    rows |= {key: exported["artifacts"][key]["accuracy"] for key in COLUMNS[3:]}
     return {
         "seed": seed,
         "test_accuracy": rows,

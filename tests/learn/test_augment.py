@@ -107,7 +107,7 @@ def test_shift_cuts_a_window_of_the_padded_image() -> None:
 def test_flip_mirrors_only_the_marked_images() -> None:
     x = torch.rand(3, 3, 4, 5)
     out = augment.flip(x, torch.tensor([True, False, True]))
-    assert torch.equal(out[0], x[0].flip(2)) and torch.equal(out[1], x[1]) and torch.equal(out[2], x[2].flip(2))
+    assert torch.equal(out, torch.stack([x[0].flip(2), x[1], x[2].flip(2)]))
 
 
 def test_cutout_fills_a_square_and_nothing_else() -> None:
