@@ -86,11 +86,13 @@ class Decision:
     why: str
 
     def to_json(self, found: Agreement | None, max_drop_points: float) -> dict[str, Any]:
-        document = asdict(self)
-        document["drop_points_interval"] = list(found.interval_points) if found and found.interval_points else None
-        document["max_drop_points"] = max_drop_points
-        document["agreement"] = asdict(found) if found else None
-        return document
+        compared = asdict(found) if found else {}
+        interval = compared.pop("interval_points", None)
+        return asdict(self) | {
+            "drop_points_interval": list(interval) if interval else None,
+            "max_drop_points": max_drop_points,
+            "agreement": compared or None,
+        }
 
 
 def decide(found: Agreement | None, speedup: float | None, max_drop_points: float) -> Decision:

@@ -25,13 +25,14 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises ExportError for an operator that opset 17 does not have in the same form.
     """
+    for node in model.graph.node:
+        _require_known(node)
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.shape_inference.infer_shapes(model))
     ranks = _ranks(copy)
     graph = Graph(copy)
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
-        _require_known(node)
         if node.op_type == "ReduceMean":
             nodes.extend(_reduce_mean(node, graph, ranks))
         elif node.op_type == "Split":

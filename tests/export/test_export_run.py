@@ -1,0 +1,303 @@
+"""A run becomes a bundle that is complete, describes itself and runs elsewhere; or nothing is left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from kdedge_device.evaluate import check, logits_of, predict
+from kdedge_device.manifest import Bundle
+from kdedge_device.runners import OrtRunner
+from kdedge_export import export as steps
+from kdedge_export import export_run
+from kdedge_export.images import calibration_part, open_run_images
+from kdedge_export.lint import lint_float, lint_int8
+from PIL import Image
+
+from kdedge.errors import DataError, DeviceError, ExportError
+from kdedge.runs import Run
+
+BUNDLE = {"manifest.json", "gate.json", "quantization.json", "model.onnx", "model.int8.onnx", "golden.npz", "run.pyz"}
+
+
+def record(p50: float) -> dict[str, Any]:
+    return {
+        "latency_ms": {"compute": {"p50": p50, "p90": p50}},
+        "conditions": {"threads": 1},
+        "repeats": 1,
+        "started_at": "2026-01-01T00:00:00Z",
+    }
+
+
+@pytest.fixture
+def run(run_folder: Path, tmp_path: Path) -> Run:
+    shutil.copytree(run_folder, tmp_path / run_folder.name)
+    return Run(tmp_path / run_folder.name)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, exported_student: onnx.ModelProto) -> dict[str, float]:
+    """Nothing is traced or timed anew; the latencies are those of the dictionary."""
+    p50 = {"model.onnx": 2.0, "model.int8.onnx": 1.0}
+    monkeypatch.setattr(steps, "export_float", lambda *_: exported_student)
+    monkeypatch.setattr(steps, "measure_alone", lambda model, threads: record(p50[model.name]))
+    return p50
+
+
+@pytest.fixture(scope="module")
+def whole(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any], list[str]]:
+    """One export with nothing replaced."""
+    path = tmp_path_factory.mktemp("whole") / run_folder.name
+    shutil.copytree(run_folder, path)
+    told: list[str] = []
+    document = export_run(Run(path), int8=True, max_drop_points=100.0, display=told.append)
+    return Run(path), document, told
+
+
+def test_every_file_of_the_contract(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
+    run, document, told = whole
+    assert {path.name for path in run.bundle_path.iterdir()} == BUNDLE
+    assert {path.name for path in run.path.iterdir() if path.name.startswith(".")} == set(), "nothing temporary is left"
+    manifest = json.loads((run.bundle_path / "manifest.json").read_text())
+    assert set(manifest["files"]) | {each["file"] for each in manifest["artifacts"].values()} == BUNDLE - {
+        "manifest.json"
+    }
+    assert Bundle(run.bundle_path).verify() == sorted(BUNDLE - {"manifest.json"})
+    assert manifest["input"] == {"name": "input", "shape": ["batch", 1, 8, 8], "dtype": "float32", "layout": "NCHW"}
+    assert manifest["classes"] == list("0123456789")
+    assert manifest["provenance"]["run"] == run.path.name
+    assert manifest["provenance"]["calibration"]["images"] == 419
+    assert str(run.path.parent) not in (run.bundle_path / "manifest.json").read_text(), "no path of this machine"
+    assert [line.split()[0] for line in told][:3] == ["Exporting", "Calibrating", "Measuring"]
+    assert lint_float(onnx.load(str(run.bundle_path / "model.onnx"))) == []
+    assert lint_int8(onnx.load(str(run.bundle_path / "model.int8.onnx"))) == []
+    assert document["artifacts"]["int8"]["bytes"] < 0.5 * document["artifacts"]["fp32"]["bytes"]
+
+
+def test_the_document_and_the_gate(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
+    run, document, _ = whole
+    assert {"artifacts", "drop_points", "speedup", "shipped", "why", "targets"} <= set(document)
+    assert set(document["artifacts"]) == {"fp32", "int8"}
+    for each in document["artifacts"].values():
+        assert {"accuracy", "bytes", "latency_ms_p50", "latency_ms_p90"} <= set(each)
+        assert each["latency_ms_p50"] > 0
+    gate = json.loads((run.bundle_path / "gate.json").read_text())
+    assert gate["targets"] == document["targets"]
+    assert document["shipped"] == ("int8" if document["speedup"] >= 1 else "fp32")
+    assert document["speedup"] == pytest.approx(
+        document["artifacts"]["fp32"]["latency_ms_p50"] / document["artifacts"]["int8"]["latency_ms_p50"]
+    )
+    json.dumps(document, allow_nan=False)
+
+
+def test_accuracy_is_of_the_test_images_through_the_files(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
+    run, document, _ = whole
+    images, bundle = open_run_images(run), Bundle(run.bundle_path)
+    pixels = images.test.load(bundle.preprocess)
+    assert len(pixels) == 540
+    with np.load(run.predictions_path) as predictions:
+        arrays = {key: predictions[key] for key in predictions.files}
+    assert arrays["test_id"].tolist() == images.test.ids
+    for name in ("fp32", "int8"):
+        with OrtRunner(bundle.model_path(name)) as runner:
+            logits = logits_of(runner, bundle.preprocess, pixels)
+        np.testing.assert_allclose(arrays[f"test_logits__{name}"], logits, atol=1e-4)
+        accuracy = float((logits.argmax(1) == arrays["test_label"]).mean())
+        assert document["artifacts"][name]["accuracy"] == accuracy == bundle.artifacts[name]["accuracy"]
+        assert accuracy > 0.5
+        assert arrays[f"gate_logits__{name}"].shape == (len(images.gate), 10)
+    differ = (arrays["gate_logits__fp32"].argmax(1) != arrays["gate_logits__int8"].argmax(1)).mean()
+    assert document["drop_points"] == pytest.approx(100 * differ)
+
+
+def test_gate_and_calibration_know_no_hidden_label(run: Run) -> None:
+    """Training knows 40 labels; the gate knows the same and no others, though digits has them all."""
+    images = open_run_images(run)
+    known = images.gate.labels >= 0
+    assert 0 < known.sum() <= 40
+    assert not set(images.gate.ids) & set(images.calibration.ids)
+    assert not (set(images.gate.ids) | set(images.calibration.ids)) & set(images.test.ids)
+    assert (images.calibration.labels == -1).all()
+
+
+def test_the_table_names_every_range(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
+    run, _, _ = whole
+    table = json.loads((run.bundle_path / "quantization.json").read_text())
+    model = onnx.load(str(run.bundle_path / "model.int8.onnx"))
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert quantized == set(table["tensors"])
+    for name, each in table["tensors"].items():
+        assert constants[f"{name}_scale"] == np.float32(each["scale"])
+        assert constants[f"{name}_zero_point"] == each["zero_point"]
+    for name, layer in table["layers"].items():
+        if "weight_scales" in layer:
+            np.testing.assert_array_equal(constants[f"{name}.weight_q_scale"], np.float32(layer["weight_scales"]))
+    assert table["calibrator"] in table["candidates"]
+    assert set(table["candidates"]) == {"minmax", "percentile-99.99", "mse"}
+    assert table["kept_float"] == {}
+    assert table["images"]["count"] == 419
+
+
+def test_the_zipapp_needs_only_python_numpy_and_a_runtime(
+    whole: tuple[Run, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    """Run from another folder, isolated from this checkout, on a copy of the bundle."""
+    run, _, _ = whole
+    board = tmp_path / "board"
+    shutil.copytree(run.bundle_path, board)
+    black = str(tmp_path / "black.png")
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(black)
+
+    def call(*arguments: str) -> tuple[int, dict[str, Any]]:
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [sys.executable, "-I", str(board / "run.pyz"), *arguments, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+        return done.returncode, json.loads(done.stdout)
+
+    code, document = call("check")
+    assert code == 0
+    assert document["golden"]["int8"]["same_class"] == 1.0
+    code, document = call("predict", black)
+    assert (code, document["predictions"][0]["class"]) == (0, predict(Bundle(board), [black])[0]["class"])
+    code, document = call("bench", "--seconds", "0", "--runs", "20", "--artifact", "int8")
+    assert (code, document["artifact"]["precision"]) == (0, "int8")
+    (board / "model.onnx").write_bytes(b"altered")
+    assert call("check")[0] == 5
+
+
+def test_golden_logits_are_those_of_the_files(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
+    found = check(Bundle(whole[0].bundle_path))
+    assert all(each["max_abs_difference"] <= 1e-4 for each in found["golden"].values())
+
+
+def test_without_int8(run: Run, quick: dict[str, float]) -> None:
+    document = export_run(run, int8=False)
+    assert set(document["artifacts"]) == {"fp32"}
+    assert (document["shipped"], document["speedup"], document["drop_points"]) == ("fp32", None, None)
+    assert {path.name for path in run.bundle_path.iterdir()} == BUNDLE - {"quantization.json", "model.int8.onnx"}
+    with np.load(run.predictions_path) as predictions:
+        assert {"test_logits__fp32"} == {key for key in predictions.files if "logits" in key}
+
+
+def test_a_slow_int8_is_written_but_not_shipped(run: Run, quick: dict[str, float]) -> None:
+    quick["model.int8.onnx"] = 4.0
+    document = export_run(run, int8=True, max_drop_points=100.0, out=run.path / "elsewhere")
+    assert (document["shipped"], document["speedup"]) == ("fp32", 0.5)
+    assert (run.path / "elsewhere" / "model.int8.onnx").is_file()
+    assert Bundle(run.path / "elsewhere").shipped == "fp32"
+    assert not run.bundle_path.exists()
+
+
+def test_a_near_tie_is_measured_twice(run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([1.0, 1.05, 0.7, 0.9])
+    order: list[str] = []
+
+    def measure(model: Path, threads: int) -> dict[str, Any]:
+        order.append(model.name)
+        return record(next(told))
+
+    monkeypatch.setattr(steps, "measure_alone", measure)
+    document = export_run(run, int8=True, max_drop_points=100.0)
+    assert order == ["model.onnx", "model.int8.onnx", "model.int8.onnx", "model.onnx"]
+    assert document["speedup"] == pytest.approx(0.9 / 0.7)
+    assert document["targets"]["onnxruntime-cpu"]["latency"]["int8"]["repeats"] == 2
+
+
+def test_a_second_export_replaces_the_first(run: Run, quick: dict[str, float]) -> None:
+    export_run(run, int8=True, max_drop_points=100.0)
+    export_run(run, int8=False)
+    assert not (run.bundle_path / "model.int8.onnx").exists()
+    assert sorted(path.name for path in run.path.iterdir() if "bundle" in path.name) == ["bundle"]
+
+
+def test_training_predictions_stay(run: Run, quick: dict[str, float]) -> None:
+    ids = np.array(open_run_images(run).test.ids)
+    np.savez(
+        run.predictions_path, test_id=ids, test_label=np.zeros(540, np.int64), test_logits__student=np.ones((540, 10))
+    )
+    export_run(run, int8=True)
+    with np.load(run.predictions_path) as predictions:
+        assert (predictions["test_logits__student"] == 1).all()
+        assert predictions["test_logits__int8"].shape == (540, 10)
+
+
+@pytest.mark.parametrize("failing", ["measure_alone", "build_pyz"])
+def test_a_failure_leaves_the_old_bundle_and_nothing_else(
+    failing: str, run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_run(run, int8=False)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device") if failing == "build_pyz" else DeviceError("no runtime")
+
+    monkeypatch.setattr(steps, failing, fail)
+    with pytest.raises((ExportError, DeviceError), match="No space left on device|no runtime"):
+        export_run(run, int8=True)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupt_leaves_nothing(run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "measure_alone", stop)
+    before = sorted(run.path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        export_run(run, int8=True)
+    assert sorted(run.path.iterdir()) == before
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(run: Run, quick: dict[str, float], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("precious")
+    with pytest.raises(ExportError, match="exists and is no bundle"):
+        export_run(run, int8=False, out=tmp_path / "photos")
+    assert (tmp_path / "photos" / "cat.jpg").read_text() == "precious"
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ExportError, match="exists and is no bundle"):
+        export_run(run, int8=False, out=tmp_path / "file")
+
+
+def test_a_place_that_cannot_be_written(run: Run, quick: dict[str, float], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="Cannot write .*file"):
+        export_run(run, int8=False, out=tmp_path / "file" / "bundle")
+
+
+def test_calibrating_on_other_images(run: Run, quick: dict[str, float], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("train/0", "train/1", "test/0", "test/1"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    part = calibration_part(str(tmp_path / "data"))
+    assert len(part) == 8
+    assert all(identity.startswith("train") for identity in part.ids)
+    export_run(run, int8=True, calibrate=str(tmp_path / "data"))
+    table = json.loads((run.bundle_path / "quantization.json").read_text())
+    assert table["images"]["count"] == 8
+    with pytest.raises(DataError):
+        export_run(run, int8=True, calibrate=str(tmp_path / "absent"))
+
+
+def test_a_float_file_that_differs_is_not_exported(
+    run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch, exported_student: onnx.ModelProto
+) -> None:
+    with_other_head = onnx.ModelProto()
+    with_other_head.CopyFrom(exported_student)
+    head = next(each for each in with_other_head.graph.initializer if each.name == "head.bias")
+    value = onnx.numpy_helper.to_array(head)
+    head.CopyFrom(onnx.numpy_helper.from_array(value[::-1].copy() + np.float32(1), "head.bias"))
+    monkeypatch.setattr(steps, "export_float", lambda *_: with_other_head)
+    with pytest.raises(ExportError, match="differs from the torch model"):
+        export_run(run, int8=False)
+    assert not run.bundle_path.exists()
