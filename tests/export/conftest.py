@@ -15,7 +15,7 @@ from kdedge import recipe_io
 from kdedge.data.source import Source
 from kdedge.data.sources import open_source
 from kdedge.data.splits import Splits, make_splits
-from kdedge.models.weights import load_model, save_model
+from kdedge.models.weights import save_model
 from kdedge.models.zoo import ModelSpec, Network, build
 from kdedge.runs import Run, write_bytes, write_json
 
@@ -101,10 +101,3 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.update_manifest(status="finished", recipe_sha256=hashlib.sha256(run.recipe_path.read_bytes()).hexdigest())
     write_json(run.result_path, {"schema": 1})
     return path
-
-
-@pytest.fixture(scope="session")
-def exported_student(run_folder: Path) -> onnx.ModelProto:
-    """The student of `run_folder` as float ONNX."""
-    student = load_model(Run(run_folder).student_path)
-    return export_float(student.module, student.preprocess, student.classes)

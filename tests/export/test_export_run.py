@@ -17,12 +17,14 @@ from kdedge_device.runners import OrtRunner
 from kdedge_export import export as steps
 from kdedge_export import export_run
 from kdedge_export.images import calibration_part, open_run_images
+from kdedge_export.latency import measure_alone
 from kdedge_export.lint import lint_float, lint_int8
 from PIL import Image
 
 from kdedge.errors import DataError, DeviceError, ExportError
 from kdedge.runs import Run
 
+SHORT = ("--seconds", "0", "--runs", "50")
 BUNDLE = {"manifest.json", "gate.json", "quantization.json", "model.onnx", "model.int8.onnx", "golden.npz", "run.pyz"}
 
 
@@ -52,12 +54,19 @@ def quick(monkeypatch: pytest.MonkeyPatch, exported_student: onnx.ModelProto) ->
 
 @pytest.fixture(scope="module")
 def whole(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any], list[str]]:
-    """One export with nothing replaced."""
+    """One export with nothing replaced; only the measurements are short."""
     path = tmp_path_factory.mktemp("whole") / run_folder.name
     shutil.copytree(run_folder, path)
     told: list[str] = []
-    document = export_run(Run(path), int8=True, max_drop_points=100.0, display=told.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "measure_alone", lambda model, threads: measure_alone(model, threads, SHORT))
+        document = export_run(Run(path), int8=True, max_drop_points=100.0, display=told.append)
     return Run(path), document, told
+
+
+@pytest.fixture(scope="module")
+def exported_student(whole: tuple[Run, dict[str, Any], list[str]]) -> onnx.ModelProto:
+    return onnx.load(str(whole[0].bundle_path / "model.onnx"))
 
 
 def test_every_file_of_the_contract(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
@@ -65,9 +74,8 @@ def test_every_file_of_the_contract(whole: tuple[Run, dict[str, Any], list[str]]
     assert {path.name for path in run.bundle_path.iterdir()} == BUNDLE
     assert {path.name for path in run.path.iterdir() if path.name.startswith(".")} == set(), "nothing temporary is left"
     manifest = json.loads((run.bundle_path / "manifest.json").read_text())
-    assert set(manifest["files"]) | {each["file"] for each in manifest["artifacts"].values()} == BUNDLE - {
-        "manifest.json"
-    }
+    models = {each["file"] for each in manifest["artifacts"].values()}
+    assert set(manifest["files"]) | models == BUNDLE - {"manifest.json"}
     assert Bundle(run.bundle_path).verify() == sorted(BUNDLE - {"manifest.json"})
     assert manifest["input"] == {"name": "input", "shape": ["batch", 1, 8, 8], "dtype": "float32", "layout": "NCHW"}
     assert manifest["classes"] == list("0123456789")
@@ -219,9 +227,8 @@ def test_a_second_export_replaces_the_first(run: Run, quick: dict[str, float]) -
 
 def test_training_predictions_stay(run: Run, quick: dict[str, float]) -> None:
     ids = np.array(open_run_images(run).test.ids)
-    np.savez(
-        run.predictions_path, test_id=ids, test_label=np.zeros(540, np.int64), test_logits__student=np.ones((540, 10))
-    )
+    ones = np.ones((540, 10), np.float32)
+    np.savez(run.predictions_path, test_id=ids, test_label=np.zeros(540, np.int64), test_logits__student=ones)
     export_run(run, int8=True)
     with np.load(run.predictions_path) as predictions:
         assert (predictions["test_logits__student"] == 1).all()
@@ -239,7 +246,7 @@ def test_a_failure_leaves_the_old_bundle_and_nothing_else(
         raise OSError(28, "No space left on device") if failing == "build_pyz" else DeviceError("no runtime")
 
     monkeypatch.setattr(steps, failing, fail)
-    with pytest.raises((ExportError, DeviceError), match="No space left on device|no runtime"):
+    with pytest.raises((ExportError, DeviceError), match=r"No space left on device|no runtime"):
         export_run(run, int8=True)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
@@ -268,7 +275,7 @@ def test_a_folder_that_is_no_bundle_is_left_alone(run: Run, quick: dict[str, flo
 
 def test_a_place_that_cannot_be_written(run: Run, quick: dict[str, float], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="Cannot write .*file"):
+    with pytest.raises(ExportError, match=r"Cannot write .*file"):
         export_run(run, int8=False, out=tmp_path / "file" / "bundle")
 
 

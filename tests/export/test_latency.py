@@ -27,7 +27,7 @@ def test_what_the_child_says_is_passed_on(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(DeviceError, match="exit code 5"):
         measure_alone(tmp_path / "text.onnx", 1, SHORT)
-    with pytest.raises(DeviceError, match="exit code 2: .*unrecognized arguments"):
+    with pytest.raises(DeviceError, match=r"exit code 2: .*unrecognized arguments"):
         measure_alone(tmp_path / "text.onnx", 1, ("--fly",))
 
 
