@@ -50,13 +50,15 @@ def commands(fence: Fence) -> list[str]:
 
 def tiny(command: str) -> str:
     """The same command at tiny size: the recipe `tiny` for every other one, and the quick effort."""
+    if command.startswith("kdedge recipes copy"):  # trained further down
+        return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("kdedge train-recipe"):
         return re.sub(r"^(kdedge train-recipe) (?!-)(?!\S*\.yaml)\S+", r"\1 tiny", command)
     if command.startswith("kdedge recipes copy"):  # what is trained afterwards
         return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("kdedge bench"):
         return re.sub(r" --effort \S+", "", command) + " --effort quick"
-    return command
+    return command.replace("runs/mobilenet-", "runs/tiny-")
 
 
 def links(file: Path) -> list[str]:
