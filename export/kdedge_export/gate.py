@@ -117,12 +117,17 @@ def decide(found: Agreement | None, speedup: float | None, max_drop_points: floa
         why = f"FP32 is shipped, because the latency of INT8 was not measured; {told}."
         return Decision("fp32", "cannot tell", None, drop, why)
     if speedup < 1.0:
-        why = f"FP32 is shipped, because INT8 is slower here ({speedup:.2f} times the speed of FP32), though {told}."
+        why = f"FP32 is shipped, because INT8 is slower here ({_times(speedup)} the speed of FP32), though {told}."
         return Decision("fp32", "fail", speedup, drop, why)
     unsure = found.interval_points[1] > max_drop_points
     doubt = f"; so few images cannot rule out a drop above {max_drop_points:g}" if unsure else ""
-    why = f"INT8 is shipped: it runs at {speedup:.2f} times the speed of FP32 here, and {told}{doubt}."
+    why = f"INT8 is shipped: it runs at {_times(speedup)} the speed of FP32 here, and {told}{doubt}."
     return Decision("int8", "cannot tell" if unsure else "pass", speedup, drop, why)
+
+
+def _times(speedup: float) -> str:
+    """Two digits, or as many as tell a near tie from a tie."""
+    return f"{speedup:.2f} times" if abs(speedup - 1) >= 0.005 else f"{speedup:.4f} times"
 
 
 def _told(found: Agreement) -> str:

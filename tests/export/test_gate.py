@@ -70,6 +70,7 @@ def test_float_ships_when_int8_is_slower_or_disagrees() -> None:
     slower = decide(found(differ=0), 0.99, 1.0)
     assert (slower.shipped, slower.verdict) == ("fp32", "fail")
     assert "INT8 is slower here (0.99 times the speed of FP32)" in slower.why
+    assert "(0.9970 times the speed" in decide(found(differ=0), 0.997, 1.0).why, "a near tie is not told as 1.00"
     apart = decide(found(differ=50), 3.0, 1.0)
     assert (apart.shipped, apart.verdict, apart.drop_points) == ("fp32", "fail", 5.0)
     assert "for 5.00 of 100 gate images" in apart.why
