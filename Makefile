@@ -51,12 +51,12 @@ $(STAMP): requirements.lock pyproject.toml
 	touch .venv/installing; \
 	echo "Installing the pinned packages into .venv: once, some minutes, errors only."; \
 	$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock; \
+	rm .venv/installing; \
 	$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	$(PY) -c 'import torch, torchvision' || { \
 	  echo "torch and torchvision do not fit each other: was another torch installed into .venv? Try: make clean, then again." >&2; \
 	  exit 2; \
 	}; \
-	rm .venv/installing; \
 	pwd > $(STAMP)
 
 # Keeps the pins that still fit; `make lock ARGS=--upgrade` moves all of them. No host name ends up in the file.
