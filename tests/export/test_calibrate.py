@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from kdedge_export.calibrate import BINS, Histogram, calibrate
+from kdedge_export.calibrate import BINS, VALUES, Histogram, _sample, calibrate
 from kdedge_export.plan import make_plan
 from kdedge_export.ranges import Range, minmax, mse, percentile, quantize_weight
 from kdedge_export.sessions import open_session
@@ -49,6 +49,20 @@ def test_the_result_does_not_depend_on_the_batch_size(mobilenet_v2: Exported) ->
         assert one[name].low == pytest.approx(many[name].low, abs=1e-6)
         assert one[name].high == pytest.approx(many[name].high, abs=1e-6)
         assert np.abs(np.cumsum(one[name].counts - many[name].counts)).max() <= 0.001 * one[name].counts.sum()
+
+
+def test_large_tensors_are_sampled_evenly() -> None:
+    """A picture that gets brighter from left to right, in channels of very different range."""
+    ramp = np.tile(np.linspace(0, 1, 112, dtype=np.float32), (1, 96, 112, 1)) * np.arange(1, 97).reshape(1, 96, 1, 1)
+    ramp = np.repeat(ramp.astype(np.float32), 3, axis=0)
+    sampled = _sample(ramp.reshape(3, -1))
+    assert VALUES / 2 <= len(sampled) / 3 <= 2 * VALUES
+    for share in (0.01, 0.25, 0.5, 0.75, 0.99):
+        assert np.quantile(sampled, share) == pytest.approx(np.quantile(ramp, share), abs=0.5)
+    one = _sample(ramp[:1].reshape(1, -1))
+    np.testing.assert_array_equal(np.tile(one, 3), sampled, "the same values whatever the batch")
+    small = np.arange(2048, dtype=np.float32).reshape(2, 1024)
+    np.testing.assert_array_equal(_sample(small), small.ravel())
 
 
 def test_no_images_and_no_numbers(mobilenet_v2: Exported) -> None:
