@@ -99,6 +99,8 @@ def bench(
 
 
 def _bench_text(records: list[dict[str, Any]]) -> str:
+    from kdedge_bench.records import flags
+
     rows: list[tuple[str, ...]] = [("", "compute p50", "p90", "end to end p50", "p90", "threads", "flags")]
     for record in records:
         compute, whole = (record["latency_ms"].get(part) or {} for part in ("compute", "end_to_end"))
@@ -113,7 +115,7 @@ def _bench_text(records: list[dict[str, Any]]) -> str:
                 str(artifact.get("name") or artifact.get("precision")),
                 *times,
                 str(record["conditions"].get("threads", "-")),
-                ", ".join(record.get("flags") or []),
+                ", ".join(flags(record)),
             )
         )
     return columns(rows)
