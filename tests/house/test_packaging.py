@@ -56,7 +56,7 @@ def test_the_wheel_holds_five_packages_and_nothing_else(wheel: Path) -> None:
     assert wheel.name == f"{version}-py3-none-any.whl"
     assert {name.partition("/")[0] for name in names(wheel)} == ROOMS | {f"{version}.dist-info"}
     assert {Path(name).suffix for name in names(wheel) if name.partition("/")[0] in ROOMS} <= {
-        ".py", ".typed", ".yaml", ".j2", ".html", ".css", ".svg",
+        ".py", ".typed", ".yaml", ".j2", ".css", ".md",
     }  # fmt: skip
     assert {f"{room}/py.typed" for room in ROOMS} <= set(names(wheel))
     shipped = {name for name in names(wheel) if name.startswith("kdedge_recipes/") and name.endswith(".yaml")}
