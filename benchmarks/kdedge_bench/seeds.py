@@ -6,6 +6,7 @@ python -m kdedge_bench.seeds --recipe mobilenet --labels 40 --seeds 0 1 2 3 4 --
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data")
     parser.add_argument("--labels", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"), help="where the runs go; finished ones are kept")
-    parser.add_argument("--name", help="what the record calls the data, where --data is a path of this machine")
+    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"), help="where the runs go; those there are used")
     parser.add_argument("--out", type=Path, required=True, help="the record")
     options, extra = parser.parse_known_args(arguments)
     found = [_one(options, seed, extra) for seed in options.seeds]
@@ -79,10 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if key in found[0]["test_accuracy"]
     }
     result = read_json(options.runs / f"s{options.seeds[0]}" / "result.json")
-    shown = [options.name if options.name and value == options.data else value for value in sys.argv[1:]]
     record = {
         "schema": 1,
-        "command": " ".join(["python -m kdedge_bench.seeds", *shown]),
+        "command": shlex.join(["python", "-m", "kdedge_bench.seeds", *(arguments or sys.argv[1:])]),
         "date": now(),
         "machine": machine(),
         "kdedge": __version__,
