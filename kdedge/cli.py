@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 
 import click
-from kdedge_device.failures import Failure
 
 from kdedge import __version__
 from kdedge.cli_common import Interrupted, note
@@ -23,6 +22,7 @@ from kdedge.cli_predict import evaluate, predict
 from kdedge.cli_recipes import models, recipes
 from kdedge.cli_train import train_recipe
 from kdedge.errors import KdedgeError
+from kdedge_device.failures import Failure
 
 __all__ = ["cli", "main", "run"]
 

@@ -14,10 +14,10 @@ from kdedge.errors import DataError, RunError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
-    from kdedge_device.preprocess import Preprocess
     from numpy.typing import NDArray
 
     from kdedge.data import Source
+    from kdedge_device.preprocess import Preprocess
 
     Images = NDArray[np.uint8]  # [N, H, W, C]
     Logits = NDArray[np.float32]  # [N, K]
@@ -107,9 +107,9 @@ def _prediction_line(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _evaluate(model: Model, spec: str) -> dict[str, Any]:
     import numpy as np
-    from kdedge_bench.stats import wilson
 
     from kdedge.data import open_source
+    from kdedge_bench.stats import wilson
 
     source = open_source(spec)
     part = "test" if (source.part == "test").any() else "val" if source.test_is_val else "all labelled"

@@ -15,7 +15,6 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from kdedge_device.preprocess import Preprocess
 from torch import Tensor
 
 from kdedge import __version__, recipe_io
@@ -38,6 +37,7 @@ from kdedge.train.loop import fit
 from kdedge.train.metrics import Display, MetricsLog, SilentDisplay
 from kdedge.train.optim import OptimConfig
 from kdedge.trust.select import load_trusted, save_trusted, select_trusted
+from kdedge_device.preprocess import Preprocess
 
 __all__ = ["run_folder", "train"]
 

@@ -138,7 +138,8 @@ class DataDescription:
 
 Some = TypeVar("Some", bound=Config)
 
-# Steps of (baseline, teacher, student) where the recipe names none. Digits: measured, see recipes/README.md.
+# Steps of (baseline, teacher, student) where the recipe names none: minutes on a laptop CPU for digits and with
+# starting weights, an hour on a GPU for the others.
 _STEPS = {"digits": (300, 800, 350), "small": (2000, 8000, 8000), "photo": (600, 1200, 1200)}
 _STEPS_FROM_WEIGHTS = (200, 300, 300)
 
@@ -230,7 +231,7 @@ def _halvings(given: int | None, arch: str, px: int, init: str | None, who: str)
     if init is not None or arch.startswith("timm/"):
         fitting = known.halvings
     elif px <= 16:
-        fitting = 2  # 8 px end at 2 x 2; three halvings cost 16 points of accuracy (recipes/README.md)
+        fitting = 2  # 8 px end at 2 x 2
     else:
         fitting = 3 if px <= 32 else 4 if px <= 64 else 5
     most = 3 if arch.startswith("wide-resnet") else known.halvings

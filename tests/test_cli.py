@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 import pytest
-from kdedge_device.failures import CorruptFailure
 
 from kdedge import cli as command_line
 from kdedge.cli_common import Reply, columns, command_output
 from kdedge.errors import BudgetFailed, BugError, DataError, MissingPackage
+from kdedge_device.failures import CorruptFailure
 
 Capture = pytest.CaptureFixture[str]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from kdedge_device.manifest import sha256_file
 from onnx import TensorProto, helper
 from PIL import Image
 
 from kdedge.cli import run
+from kdedge_device.manifest import sha256_file
 
 Capture = pytest.CaptureFixture[str]
 

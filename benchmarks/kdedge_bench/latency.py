@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import kdedge_device
-from kdedge_device.clock import EFFORTS
-
 from kdedge.errors import BundleError, DeviceError, KdedgeError, RunError
 from kdedge.runs import Run, read_json, write_json
 from kdedge_bench.records import Record, file_name
+from kdedge_device.clock import EFFORTS
 
 __all__ = ["Job", "bench", "jobs"]
 

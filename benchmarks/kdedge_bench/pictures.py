@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from kdedge_device.failures import Failure
-from kdedge_device.preprocess import Preprocess
 
 from kdedge.errors import DataError, KdedgeError
 from kdedge.runs import Run
 from kdedge_bench.facts import Facts
+from kdedge_device.failures import Failure
+from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Picture", "Strip", "load_test_images", "pick", "probabilities", "strip"]
 

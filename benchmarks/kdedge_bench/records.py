@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdedge_device.record import SCHEMA
-
 from kdedge.errors import RunError
 from kdedge.runs import read_json
+from kdedge_device.record import SCHEMA
 
 __all__ = ["Record", "check_record", "file_name", "flags", "latency", "machine_name", "read_records"]
 

@@ -6,6 +6,7 @@ python -m kdedge_bench.seeds --recipe mobilenet --labels 40 --seeds 0 1 2 3 4 --
 import argparse
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kdedge_device.record import machine, now
 
 from kdedge import __version__
 from kdedge.runs import read_json, write_json
+from kdedge_device.record import machine, now
 
-__all__ = ["main", "mean_and_interval"]
+__all__ = ["main", "markdown_row", "mean_and_interval"]
 
 COLUMNS = ("baseline", "teacher", "student", "fp32", "int8")
 
@@ -33,6 +34,35 @@ def mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
         return {"mean": mean, "half_width_95": None}
     half = float(t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
     return {"mean": mean, "half_width_95": half}
+
+
+def markdown_row(record: dict[str, Any]) -> str:
+    """The record as a row of the README's table of results; a test holds the README to it.
+
+    Percent right of the test images: over several seeds the mean and its 95 % interval, for one seed the interval
+    that its number of test images allows (Wilson).
+    """
+    from kdedge_bench.stats import wilson
+
+    images, cells = record["test_images"], []
+    for key in COLUMNS:
+        found = record["test_accuracy"].get(key)
+        if found is None:
+            cells.append("-")
+        elif found["half_width_95"] is not None:
+            cells.append(f"{100 * found['mean']:.1f} ± {100 * found['half_width_95']:.1f}")
+        else:
+            low, high = wilson(round(found["mean"] * images), images)
+            cells.append(f"{100 * found['mean']:.1f} ({100 * low:.1f}-{100 * high:.1f})")
+    seeds = len(record["seeds"])
+    what = f"{record['title']}, {record['labels']} labels, {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"| {what} | {' | '.join(cells)} |"
+
+
+def _typed(arguments: Sequence[str]) -> str:
+    """The command, without the folders of absolute paths: a record is committed, and says what, not where."""
+    words = ["python", "-m", "kdedge_bench.seeds", *arguments]
+    return shlex.join(re.sub(r"(^|=)/(?:[^/ ]+/)*([^/ ]+)$", r"\1\2", word) for word in words)
 
 
 def _kdedge(*arguments: str) -> None:
@@ -71,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"), help="where the runs go; those there are used")
     parser.add_argument("--out", type=Path, required=True, help="the record")
+    parser.add_argument("--title", help="what the README calls the row; the name of the data unless given")
     options, extra = parser.parse_known_args(arguments)
     found = [_one(options, seed, extra) for seed in options.seeds]
     summary = {
@@ -81,10 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = read_json(options.runs / f"s{options.seeds[0]}" / "result.json")
     record = {
         "schema": 1,
-        "command": shlex.join(["python", "-m", "kdedge_bench.seeds", *(arguments or sys.argv[1:])]),
+        "command": _typed(arguments or sys.argv[1:]),
         "date": now(),
         "machine": machine(),
         "kdedge": __version__,
+        "title": options.title or result["data"],
         "data": result["data"],
         "labels": result["labels"],
         "test_images": result["test_images"],

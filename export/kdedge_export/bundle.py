@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from kdedge_device.manifest import SCHEMA
-from kdedge_device.preprocess import Preprocess
 
 from kdedge.errors import ExportError
 from kdedge.runs import sha256_file, write_json
+from kdedge_device.manifest import SCHEMA
+from kdedge_device.preprocess import Preprocess
 
 __all__ = ["FILES", "golden_tolerance", "new_bundle", "write_golden", "write_manifest"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from kdedge_device.preprocess import Preprocess
 from onnx import TensorProto, helper
 
 from kdedge.errors import DataError, ExportError
+from kdedge_device.preprocess import Preprocess
 from kdedge_export.sessions import open_session
 
 __all__ = ["BINS", "Histogram", "calibrate"]

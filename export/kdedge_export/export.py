@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from kdedge_device.record import now
 
 from kdedge.errors import DataError
 from kdedge.models.weights import LoadedModel, load_model
 from kdedge.predictions import add_predictions
 from kdedge.runs import Run, read_json, sha256_file, write_json
+from kdedge_device.record import now
 from kdedge_export.bundle import FILES, golden_tolerance, new_bundle, write_golden, write_manifest
 from kdedge_export.gate import Decision, decide
 from kdedge_export.images import Part, RunImages, calibration_part, open_run_images

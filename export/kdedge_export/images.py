@@ -9,9 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from kdedge_device.evaluate import logits_of
-from kdedge_device.preprocess import Preprocess
-from kdedge_device.runners import OrtRunner
 
 from kdedge import recipe_io
 from kdedge.data.source import Source
@@ -19,6 +16,9 @@ from kdedge.data.sources import open_source
 from kdedge.data.splits import Splits
 from kdedge.errors import DataError
 from kdedge.runs import Run, read_json
+from kdedge_device.evaluate import logits_of
+from kdedge_device.preprocess import Preprocess
+from kdedge_device.runners import OrtRunner
 
 __all__ = ["Part", "RunImages", "calibration_part", "open_run_images"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import kdedge_device
-
 from kdedge.errors import DeviceError
 
 __all__ = ["measure_alone", "speedup"]

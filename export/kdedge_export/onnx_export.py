@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from kdedge_device.preprocess import Preprocess
 from torch import nn
 
 from kdedge.errors import BugError, ExportError
+from kdedge_device.preprocess import Preprocess
 from kdedge_export.rewrite import to_opset_17
 from kdedge_export.sessions import run_onnx
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from kdedge_device.preprocess import Preprocess
 
+from kdedge_device.preprocess import Preprocess
 from kdedge_export.calibrate import Histogram, calibrate
 from kdedge_export.gate import Agreement, agreement
 from kdedge_export.graph import Graph

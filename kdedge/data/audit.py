@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kdedge_device.preprocess import ImageUnreadable, read_header
 from numpy.typing import NDArray
 
 from kdedge.data.duplicates import HASHABLE_PX, exact_groups, near_pairs
@@ -17,6 +16,7 @@ from kdedge.data.parallel import Progress, run_threads
 from kdedge.data.source import PARTS, ArrayImages, Source
 from kdedge.data.sources import open_source
 from kdedge.data.words import counted
+from kdedge_device.preprocess import ImageUnreadable, read_header
 
 __all__ = ["check"]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-from kdedge_device.preprocess import ImageUnreadable, Preprocess
 from numpy.typing import NDArray
 
 from kdedge.data.files import why_undecodable
@@ -19,6 +18,7 @@ from kdedge.data.memory import require_memory
 from kdedge.data.parallel import Progress, run_threads
 from kdedge.data.words import counted, first_few
 from kdedge.errors import BugError, DataError
+from kdedge_device.preprocess import ImageUnreadable, Preprocess
 
 if TYPE_CHECKING:  # torch takes seconds to import; `kdedge data check` does without
     import torch

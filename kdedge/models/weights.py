@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kdedge_device.preprocess import Preprocess
 from torch import Tensor
 
 from kdedge.errors import DataError, MissingPackage, RunError
 from kdedge.models.zoo import ModelSpec, Network, architecture, build, num_params
 from kdedge.runs import sha256_bytes, write_bytes
+from kdedge_device.preprocess import Preprocess
 
 __all__ = ["LoadedModel", "StartingWeights", "load_model", "read_starting_weights", "save_model", "start_from"]
 

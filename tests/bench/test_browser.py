@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from kdedge_bench import report
 from kdedge_bench.facts import Facts
 

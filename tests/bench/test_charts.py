@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+
+from kdedge.runs import Run
 from kdedge_bench import charts
 from kdedge_bench.confusion import class_rows, confusion_matrix
 from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.svg import drawing, to_svg
 from kdedge_bench.table import summarize
-
-from kdedge.runs import Run
 
 MakeRun = Callable[..., Path]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kdedge_bench import CompareFailed, compare
-from kdedge_bench.stats import paired_difference
 
 from kdedge.errors import RunError
+from kdedge_bench import CompareFailed, compare
+from kdedge_bench.stats import paired_difference
 
 MakeRun = Callable[..., Path]
 

@@ -1,6 +1,7 @@
 """Numbers as text, and text as short text."""
 
 import pytest
+
 from kdedge_bench.formats import confidence, count, interval, milliseconds, percent, shorten, size, span, unique_short
 
 

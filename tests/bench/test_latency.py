@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kdedge.errors import BundleError, DeviceError, RunError
 from kdedge_bench import bench, summary
 from kdedge_bench.latency import jobs
 from kdedge_bench.records import file_name, flags, machine_name
-
-from kdedge.errors import BundleError, DeviceError, RunError
 
 MakeRun = Callable[..., Path]
 

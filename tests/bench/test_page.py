@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
+
+from kdedge.errors import DataError, RunError
 from kdedge_bench import report
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import confidence
 from kdedge_bench.pictures import pick, probabilities
-from PIL import Image
-
-from kdedge.errors import DataError, RunError
 
 MakeRun = Callable[..., Path]
 VOID = {"meta", "img", "br", "hr", "link", "input"}

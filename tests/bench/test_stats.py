@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from kdedge_bench.stats import mcnemar_p, paired_difference, tango, wilson
 from scipy import optimize, stats
+
+from kdedge_bench.stats import mcnemar_p, paired_difference, tango, wilson
 
 Z = 1.959963984540054
 

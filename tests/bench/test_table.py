@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kdedge_bench import as_rich, as_text, summary
 from rich.console import Console
 from scipy import stats
 
 from kdedge.errors import RunError
+from kdedge_bench import as_rich, as_text, summary
 
 MakeRun = Callable[..., Path]
 

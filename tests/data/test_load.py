@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kdedge_device.preprocess import Preprocess
 
 from kdedge.data import memory, open_source
 from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
 
 
 def _preprocess(height: int, width: int, channels: int, resize: str = "short-side-crop") -> Preprocess:

@@ -13,10 +13,10 @@ import pytest
 import scipy.io
 import torchvision.datasets
 import torchvision.datasets.utils
-from kdedge_device.preprocess import Preprocess
 
 from kdedge.data import make_splits, open_source
 from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
 
 GREY = Preprocess(height=28, width=28, channels=1, resize="squash", mean=(0,), std=(1,))
 RNG = np.random.default_rng(0)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kdedge_device.preprocess import Preprocess
 
 from kdedge.data import check, make_splits, open_source
 from kdedge.data.formats import read_cifar
 from kdedge.data.unpickle import read_pickle
 from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
 
 pytestmark = pytest.mark.shared_data
 

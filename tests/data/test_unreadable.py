@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kdedge_device.preprocess import Preprocess
 from PIL import Image
 
 from kdedge.data import open_source
 from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
 
 RGB = Preprocess(height=8, width=8, channels=3, resize="short-side-crop", mean=(0, 0, 0), std=(1, 1, 1))
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from kdedge_device.preprocess import Preprocess
 from onnx import TensorProto, helper, numpy_helper
+
+from kdedge_device.preprocess import Preprocess
 
 PREPROCESS = Preprocess(4, 4, 1, "squash", (0.5,), (0.5,))
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from kdedge_device.clock import EFFORTS, Effort, measure, percentile, summarize, unstable
 from kdedge_device.failures import Failure
 

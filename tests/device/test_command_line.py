@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kdedge_device
 import numpy as np
 import pytest
-from kdedge_device import __main__ as program
 from PIL import Image
+
+import kdedge_device
+from kdedge_device import __main__ as program
 
 from .conftest import linear_model, write_manifest
 

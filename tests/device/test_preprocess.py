@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from kdedge_device.failures import Failure
 from kdedge_device.images import MAX_PIXELS, read_header
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
-from PIL import Image
 
 RGB4 = Preprocess(4, 4, 3, "squash", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 GREY4 = Preprocess(4, 4, 1, "squash", (0.0,), (1.0,))

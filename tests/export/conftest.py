@@ -7,8 +7,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from kdedge_device.preprocess import Preprocess
-from kdedge_export.onnx_export import export_float
 from torch import nn
 
 from kdedge import recipe_io
@@ -18,6 +16,8 @@ from kdedge.data.splits import Splits, make_splits
 from kdedge.models.weights import save_model
 from kdedge.models.zoo import ModelSpec, Network, build
 from kdedge.runs import Run, write_bytes, write_json
+from kdedge_device.preprocess import Preprocess
+from kdedge_export.onnx_export import export_float
 
 torch.set_num_threads(1)
 

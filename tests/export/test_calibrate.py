@@ -3,13 +3,13 @@
 import numpy as np
 import onnx
 import pytest
+from torch import nn
+
+from kdedge.errors import DataError, ExportError
 from kdedge_export.calibrate import BINS, VALUES, Histogram, _sample, calibrate
 from kdedge_export.plan import make_plan
 from kdedge_export.ranges import Range, minmax, mse, percentile, quantize_weight
 from kdedge_export.sessions import open_session
-from torch import nn
-
-from kdedge.errors import DataError, ExportError
 
 from .conftest import SMALL, images
 

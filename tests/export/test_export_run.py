@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
+
+from kdedge.errors import DataError, DeviceError, ExportError
+from kdedge.runs import Run
 from kdedge_device.evaluate import check, logits_of, predict
 from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner
@@ -19,10 +23,6 @@ from kdedge_export import export_run
 from kdedge_export.images import calibration_part, open_run_images
 from kdedge_export.latency import measure_alone
 from kdedge_export.lint import lint_float, lint_int8
-from PIL import Image
-
-from kdedge.errors import DataError, DeviceError, ExportError
-from kdedge.runs import Run
 
 SHORT = ("--seconds", "0", "--runs", "50")
 BUNDLE = {"manifest.json", "gate.json", "quantization.json", "model.onnx", "model.int8.onnx", "golden.npz", "run.pyz"}

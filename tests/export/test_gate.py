@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from kdedge_export.gate import Agreement, agreement, decide, wilson
 
 UNKNOWN = np.full(1000, -1, np.int64)

@@ -9,6 +9,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+
+from kdedge.errors import BugError
 from kdedge_export.calibrate import calibrate
 from kdedge_export.graph import Graph
 from kdedge_export.lint import lint_int8, require_clean
@@ -17,9 +20,6 @@ from kdedge_export.plan import Plan, make_plan
 from kdedge_export.qdq import write_int8
 from kdedge_export.ranges import CALIBRATORS, Range, choose_ranges
 from kdedge_export.sessions import run_onnx
-from torch import nn
-
-from kdedge.errors import BugError
 
 from .conftest import CLASSES, SMALL, images, network, warm
 

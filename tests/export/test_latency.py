@@ -4,10 +4,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-from kdedge_export.latency import measure_alone, speedup
 from torch import nn
 
 from kdedge.errors import DeviceError
+from kdedge_export.latency import measure_alone, speedup
 
 SHORT = ("--seconds", "0", "--runs", "20")
 

@@ -6,13 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
+
+from kdedge.errors import ExportError
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.lint import lint_float
 from kdedge_export.onnx_export import export_float, verify
 from kdedge_export.sessions import run_onnx
-from torch import nn
-
-from kdedge.errors import ExportError
 
 from .conftest import CLASSES, SMALL, images
 

@@ -3,12 +3,12 @@
 import numpy as np
 import onnx
 import pytest
-from kdedge_export.lint import lint_float
-from kdedge_export.rewrite import to_opset_17
-from kdedge_export.sessions import run_onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge.errors import ExportError
+from kdedge_export.lint import lint_float
+from kdedge_export.rewrite import to_opset_17
+from kdedge_export.sessions import run_onnx
 
 X = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32)
 

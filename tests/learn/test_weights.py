@@ -7,12 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from kdedge_device.preprocess import Preprocess
 from torchvision import models
 
 from kdedge.errors import DataError, RunError
 from kdedge.models.weights import load_model, read_starting_weights, save_model, start_from
 from kdedge.models.zoo import ModelSpec, build
+from kdedge_device.preprocess import Preprocess
 
 SPEC = ModelSpec("mobilenet-v2", classes=3, channels=3, width=1.0)
 PREPROCESS = Preprocess(32, 32, 3, "short-side-crop", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
