@@ -180,10 +180,12 @@ class _Stages:
             resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"mean": mean, "std": std})})
         preprocess = replace(plain, mean=mean, std=std)
         pool = _pool(images, splits, preprocess, device)
-        if not run.manifest_path.is_file():
+        # The manifest first: with it, a run that is killed right here can be resumed.
+        _begin_manifest(run, recipe, source, device, display)
+        if not run.recipe_path.is_file():
             write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
+        if not run.splits_path.is_file():
             write_json(run.splits_path, splits.to_json(source))
-        _begin_manifest(run, recipe, source, device)
         return cls(run, resolved, source, splits, device, pool, preprocess, starting, display)
 
     def _load(self, indices: Any) -> _Images:
@@ -443,10 +445,23 @@ def _pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.
     )
 
 
-def _begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.device) -> None:
-    before = run.read_manifest() if run.manifest_path.is_file() else {}
+def _begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.device, display: Display) -> None:
+    """Begin the manifest, or go on with the one there is; says so where a package has changed in between."""
     import torchvision
 
+    before = run.read_manifest() if run.manifest_path.is_file() else {}
+    versions = {
+        "kdedge": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+    changed = [
+        f"{n} {before['versions'][n]} to {v}" for n, v in versions.items() if before and before["versions"][n] != v
+    ]
+    if changed:
+        display.say(f"Since the run began, {', '.join(changed)}: it goes on, but not bit for bit as it would have.")
     asked = recipe.model_dump(mode="json")
     run.update_manifest(
         status="running",
@@ -455,13 +470,8 @@ def _begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.devi
         recipe_sha256=sha256_bytes(recipe_io.dump(recipe).encode()),
         data_fingerprint=source.fingerprint,
         seed=recipe.seed,
-        versions={
-            "kdedge": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
+        versions=versions,
+        failure=None,
         host={"system": platform.platform(), "machine": platform.machine()},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         engine_plan=before.get("engine_plan", {}),

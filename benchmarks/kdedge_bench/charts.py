@@ -60,11 +60,11 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def _lines(axes: "Axes", found: Sequence[Curve]) -> None:
+def _lines(axes: "Axes", found: Sequence[Curve], noisy: bool = True) -> None:
     """One line a stage; a long noisy one is drawn pale with its running mean over it."""
     for name, colour, steps, values in found:
         marker = "o" if len(values) == 1 else None
-        if len(values) < SMOOTH_FROM:
+        if len(values) < SMOOTH_FROM or not noisy:
             axes.plot(steps, values, color=colour, label=name, marker=marker, markersize=3.5)
             continue
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
@@ -93,11 +93,13 @@ def _percent_axis(axis: Any) -> None:
 
 
 def _log_axis(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5: powers of ten would be small superscripts."""
+    """Plain numbers, since powers of ten would be small superscripts; at 1, 2 and 5 where that is not too many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -109,7 +111,7 @@ def _over_time(
     if not found:
         return None
     with drawing() as (figure, axes):
-        _lines(axes, found)
+        _lines(axes, found, noisy=metric != "lr")
         _steps_axis(axes)
         axes.set_ylabel(label)
         finish(axes, found)
