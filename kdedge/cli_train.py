@@ -48,12 +48,12 @@ def train_recipe(
     if data is None and loaded.data.spec == "digits":
         note(OWN_IMAGES)
     from kdedge.cli_display import open_display
-    from kdedge.pipeline import train
+    from kdedge.pipeline import Stopped, train
 
     try:
         with open_display() as display:
             run, result = train(loaded, out, resume=resume, display=display)
-    except KeyboardInterrupt:
+    except Stopped:
         again = _again(recipe, settings, {"data": data, "labels": labels, "seed": seed, "out": out, "device": device})
         raise Interrupted(
             "Stopped by Ctrl-C. What was trained is kept, up to the last checkpoint some seconds ago. "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from kdedge.methods.supervised import Supervised
 from kdedge.models.weights import StartingWeights, load_model, read_starting_weights, save_model, start_from
 from kdedge.models.zoo import ModelSpec, Network, build, num_params
 from kdedge.predictions import add_predictions
-from kdedge.recipe import DataDescription, Recipe, resolve
+from kdedge.recipe import DataDescription, Recipe, resolve, resolved_teacher_arch
 from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, sha256_file, write_bytes, write_json
 from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.engine import EnginePlan, as_planned, measure_plan, pick_device
@@ -39,7 +40,11 @@ from kdedge.train.optim import OptimConfig
 from kdedge.trust.select import load_trusted, save_trusted, select_trusted
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["run_folder", "train"]
+__all__ = ["Stopped", "run_folder", "train"]
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, in a run that can be resumed."""
 
 
 def run_folder(recipe: Recipe, source: Source, splits: Splits) -> Path:
@@ -64,7 +69,9 @@ def train(
     ).decodable()
     splits = make_splits(source, recipe.data.labels, recipe.seed)
     run = Run(out or run_folder(recipe, source, splits))
-    finished = _check_folder(run, recipe, source, resume)
+    if resume and run.splits_path.is_file():
+        splits = Splits.from_json(read_json(run.splits_path), source)  # says what changed since
+    finished = _check_folder(run, recipe, device, resume)
     if finished is not None:
         shown.say(f"The run in {run.path} is finished already; nothing was done.")
         return run, finished
@@ -75,7 +82,7 @@ def train(
         try:
             result = stages.all()
         except KeyboardInterrupt:
-            raise  # the manifest goes on saying "running": --resume goes on
+            raise Stopped from None  # the manifest goes on saying "running"
         except BaseException as error:
             _try_to_note_failure(run, error)
             raise
@@ -87,7 +94,7 @@ def _try_to_note_failure(run: Run, error: BaseException) -> None:
         run.update_manifest(status="failed", failure=f"{type(error).__name__}: {error}")
 
 
-def _check_folder(run: Run, recipe: Recipe, source: Source, resume: bool) -> dict[str, Any] | None:
+def _check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -> dict[str, Any] | None:
     """The result where the run is finished; RunError where the folder cannot be used as asked."""
     again = "Go on with it by --resume, or choose another folder with --out."
     if not run.manifest_path.is_file():
@@ -108,9 +115,16 @@ def _check_folder(run: Run, recipe: Recipe, source: Source, resume: bool) -> dic
             f"The run in {run.path} was started with another recipe: {'; '.join(differences)}. "
             "Resume it as it was started, or choose another --out."
         )
-    if manifest.get("data_fingerprint") != source.fingerprint and run.splits_path.is_file():
-        Splits.from_json(read_json(run.splits_path), source)  # says what changed
-    return read_json(run.result_path) if manifest.get("status") == "finished" else None
+    if manifest.get("status") == "finished":
+        result: dict[str, Any] = read_json(run.result_path)
+        return result
+    if manifest.get("device_type", device.type) != device.type:
+        before = manifest["device_type"]
+        raise RunError(
+            f"The run in {run.path} was begun on {before}, and this would go on on {device.type}, with other "
+            f"rounding. Resume it with --device {before}, or choose another --out."
+        )
+    return None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -164,29 +178,40 @@ class _Stages:
         starting = {
             who: read_starting_weights(init, arch)
             for who, init, arch in (
-                ("teacher", recipe.teacher.init, recipe.teacher.arch or "resnet18"),
+                ("teacher", recipe.teacher.init, resolved_teacher_arch(recipe, source.kind)),
                 ("student", recipe.student.init, recipe.student.arch),
             )
             if init is not None
         }
-        resolved = resolve(recipe, _describe(source, splits, starting))
+        resolved = resolve(recipe, _describe(recipe, source, splits, starting))
         resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"labels": splits.labels})})
         px, channels = resolved.data.image_px or 0, resolved.data.channels or 3
         plain = Preprocess(px, px, channels, "short-side-crop", (0.0,) * channels, (1.0,) * channels)
         images = source.load(splits.unlabeled, plain)
         mean, std = resolved.data.mean, resolved.data.std
         if mean is None or std is None:
-            mean, std = _statistics(images)
+            measured = _statistics(images)
+            mean, std = mean or measured[0], std or measured[1]
             resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"mean": mean, "std": std})})
         preprocess = replace(plain, mean=mean, std=std)
         pool = _pool(images, splits, preprocess, device)
+        stages = cls(run, resolved, source, splits, device, pool, preprocess, starting, display)
+        for who, spec in (("teacher", stages._teacher_spec()), ("student", stages._student_spec())):
+            stages._network(spec, who)  # what does not fit is told before anything is written or trained
         # The manifest first: with it, a run that is killed right here can be resumed.
         _begin_manifest(run, recipe, source, device, display)
         if not run.recipe_path.is_file():
             write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
         if not run.splits_path.is_file():
             write_json(run.splits_path, splits.to_json(source))
-        return cls(run, resolved, source, splits, device, pool, preprocess, starting, display)
+        return stages
+
+    def _network(self, spec: ModelSpec, who: str) -> Network:
+        """A fresh network, from its starting weights where there are some."""
+        network = build(spec)
+        if who in self.starting:
+            start_from(network, self.starting[who])
+        return network
 
     def _load(self, indices: Any) -> _Images:
         images = self.source.load(indices, self.preprocess)
@@ -241,10 +266,7 @@ class _Stages:
             return
         self.run.update_manifest(stage=stage)
         torch.manual_seed(step_seed(self.recipe.seed, stage, "init"))
-        network = build(spec)
-        if who in self.starting:
-            start_from(network, self.starting[who])
-        method = make_method(network).to(self.device)
+        method = make_method(self._network(spec, who)).to(self.device)
         ratio = 0 if stage == "baseline" else optim.unlabeled_ratio or 0
         batch = optim.labeled_batch or 0
         batches = Batches(
@@ -257,8 +279,7 @@ class _Stages:
         )
         plan = self._plan(stage, method, batches)
         checkpoints = Checkpoints(self.run.checkpoint_path, stage)
-        started_at_s = time.perf_counter()
-        average = fit(
+        average, elapsed_s = fit(
             method,
             batches,
             optim,
@@ -269,7 +290,6 @@ class _Stages:
             seed=self.recipe.seed,
             validate=self._validate(plan),
         )
-        elapsed_s = time.perf_counter() - started_at_s
         digest = save_model(path, average, spec, self.source.classes, self.preprocess)
         images = batches.images_per_step * (optim.total_steps or 0)
         self._note_done(
@@ -316,7 +336,8 @@ class _Stages:
         plan = self._stage_plan("outer")
         teacher = as_planned(load_model(self.run.teacher_path).module.to(self.device), plan)
         pool = self.pool
-        logits, features = predict_with_features(teacher, pool.images[pool.unlabeled], pool.mean, pool.std, plan)
+        # Pool.images are the unlabeled images, in their order.
+        logits, features = predict_with_features(teacher, pool.images, pool.mean, pool.std, plan)
         given = torch.full((len(pool.unlabeled),), -1)
         given[pool.labeled.cpu()] = pool.labels.cpu()  # unlabeled is the whole pool, so places agree
         trusted = select_trusted(logits, features, self.splits.unlabeled, given, self.recipe.trust)
@@ -324,7 +345,7 @@ class _Stages:
         self._note_done(
             "trusted", sha256=sha256_file(self.run.trusted_path), seconds=round(time.perf_counter() - started_at_s, 2)
         )
-        summary = trusted.summary(self.splits.truth[self.splits.unlabeled], len(self.source.classes))
+        summary = trusted.summary(_held_back(self.splits), len(self.source.classes))
         self.metrics.write("trusted", 1, total_steps=1, kept_fraction=summary["coverage"])
         self.display.say(f"Trusted pseudo labels: {summary['size']} of {len(trusted.index)} unlabeled images.")
 
@@ -336,8 +357,18 @@ class _Stages:
     # ---- bookkeeping
 
     def _done(self) -> dict[str, Any]:
-        stages: dict[str, Any] = self.run.read_manifest()["stages"]
-        return stages
+        """The stages whose file is there, with the hash that was noted; a removed or altered one is made anew."""
+        files = {
+            "baseline": self.run.baseline_path,
+            "outer": self.run.teacher_path,
+            "trusted": self.run.trusted_path,
+            "inner": self.run.student_path,
+        }
+        return {
+            stage: facts
+            for stage, facts in self.run.read_manifest()["stages"].items()
+            if files[stage].is_file() and sha256_file(files[stage]) == facts["sha256"]
+        }
 
     def _note_done(self, stage: str, **facts: Any) -> None:
         self.run.update_manifest(stages=self._done() | {stage: facts})
@@ -365,7 +396,7 @@ class _Stages:
             if stage in stages:
                 result[name], logits[name] = self._score(path, stage, test, stages[stage]["seconds"])
         trusted = load_trusted(self.run.trusted_path)
-        result["trusted"] = trusted.summary(self.splits.truth[self.splits.unlabeled], len(self.source.classes))
+        result["trusted"] = trusted.summary(_held_back(self.splits), len(self.source.classes))
         result["images_per_second"] = {s: f["images_per_second"] for s, f in stages.items() if "images_per_second" in f}
         result["seconds"] = round(sum(facts["seconds"] for facts in stages.values()), 2)
         result["test_images"], result["test_is_val"] = len(test.ids), self.splits.test_is_val
@@ -393,14 +424,13 @@ class _Stages:
         }, logits
 
 
-def _describe(source: Source, splits: Splits, starting: dict[str, StartingWeights]) -> DataDescription:
+def _describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str, StartingWeights]) -> DataDescription:
     inputs = {(weights.mean, weights.std) for weights in starting.values()}
-    if len(inputs) > 1:
+    if len(inputs) > 1 and (recipe.data.mean is None or recipe.data.std is None):
         raise RecipeError(
             "teacher.init and student.init were trained with different normalisations, and a run has one. "
             "Set data.mean and data.std in the recipe, or leave one init out."
         )
-    weights = next(iter(starting.values()), None)
     return DataDescription(
         kind=source.kind,
         channels=source.channels,
@@ -409,16 +439,15 @@ def _describe(source: Source, splits: Splits, starting: dict[str, StartingWeight
         classes=len(source.classes),
         labeled_images=len(splits.labeled),
         unlabeled_images=len(splits.unlabeled),
-        weights_px=weights.px if weights else None,
-        weights_mean=weights.mean if weights else None,
-        weights_std=weights.std if weights else None,
+        teacher_weights=starting.get("teacher"),
+        student_weights=starting.get("student"),
     )
 
 
 def _statistics(images_u8: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixel / 255 for each channel, in whole numbers summed exactly; 4 digits."""
     total = squares = torch.zeros(images_u8.shape[1], dtype=torch.float64)
-    for part in torch.split(images_u8, 1024):
+    for part in torch.split(images_u8, 64):
         values = part.to(torch.float64)
         total = total + values.sum((0, 2, 3))
         squares = squares + values.pow(2).sum((0, 2, 3))
@@ -426,6 +455,13 @@ def _statistics(images_u8: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]
     mean = total / count
     std = (squares / count - mean.pow(2)).clamp(min=1.0).sqrt()
     return tuple(round(v, 4) for v in (mean / 255).tolist()), tuple(round(v, 4) for v in (std / 255).tolist())
+
+
+def _held_back(splits: Splits) -> npt.NDArray[np.int64]:
+    """The true class of each unlabeled image, for reports; -1 where unknown, and where the network was given it."""
+    truth = splits.truth[splits.unlabeled].copy()
+    truth[np.isin(splits.unlabeled, splits.labeled)] = -1
+    return truth
 
 
 def _pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.device) -> Pool:
@@ -439,7 +475,7 @@ def _pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.
         labeled=torch.from_numpy(labeled).to(device),
         labels=torch.from_numpy(splits.truth[splits.labeled]).to(device),
         unlabeled=torch.arange(len(splits.unlabeled), device=device),
-        truth=torch.from_numpy(splits.truth[splits.unlabeled]).to(device),
+        truth=torch.from_numpy(_held_back(splits)).to(device),
         mean=column(preprocess.mean),
         std=column(preprocess.std),
     )
@@ -474,6 +510,7 @@ def _begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.devi
         failure=None,
         host={"system": platform.platform(), "machine": platform.machine()},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device_type=device.type,
         engine_plan=before.get("engine_plan", {}),
         stages=before.get("stages", {}),
         started_at_s=before.get("started_at_s", round(time.time(), 3)),

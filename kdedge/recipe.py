@@ -7,13 +7,14 @@ the run's recipe.yaml, which loads again and says everything.
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from kdedge.config import Config
 from kdedge.data.views import ViewConfig
 from kdedge.errors import BugError, RecipeError
 from kdedge.methods.fixmatch import FixMatchConfig
 from kdedge.methods.kd_fixmatch import KDFixMatchConfig
+from kdedge.models.weights import StartingWeights
 from kdedge.models.zoo import architecture
 from kdedge.train.due import to_steps
 from kdedge.train.engine import EngineConfig
@@ -29,6 +30,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "resolve",
+    "resolved_teacher_arch",
 ]
 
 Settings = Literal["fixmatch.paper", "fixmatch.short"]
@@ -71,13 +73,24 @@ class DataConfig(Config):
     image_px: Annotated[int, Field(ge=4)] | None = None  # images are square
     channels: Literal[1, 3] | None = None
     mean: tuple[float, ...] | None = None  # of pixel / 255; null: of the training images, or of the starting weights
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+
+def _known_architecture(name: str) -> str:
+    try:
+        architecture(name)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+Arch = Annotated[str, AfterValidator(_known_architecture)]
 
 
 class TeacherConfig(Config):
     """The outer network."""
 
-    arch: str | None = None
+    arch: Arch | None = None
     width: Annotated[float, Field(gt=0)] = 1.0
     halvings: Annotated[int, Field(ge=0)] | None = None  # how often the image is halved on its way
     init: str | None = None  # a file, "pretrained", or torchvision's name of the weights
@@ -89,7 +102,7 @@ class TeacherConfig(Config):
 class StudentConfig(Config):
     """The inner network: what is exported."""
 
-    arch: str = "mobilenet-v2"
+    arch: Arch = "mobilenet-v2"
     width: Annotated[float, Field(gt=0)] | None = None
     halvings: Annotated[int, Field(ge=0)] | None = None
     init: str | None = None
@@ -109,7 +122,7 @@ class Recipe(Config):
     """A recipe ends where training ends; export options live in kdedge_export."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # part of the run folder's name
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()
@@ -131,17 +144,24 @@ class DataDescription:
     classes: int
     labeled_images: int
     unlabeled_images: int
-    weights_px: int | None = None  # of the starting weights, where there are any
-    weights_mean: tuple[float, ...] | None = None
-    weights_std: tuple[float, ...] | None = None
+    teacher_weights: StartingWeights | None = None
+    student_weights: StartingWeights | None = None
+
+    @property
+    def weights(self) -> StartingWeights | None:
+        """Those that say what the input is; the student's where both networks start from some."""
+        return self.student_weights or self.teacher_weights
 
 
 Some = TypeVar("Some", bound=Config)
+Who = Literal["baseline", "teacher", "student"]
+_WHO: tuple[Who, ...] = ("baseline", "teacher", "student")
 
-# Steps of (baseline, teacher, student) where the recipe names none: minutes on a laptop CPU for digits and with
-# starting weights, an hour on a GPU for the others.
-_STEPS = {"digits": (300, 800, 350), "small": (2000, 8000, 8000), "photo": (600, 1200, 1200)}
-_STEPS_FROM_WEIGHTS = (200, 300, 300)
+# Steps of (baseline, teacher, student) where the recipe names none: for digits chosen to be minutes on a laptop CPU.
+_STEPS = {"digits": (300, 800, 350), "small": (2000, 8000, 8000), "photo": (1000, 2000, 2000)}
+_STEPS_FROM_WEIGHTS = (200, 400, 400)
+_RATE_FROM_WEIGHTS = 0.003  # FixMatch's 0.03 unlearns what the weights know
+_PHOTO_BATCH = 8  # 56 images a step: 4 GiB of activations for MobileNetV2 at 224 px; 32 would be 16 GiB
 
 _VIEWS = {
     "digits": ViewConfig(
@@ -173,37 +193,40 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
     Input size, channels and normalisation; how often the networks halve the image (the final map is at least 2 x 2);
     width; which views are allowed and how far they go; the named settings; the number of steps.
     """
-    pretrained = data.weights_px is not None
+    known = data.weights
     px = recipe.data.image_px or _image_px(data)
-    channels = recipe.data.channels or (len(data.weights_mean) if data.weights_mean else data.channels)
-    baseline_steps, teacher_steps, student_steps = _STEPS_FROM_WEIGHTS if pretrained else _STEPS[data.kind]
-    teacher_arch = recipe.teacher.arch or ("resnet18" if data.kind == "photo" else "wide-resnet-28-2")
-    width = recipe.student.width or (0.5 if data.kind == "digits" else 1.0)
+    input_values: dict[str, object] = {
+        "image_px": px,
+        "channels": len(known.mean) if known else data.channels,
+        "mean": known.mean if known else None,
+        "std": known.std if known else None,
+    }
+    teacher, student, teacher_arch = recipe.teacher, recipe.student, resolved_teacher_arch(recipe, data.kind)
+    teacher_values: dict[str, object] = {
+        "arch": teacher_arch,
+        "halvings": _halvings(teacher.halvings, teacher_arch, px, data.teacher_weights, "teacher"),
+        "optim": _optim(teacher.optim, teacher.settings, data, "teacher"),
+    }
+    student_values: dict[str, object] = {
+        "width": _student_width(student, data),
+        "halvings": _halvings(student.halvings, student.arch, px, data.student_weights, "student"),
+        "optim": _optim(student.optim, student.settings, data, "student"),
+    }
+    baseline_optim = _optim(recipe.baseline.optim, "fixmatch.short", data, "baseline")
     return recipe.model_copy(
         update={
-            "data": _filled(recipe.data, image_px=px, channels=channels, mean=data.weights_mean, std=data.weights_std),
+            "data": _filled(recipe.data, **input_values),
             "views": _views(recipe.views, data),
-            "teacher": recipe.teacher.model_copy(
-                update={
-                    "arch": teacher_arch,
-                    "halvings": _halvings(recipe.teacher.halvings, teacher_arch, px, recipe.teacher.init, "teacher"),
-                    "optim": _optim(recipe.teacher.optim, recipe.teacher.settings, teacher_steps, data, "teacher"),
-                }
-            ),
-            "student": recipe.student.model_copy(
-                update={
-                    "width": width,
-                    "halvings": _halvings(
-                        recipe.student.halvings, recipe.student.arch, px, recipe.student.init, "student"
-                    ),
-                    "optim": _optim(recipe.student.optim, recipe.student.settings, student_steps, data, "student"),
-                }
-            ),
-            "baseline": recipe.baseline.model_copy(
-                update={"optim": _baseline_optim(recipe.baseline.optim, baseline_steps, data)}
-            ),
+            "teacher": teacher.model_copy(update=teacher_values),
+            "student": student.model_copy(update=student_values),
+            "baseline": recipe.baseline.model_copy(update={"optim": baseline_optim}),
         }
     )
+
+
+def resolved_teacher_arch(recipe: Recipe, kind: str) -> str:
+    """The recipe's, else ResNet-18 for photographs and for published weights, else WRN-28-2."""
+    return recipe.teacher.arch or ("resnet18" if kind == "photo" or recipe.teacher.init else "wide-resnet-28-2")
 
 
 def _filled(config: Some, **values: object) -> Some:
@@ -222,22 +245,31 @@ def _image_px(data: DataDescription) -> int:
     if data.kind != "photo":
         return data.shorter_px
     px = min(max(data.shorter_px, 160), 224) // 32 * 32
-    return px if data.weights_px is None else min(px, data.weights_px)
+    return min(px, data.weights.px) if data.weights else px
 
 
-def _halvings(given: int | None, arch: str, px: int, init: str | None, who: str) -> int:
+def _student_width(student: StudentConfig, data: DataDescription) -> float:
+    """The recipe's, else that of the starting weights, else half for digits where the family has widths."""
+    if student.width is not None:
+        return student.width
+    if data.student_weights is not None:
+        return data.student_weights.width or 1.0
+    return 0.5 if data.kind == "digits" and architecture(student.arch).scalable else 1.0
+
+
+def _halvings(given: int | None, arch: str, px: int, weights: StartingWeights | None, who: str) -> int:
     """As many halvings as leave a map of some size; starting weights keep the strides they were trained with."""
     known = architecture(arch)
-    if init is not None or arch.startswith("timm/"):
-        fitting = known.halvings
+    most = 3 if arch.startswith("wide-resnet") else known.halvings
+    if weights is not None or arch.startswith("timm/"):
+        fitting = (weights.halvings if weights else None) or known.halvings
     elif px <= 16:
         fitting = 2  # 8 px end at 2 x 2
     else:
-        fitting = 3 if px <= 32 else 4 if px <= 64 else 5
-    most = 3 if arch.startswith("wide-resnet") else known.halvings
+        fitting = min(3 if px <= 32 else 4 if px <= 64 else 5, known.halvings if px <= 32 else most)
     if given is not None and given > most:
         raise RecipeError(f"{who}.halvings is {given}; {arch} halves the image at most {most} times.")
-    chosen = min(fitting, most, known.halvings if px <= 32 else most) if given is None else given
+    chosen = fitting if given is None else given
     if px / 2**chosen < 2:
         raise RecipeError(
             f"{chosen} halvings of {px} px leave a map below 2 x 2 for {arch}. "
@@ -246,37 +278,26 @@ def _halvings(given: int | None, arch: str, px: int, init: str | None, who: str)
     return chosen
 
 
-def _optim(given: OptimConfig, settings: Settings, steps: int, data: DataDescription, who: str) -> OptimConfig:
-    """The named settings with what the recipe says on top, durations in steps."""
+def _optim(given: OptimConfig, settings: Settings, data: DataDescription, who: Who) -> OptimConfig:
+    """The named settings with what the recipe says on top, the duration in steps. The baseline sees labels only."""
     named = SETTINGS[settings]
-    filled = _filled(given, **named.model_dump(exclude={"total_steps"}))
+    defaults = named.model_dump(exclude={"total_steps", "total_epochs", "total_images"})
+    weights = data.teacher_weights if who == "teacher" else data.student_weights
+    if settings == "fixmatch.short":
+        defaults |= {"labeled_batch": _PHOTO_BATCH} if data.kind == "photo" else {}
+        defaults |= {"learning_rate": _RATE_FROM_WEIGHTS} if weights else {}
+    filled = _filled(given, **defaults)
     ratio, batch = filled.unlabeled_ratio, filled.labeled_batch
     if ratio is None or batch is None:
         raise BugError(f"the settings {settings} leave the batch open")
-    return _in_steps(
-        filled, named.total_steps or steps, images_an_epoch=data.unlabeled_images, batch_of_epoch=ratio * batch, who=who
-    )
+    steps = (_STEPS_FROM_WEIGHTS if weights else _STEPS[data.kind])[_WHO.index(who)]
+    epoch = (data.labeled_images, batch) if who == "baseline" else (data.unlabeled_images, ratio * batch)
+    return _in_steps(filled, named.total_steps or steps, images_an_epoch=epoch[0], batch_of_epoch=epoch[1])
 
 
-def _baseline_optim(given: OptimConfig, steps: int, data: DataDescription) -> OptimConfig:
-    """fixmatch.short without unlabeled images."""
-    filled = _filled(given, **SETTINGS["fixmatch.short"].model_dump(exclude={"total_steps"}))
-    return _in_steps(
-        filled,
-        steps,
-        images_an_epoch=data.labeled_images,
-        batch_of_epoch=filled.labeled_batch or 1,
-        who="baseline",
-    )
-
-
-def _in_steps(config: OptimConfig, default: int, *, images_an_epoch: int, batch_of_epoch: int, who: str) -> OptimConfig:
+def _in_steps(config: OptimConfig, default: int, *, images_an_epoch: int, batch_of_epoch: int) -> OptimConfig:
     """The duration as total_steps, whatever unit it was given in."""
-    try:
-        epochs = to_steps(None, config.total_epochs, None, batch=batch_of_epoch, images_an_epoch=images_an_epoch)
-        images = to_steps(None, None, config.total_images, batch=config.labeled_batch or 1, images_an_epoch=1)
-        to_steps(config.total_steps, config.total_epochs, config.total_images, batch=1, images_an_epoch=1)
-    except ValueError as error:
-        raise RecipeError(f"{who}.optim: {error}") from None
+    epochs = to_steps(None, config.total_epochs, None, batch=batch_of_epoch, images_an_epoch=images_an_epoch)
+    images = to_steps(None, None, config.total_images, batch=config.labeled_batch or 1, images_an_epoch=1)
     steps = config.total_steps or epochs or images or default
     return config.model_copy(update={"total_steps": steps, "total_epochs": None, "total_images": None})

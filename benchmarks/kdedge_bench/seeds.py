@@ -74,9 +74,10 @@ def _kdedge(*arguments: str) -> None:
 def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[str, Any]:
     """Train (or go on, or find finished), export, and read what was measured."""
     out = options.runs / f"s{seed}"
-    resume = ["--resume"] if (out / "manifest.json").is_file() else []
     flags = [value for key in ("data", "labels") if (v := getattr(options, key)) for value in (f"--{key}", str(v))]
-    _kdedge("train-recipe", options.recipe, *flags, "--seed", str(seed), "--out", str(out), *extra, *resume)
+    if not (out / "result.json").is_file():
+        resume = ["--resume"] if (out / "manifest.json").is_file() else []
+        _kdedge("train-recipe", options.recipe, *flags, "--seed", str(seed), "--out", str(out), *extra, *resume)
     if not (out / "bundle" / "manifest.json").is_file():
         _kdedge("export", str(out), "--int8")
     result, exported = read_json(out / "result.json"), read_json(out / "bundle" / "manifest.json")
@@ -87,7 +88,7 @@ def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[s
         "seed": seed,
         "test_accuracy": rows,
         "int8_drop_points": 100 * (rows["fp32"] - rows["int8"]),
-        "trusted": result["trusted"],
+        "trusted": {key: result["trusted"][key] for key in ("size", "coverage")},
         "seconds": result["seconds"],
         "gate": gate,
     }

@@ -1,8 +1,8 @@
 """The operations of RandAugment, in batches on tensors, with one magnitude an image.
 
-Images are float [B, C, H, W] in 0..255, whole numbers where Pillow would hold bytes. Each operation follows
-Pillow's of the same name as used by FixMatch (arXiv 2001.07685, table 12 of the appendix), on whatever device
-the images are. Nothing here draws random numbers: magnitudes come in, one a image, so that a step can be repeated.
+Images are float [B, C, H, W] in 0..255, whole numbers where Pillow would hold bytes, on whatever device. Each
+operation follows Pillow's of the same name as used by FixMatch (arXiv 2001.07685, table 12 of the appendix), but that
+rotations, shears and translations are bilinear and not nearest. Nothing here draws random numbers: magnitudes come in, one a image, so that a step can be repeated.
 
 B batch, C channels, H and W pixels.
 """

@@ -34,7 +34,7 @@ class ViewConfig(Config):
     """How far views go. What is null is resolved from the data description (`kdedge.recipe.resolve`)."""
 
     flip: bool | None = None  # mirror left to right; never for digits, letters, signs
-    shift_fraction: Fraction | None = None  # of the shorter side, weak view
+    shift_fraction: Annotated[float, Field(ge=0, le=0.5)] | None = None  # of the shorter side, weak view
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] | None = None  # strong view, either way
     shear: Fraction | None = None  # strong view, either way
     translate_fraction: Fraction | None = None  # of the side, strong view, either way

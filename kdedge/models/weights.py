@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,8 @@ class StartingWeights:
     px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    width: float | None = None  # known for kdedge's own files
+    halvings: int | None = None
 
 
 def read_starting_weights(init: str, arch: str) -> StartingWeights:
@@ -126,13 +129,25 @@ def _from_file(path: Path, arch: str) -> StartingWeights:
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         if "kdedge" in metadata:
-            spec = Preprocess.from_json(json.loads(metadata["kdedge"])["preprocess"])
-            return StartingWeights(path.name, tensors, min(spec.height, spec.width), spec.mean, spec.std)
+            return _from_our_own(path, tensors, json.loads(metadata["kdedge"]))
     elif path.suffix == ".npz":
         tensors = _read_npz(path)
     else:
         tensors = _read_pt(path)
     return StartingWeights(path.name, tensors, architecture(arch).standard_px, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _from_our_own(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> StartingWeights:
+    try:
+        spec, seen = ModelSpec(**header["spec"]), Preprocess.from_json(header["preprocess"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} was written by kdedge, but is no network (its header lacks or misspells {error}). "
+            "A teacher.safetensors or student.safetensors was expected."
+        ) from None
+    return StartingWeights(
+        path.name, tensors, min(seen.height, seen.width), seen.mean, seen.std, spec.width, spec.halvings
+    )
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -183,8 +198,11 @@ def _from_torchvision(init: str, arch: str) -> StartingWeights:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(weights.url, str(path), progress=False)
-        except OSError as error:  # URLError is one
+            # torchvision's file names end in the first digits of their sha256
+            torch.hub.download_url_to_file(
+                weights.url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False
+            )
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
             raise DataError(
                 f"The weights {weights.name} of {arch} are not on this machine and cannot be downloaded ({error}). "
                 f"Put the file {path.name} at {path}, or set init to a file you have."
@@ -206,7 +224,8 @@ def _from_timm(init: str, arch: str) -> StartingWeights:
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"The weights of {arch} are not on this machine and cannot be downloaded ({type(error).__name__}). "
-            "Set init to a .safetensors or .pt file you have."
+            "Copy Hugging Face's cache (HF_HOME, ~/.cache/huggingface unless set) from a machine that has them, or set "
+            "init to a .safetensors or .pt file you have."
         ) from None
     config = model.pretrained_cfg
     return StartingWeights(

@@ -7,9 +7,11 @@ mean the same computation.
 
 import copy
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
@@ -49,7 +51,7 @@ class EnginePlan(Config):
 class EngineConfig(Config):
     """Where and how a run computes. `plan` fixes the plan beforehand; null measures it at the first start."""
 
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     plan: EnginePlan | None = None
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     log_every_steps: Annotated[int, Field(gt=0)] = 10
@@ -57,10 +59,13 @@ class EngineConfig(Config):
 
 
 def available_cores() -> int:
-    """Cores this process may use, which in a container is fewer than the machine has."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Cores this process may use: by affinity, and by the quota of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,13 +109,17 @@ def prepare(images_BCHW: Tensor, plan: EnginePlan) -> Tensor:
 @contextmanager
 def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
     """Threads and precision of the plan, inside the block."""
-    before = torch.get_num_threads()
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     torch.set_num_threads(plan.threads)
+    cudnn.deterministic, cudnn.benchmark = True, False  # a resume takes the same kernels
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+        # Without its cache: that lives as long as the block, and would go on using the first step's weights.
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16", cache_enabled=False):
             yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
 
 
 def _bf16_pays(device: torch.device) -> bool:

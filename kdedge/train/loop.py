@@ -38,8 +38,10 @@ def fit(
     *,
     seed: int,
     validate: Callable[[Network], float] | None = None,
-) -> Network:
-    """Train `method.network` for `optim.total_steps` and return its moving average, in eval mode.
+) -> tuple[Network, float]:
+    """Train `method.network` for `optim.total_steps`; its moving average, in eval mode, and the seconds that took.
+
+    The seconds of a run that was resumed are those of all its parts, up to the checkpoints they left.
 
     With `validate` (accuracy on the validation split) the best average seen at an evaluation is returned, otherwise
     the last one. Raises RunError where the loss is no longer finite.
@@ -61,6 +63,7 @@ def fit(
     for note in notes:
         metrics.display.say(note)
     first = 0 if checkpoint is None else _restore(checkpoint, method, optimizer, ema, best)
+    began_at_s = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.header["elapsed_s"])
     metrics.rewind(stage, first)
     metrics.display.stage(stage, total)
     saved_at_s = logged_at_s = time.perf_counter()
@@ -113,12 +116,12 @@ def fit(
 
             if done < total and time.perf_counter() - saved_at_s >= engine.checkpoint_every_s:
                 _check_finite(result.loss, stage, step, rate)
-                _save(checkpoints, done, method, optimizer, ema, best)
+                _save(checkpoints, done, method, optimizer, ema, best, time.perf_counter() - began_at_s)
                 saved_at_s = time.perf_counter()
 
     if best["weights"] is not None:
         ema.network.load_state_dict(best["weights"])
-    return ema.network
+    return ema.network, time.perf_counter() - began_at_s
 
 
 Value = TypeVar("Value")
@@ -149,6 +152,7 @@ def _save(
     optimizer: torch.optim.SGD,
     ema: Ema,
     best: dict[str, Any],
+    elapsed_s: float,
 ) -> None:
     tensors = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema.network.state_dict().items()}
@@ -156,7 +160,7 @@ def _save(
     for index, state in optimizer.state_dict()["state"].items():
         if state.get("momentum_buffer") is not None:
             tensors[f"momentum.{index}"] = state["momentum_buffer"]
-    checkpoints.save(step, tensors, best_accuracy=best["accuracy"])
+    checkpoints.save(step, tensors, best_accuracy=best["accuracy"], elapsed_s=elapsed_s)
 
 
 def _restore(checkpoint: Checkpoint, method: Method, optimizer: torch.optim.SGD, ema: Ema, best: dict[str, Any]) -> int:

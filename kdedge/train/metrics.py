@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 from torch import Tensor
 
 from kdedge.errors import RunError
+from kdedge.runs import write_bytes
 
 __all__ = ["Display", "MetricsLog", "SilentDisplay", "to_number"]
 
@@ -70,7 +71,7 @@ class MetricsLog:
                 continue  # cut off by a kill
             if entry["stage"] != stage or entry["step"] <= step:
                 kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_bytes(self.path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, stage: str, step: int, **values: Any) -> None:
         entry = {"stage": stage, "step": step} | {name: to_number(value) for name, value in values.items()}

@@ -1,13 +1,14 @@
 """The optimizer and schedule of FixMatch, as one config."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from kdedge.config import Config
+from kdedge.train.due import to_steps
 
 __all__ = ["OptimConfig", "learning_rate", "make_optimizer", "set_batch_norm_momentum"]
 
@@ -29,6 +30,11 @@ class OptimConfig(Config):
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # on kernels only, never on biases and batch norms
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None  # ceiling; see kdedge.models.ema.ema_decay
     batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # torch's convention: share of the new batch
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Self:
+        to_steps(self.total_steps, self.total_epochs, self.total_images, batch=1, images_an_epoch=1)
+        return self
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:

@@ -168,5 +168,5 @@ def load_trusted(path: Path) -> TrustedSet:
             return TrustedSet(**{name: file[name] for name in TrustedSet.__dataclass_fields__})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(
-            f"{path} cannot be read as a trusted set: {error}. Remove it, then go on with --resume."
+            f"{path} cannot be read as a trusted set: {error}. Go on with --resume, which makes it anew."
         ) from error

@@ -71,6 +71,7 @@ def test_the_road_ends_at_a_bundle_records_and_a_page(place) -> None:
     assert {p.stem.rpartition("-")[2] for p in (run / "bench").iterdir()} == {"fp32", "int8"}
     page = (run / "report.html").read_text()
     assert "<html" in page
+    assert "https://" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     result, exported = json.loads((run / "result.json").read_text()), json.loads((place / "export.json").read_text())
     assert exported["artifacts"]["fp32"]["accuracy"] == result["student"]["test_accuracy"]

@@ -65,7 +65,7 @@ def train(
 ) -> Network:
     inner = FixMatch(toy_network(spec=spec), FixMatchConfig(threshold=0.5))
     method = inner if die is None else DiesAt(inner, die)
-    return fit(
+    network, elapsed_s = fit(
         method,
         Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer"),
         OPTIM.model_copy(update=changes),
@@ -76,6 +76,8 @@ def train(
         seed=0,
         validate=validate,
     )
+    assert elapsed_s > 0
+    return network
 
 
 def weights(network: Network) -> str:
@@ -97,6 +99,28 @@ def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path
             train(folder, die=die, spec=spec)
         assert weights(train(folder, spec=spec)) == weights(whole)
         assert logged(folder) == logged(tmp_path / "whole")
+
+
+def test_bf16_learns_as_fp32_does(tmp_path) -> None:
+    """Autocast may keep the bf16 copies of the first step's weights; a loss that does not move would show it."""
+    from kdedge.methods.supervised import Supervised
+
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        fit(
+            Supervised(toy_network()),
+            Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=0, seed=0, stage="t"),
+            OPTIM.model_copy(update={"total_steps": 30}),
+            EngineConfig(log_every_steps=30),
+            PLAN.model_copy(update={"precision": precision}),
+            Checkpoints(folder / "checkpoint", "t"),
+            MetricsLog(folder / "metrics.jsonl", SilentDisplay()),
+            seed=0,
+        )
+        losses[precision] = logged(folder)[-1]["loss"]
+    assert losses["fp32"] < 0.1
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05)
 
 
 def test_another_seed_of_the_network_ends_elsewhere(tmp_path) -> None:

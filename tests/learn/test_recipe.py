@@ -1,9 +1,12 @@
 """A recipe fitted to its images."""
 
+import dataclasses
+
 import pytest
 
 from kdedge import recipe_io
 from kdedge.errors import RecipeError
+from kdedge.models.weights import StartingWeights
 from kdedge.models.zoo import ModelSpec, build
 from kdedge.recipe import DataDescription, Recipe, resolve
 
@@ -12,7 +15,8 @@ MNIST = DataDescription("small", 1, 28, False, 10, 100, 60_000)
 CIFAR = DataDescription("small", 3, 32, True, 10, 250, 50_000)
 PHOTOS = DataDescription("photo", 3, 300, True, 5, 100, 2934)
 FLOWERS = DataDescription("photo", 3, 160, True, 5, 100, 2934)
-PRETRAINED = DataDescription("photo", 3, 300, True, 5, 100, 2934, 224, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+WEIGHTS = StartingWeights("w", {}, 224, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+PRETRAINED = dataclasses.replace(PHOTOS, student_weights=WEIGHTS)
 
 
 def recipe(*settings: str) -> Recipe:
@@ -86,19 +90,51 @@ def test_the_papers_setting_is_the_papers_table() -> None:
 
 
 def test_starting_weights_bring_size_strides_and_normalisation() -> None:
-    resolved = resolve(recipe("student.init=weights.npz"), PRETRAINED)
+    resolved = resolve(recipe(), PRETRAINED)
     assert (resolved.data.image_px, resolved.student.halvings) == (224, 5)
     assert (resolved.data.mean, resolved.data.std) == ((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
-    grey = DataDescription("small", 1, 64, False, 3, 30, 300, 224, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
-    assert resolve(recipe("student.init=weights.npz", "data.image_px=96"), grey).data.channels == 3
+    grey = DataDescription("small", 1, 64, False, 3, 30, 300, student_weights=WEIGHTS)
+    assert resolve(recipe("data.image_px=96"), grey).data.channels == 3
+    ours = dataclasses.replace(WEIGHTS, px=8, mean=(0.3,), std=(0.2,), width=0.25, halvings=2)
+    own = resolve(recipe(), dataclasses.replace(DIGITS, student_weights=ours))
+    assert (own.student.width, own.student.halvings, own.data.channels, own.data.mean) == (0.25, 2, 1, (0.3,))
+
+
+def test_only_the_network_that_starts_from_weights_is_fine_tuned() -> None:
+    scratch, student = resolve(recipe(), PHOTOS), resolve(recipe(), PRETRAINED)
+    teacher = resolve(recipe(), dataclasses.replace(PHOTOS, teacher_weights=WEIGHTS))
+    assert student.teacher.optim == scratch.teacher.optim
+    assert teacher.student.optim == scratch.student.optim
+    for tuned, part in ((student.student, scratch.student), (teacher.teacher, scratch.teacher)):
+        assert tuned.optim.learning_rate == 0.003
+        assert tuned.optim.total_steps < part.optim.total_steps
+    assert student.baseline.optim.learning_rate == 0.003  # the same network, the same start
+
+
+def test_a_family_without_widths_needs_none() -> None:
+    assert resolve(recipe("student.arch=resnet18"), DIGITS).student.width == 1.0
 
 
 def test_durations_in_other_units_become_steps() -> None:
     resolved = resolve(recipe("teacher.optim.total_epochs=2", "student.optim.total_images=640"), DIGITS)
     assert resolved.teacher.optim.total_steps == 27  # 2 x 1257 images in batches of 96
     assert resolved.student.optim.total_steps == 20
-    with pytest.raises(RecipeError, match=r"teacher.optim: total_steps and total_epochs are both set"):
-        resolve(recipe("teacher.optim.total_epochs=2", "teacher.optim.total_steps=3"), DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("teacher.optim={total_epochs: 2, total_steps: 3}", "total_steps and total_epochs are both set"),
+        ("student.arch=mobilnet-v2", "Did you mean 'mobilenet-v2'"),
+        ("engine.device=gpu", "engine.device"),
+        ("data.std=[0.0]", "data.std"),
+        ("name=../../x", "name"),
+        ("views.shift_fraction=0.9", "views.shift_fraction"),
+    ],
+)
+def test_what_can_be_known_wrong_is_told_when_the_recipe_is_read(setting, said) -> None:
+    with pytest.raises(RecipeError, match=said):
+        recipe(setting)
 
 
 def test_strides_that_leave_nothing_are_refused() -> None:

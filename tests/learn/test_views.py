@@ -64,14 +64,27 @@ def test_without_freedom_nothing_moves() -> None:
     assert torch.equal(strong(images(), still, generator()), images().float())
 
 
-def test_every_operation_is_drawn_about_equally_often() -> None:
-    """A constant grey image tells operations apart poorly, so count what the draw itself gives."""
-    count = 28_000
-    draws = torch.rand(count, generator=generator())
-    drawn = (draws * len(OPERATIONS)).long().clamp_(max=len(OPERATIONS) - 1)
-    share = torch.bincount(drawn, minlength=len(OPERATIONS)) / count
+def test_every_operation_is_drawn_equally_often_and_applied_to_its_images(monkeypatch) -> None:
+    import kdedge.data.views as module
+
+    counts = dict.fromkeys(OPERATIONS, 0)
+    photometric, matrices = module._photometric, module._matrices
+
+    def counting(name, x, magnitude):
+        counts[name] += len(x)
+        return photometric(name, x, magnitude)
+
+    def counting_geometric(operation, *rest):
+        for index in operation.tolist():
+            counts[OPERATIONS[index]] += 1
+        return matrices(operation, *rest)
+
+    monkeypatch.setattr(module, "_photometric", counting)
+    monkeypatch.setattr(module, "_matrices", counting_geometric)
+    strong(images(7000, px=8), PHOTO, generator())  # two operations an image
+    counts["identity"] = 14_000 - sum(counts.values())
     assert len(OPERATIONS) == 14
-    assert float((share - 1 / 14).abs().max()) < 0.01
+    assert all(abs(count - 1000) < 130 for count in counts.values()), counts  # four standard deviations
 
 
 def test_a_strong_view_differs_more_than_a_weak_one() -> None:
