@@ -70,12 +70,17 @@ def evaluate(model: Path, spec: str) -> Reply:
     With a 95 % interval (Wilson).
     """
     with _open_model(model) as opened:
-        document = _evaluate(opened, spec)
+        document = _evaluate(opened, spec, _splits_of(model))
     low, high = document["interval"]
     head = (
         f"{document['model']} on {document['images']} images ({document['part']}) of {spec}\n"
         f"accuracy {document['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})\n\n"
     )
+    if document["seen_in_training"]:
+        head += (
+            f"{document['seen_in_training']} of these images took part in the training of this run: "
+            "it says little about new ones.\n\n"
+        )
     rows = [("class", "images", "accuracy")]
     rows += [(name, str(n), "-" if a is None else f"{a:.4f}") for name, n, a in _class_rows(document)]
     return Reply(document, head + columns(rows))
@@ -105,13 +110,32 @@ def _prediction_line(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return (row["image"], row["class"], f"{row['prob']:.3f}", f"({others})" if others else "")
 
 
-def _evaluate(model: Model, spec: str) -> dict[str, Any]:
+def _splits_of(model: Path) -> dict[str, Any] | None:
+    """The splits.json of the run that `model` is, or lies in."""
+    from kdedge.runs import read_json
+
+    for folder in (model, model.parent, model.parent.parent):
+        if (folder / "splits.json").is_file():
+            found: dict[str, Any] = read_json(folder / "splits.json")
+            return found
+    return None
+
+
+def _seen(source: "Source", chosen: "NDArray[np.int64]", splits: dict[str, Any] | None) -> int:
+    """How many of the chosen images the run learned from or chose by."""
+    if splits is None or splits["fingerprint"] != source.fingerprint:
+        return 0
+    seen = {identity for name in ("unlabeled", "val") for identity in splits["splits"][name]["ids"]}
+    return sum(source.ids[i] in seen for i in chosen)
+
+
+def _evaluate(model: Model, spec: str, splits: dict[str, Any] | None) -> dict[str, Any]:
     import numpy as np
 
     from kdedge.data import open_source
     from kdedge_bench.stats import wilson
 
-    source = open_source(spec)
+    source = open_source(spec).decodable()
     part = "test" if (source.part == "test").any() else "val" if source.test_is_val else "all labelled"
     labelled = source.labels >= 0
     chosen = np.flatnonzero(labelled if part == "all labelled" else labelled & (source.part == part))
@@ -133,6 +157,7 @@ def _evaluate(model: Model, spec: str) -> dict[str, Any]:
         "data": spec,
         "part": part,
         "images": len(chosen),
+        "seen_in_training": _seen(source, chosen, splits),
         "accuracy": float(right.mean()),
         "interval": list(wilson(int(right.sum()), len(chosen))),
         "per_class": per_class,

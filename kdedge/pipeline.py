@@ -21,7 +21,7 @@ from torch import Tensor
 from kdedge import __version__, recipe_io
 from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.batches import Batches, Pool, step_seed
-from kdedge.errors import RecipeError, RunError
+from kdedge.errors import DeviceError, RecipeError, RunError
 from kdedge.methods.fixmatch import FixMatch
 from kdedge.methods.kd_fixmatch import KDFixMatch
 from kdedge.methods.step import Method
@@ -83,6 +83,12 @@ def train(
             result = stages.all()
         except KeyboardInterrupt:
             raise Stopped from None  # the manifest goes on saying "running"
+        except torch.OutOfMemoryError as error:
+            _try_to_note_failure(run, error)
+            raise DeviceError(
+                f"The memory of {device} is full: {str(error).splitlines()[0]} Set teacher.optim.labeled_batch and "
+                "student.optim.labeled_batch, or data.image_px, lower."
+            ) from error
         except BaseException as error:
             _try_to_note_failure(run, error)
             raise

@@ -112,7 +112,7 @@ class StudentConfig(Config):
 
 
 class BaselineConfig(Config):
-    """The student's network on the labels only, to its own convergence."""
+    """The student's network on the labels only, for as many steps as its loss needs to vanish."""
 
     enabled: bool = True
     optim: OptimConfig = OptimConfig()

@@ -202,14 +202,14 @@ def _finished(path: Path) -> bool:
 
 
 def latest_finished(root: Path = Path("runs")) -> Run:
-    """The finished run under `root` whose result was written last."""
+    """The finished run under `root` whose manifest was written last."""
     folders = [p for p in root.iterdir() if p.is_dir() and _finished(p)] if root.is_dir() else []
     if not folders:
         raise RunError(
             f"There is no finished run under {root.resolve()}. Name one, or make one with: "
             "kdedge train-recipe mobilenet"
         )
-    return Run(max(folders, key=lambda p: Run(p).result_path.stat().st_mtime))
+    return Run(max(folders, key=lambda p: Run(p).manifest_path.stat().st_mtime))
 
 
 def open_finished(path: Path | None, root: Path = Path("runs")) -> Run:

@@ -2,7 +2,8 @@
 
 Images are float [B, C, H, W] in 0..255, whole numbers where Pillow would hold bytes, on whatever device. Each
 operation follows Pillow's of the same name as used by FixMatch (arXiv 2001.07685, table 12 of the appendix), but that
-rotations, shears and translations are bilinear and not nearest. Nothing here draws random numbers: magnitudes come in, one a image, so that a step can be repeated.
+rotations, shears and translations are bilinear and not nearest. Nothing here draws random numbers: magnitudes come in,
+one for each image, so that a step can be repeated.
 
 B batch, C channels, H and W pixels.
 """

@@ -157,6 +157,9 @@ def _drawn(source: Source, indices: Indices, seed: int, purpose: str) -> Indices
 def make_splits(source: Source, labels: int | None = None, seed: int = 0) -> Splits:
     """Draw the splits; `labels` None is the source's default, and where it has none every label is kept.
 
+    With a number of labels val is carved from them, and the source's own val part beside a test part is left out:
+    the number counts every labelled image that is used.
+
     DataError where `labels` does not divide among the classes, or a class is too small: it names the nearest N.
     """
     wanted = source.default_labels if labels is None else labels
@@ -169,7 +172,7 @@ def make_splits(source: Source, labels: int | None = None, seed: int = 0) -> Spl
     test_is_val = source.test_is_val
     own_val = np.flatnonzero(source.part == "val")
     test = own_val if test_is_val else np.flatnonzero(source.part == "test")
-    if len(own_val) and not test_is_val:
+    if len(own_val) and not test_is_val and wanted is None:
         val = own_val
     else:
         by_class, val = _carve_val(by_class)
@@ -187,7 +190,7 @@ def make_splits(source: Source, labels: int | None = None, seed: int = 0) -> Spl
         labels=wanted,
         seed=seed,
         test_is_val=test_is_val,
-        warnings=_notes(source, labeled, pool, test),
+        warnings=_notes(source, labeled, pool, test, unused_val=0 if test_is_val or wanted is None else len(own_val)),
     )
 
 
@@ -249,8 +252,13 @@ def _check_labels(source: Source, labels: int, by_class: Sequence[Indices]) -> N
     )
 
 
-def _notes(source: Source, labeled: Indices, pool: Indices, test: Indices) -> tuple[str, ...]:
+def _notes(source: Source, labeled: Indices, pool: Indices, test: Indices, unused_val: int) -> tuple[str, ...]:
     notes = []
+    if unused_val:
+        notes.append(
+            f"The {counted(unused_val, 'image')} of val/ are left out: --labels counts every labelled image that is "
+            "used, and val is carved from those. Without --labels, val/ is used."
+        )
     if len(pool) == len(labeled):
         notes.append(
             "Every training image keeps its label, so there is nothing unlabeled to learn from. Give --labels N to "

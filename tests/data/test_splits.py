@@ -58,7 +58,7 @@ CASES = {
     "val carved": (_source({"train": [200] * 4, "test": [20] * 4}), 400),
     "val carved from all": (_source({"train": [200, 50, 77], "test": [2, 3, 4]}), None),
     "val is test": (_source({"train": [100, 100], "val": [10, 10]}), 20),
-    "own val": (_source({"train": [100, 100], "val": [10, 10], "test": [10, 10]}), 200),
+    "own val": (_source({"train": [100, 100], "val": [10, 10], "test": [10, 10]}), None),
     "unlabeled part": (_source({"train": [5, 5], "test": [5, 5]}, unlabeled=2000), None),
     "tiny": (_source({"train": [1, 1]}), None),
 }
@@ -75,6 +75,16 @@ def test_invariants(case: str, seed: int) -> None:
     if labels:
         drawn = source.labels[splits.labeled]
         assert len(set(np.bincount(drawn, minlength=len(source.classes)).tolist())) == 1
+
+
+def test_labels_counts_val_too_and_leaves_an_own_val_out() -> None:
+    source = _source({"train": [100, 100], "val": [10, 10], "test": [10, 10]})
+    splits = make_splits(source, 120)
+    assert (len(splits.labeled), len(splits.val)) == (96, 24)
+    assert set(source.part[splits.val].tolist()) == {"train"}
+    assert "The 20 images of val/ are left out" in " ".join(splits.warnings)
+    few = make_splits(source, 4)
+    assert (len(few.labeled), len(few.val)) == (4, 0)
 
 
 def test_val_needs_ten_a_class_in_every_class() -> None:
