@@ -93,7 +93,7 @@ def open_run_images(run: Run) -> RunImages:
 
 def calibration_part(spec: str) -> Part:
     """Up to 512 images of another set, evenly over it, none of its val or test."""
-    source = open_source(spec)
+    source = open_source(spec).decodable()
     pool = np.flatnonzero(np.isin(source.part, ("train", "unlabeled")))
     if len(pool) == 0:
         raise DataError(
