@@ -5,7 +5,6 @@ that a resumed run computes with exactly what an uninterrupted one does.
 """
 
 import contextlib
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdedge import __version__, recipe_io
+from kdedge import recipe_io
 from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.batches import Batches, Pool, step_seed
-from kdedge.errors import DeviceError, RecipeError, RunError
+from kdedge.errors import DeviceError, RunError
 from kdedge.methods.fixmatch import FixMatch
 from kdedge.methods.kd_fixmatch import KDFixMatch
 from kdedge.methods.step import Method
@@ -29,8 +27,10 @@ from kdedge.methods.supervised import Supervised
 from kdedge.models.weights import StartingWeights, load_model, read_starting_weights, save_model, start_from
 from kdedge.models.zoo import ModelSpec, Network, build, num_params
 from kdedge.predictions import add_predictions
-from kdedge.recipe import DataDescription, Recipe, resolve, resolved_teacher_arch
-from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, sha256_file, write_bytes, write_json
+from kdedge.recipe import Recipe, resolve, resolved_teacher_arch
+from kdedge.run_folder import begin_manifest, check_folder, run_folder
+from kdedge.run_pool import describe, held_back_truth, make_pool, pixel_statistics
+from kdedge.runs import SCHEMA, Run, read_json, sha256_file, write_bytes, write_json
 from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.engine import EnginePlan, as_planned, measure_plan, pick_device
 from kdedge.train.evaluate import accuracy, predict, predict_with_features
@@ -40,17 +40,11 @@ from kdedge.train.optim import OptimConfig
 from kdedge.trust.select import load_trusted, save_trusted, select_trusted
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["Stopped", "run_folder", "train"]
+__all__ = ["Stopped", "train"]
 
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, in a run that can be resumed."""
-
-
-def run_folder(recipe: Recipe, source: Source, splits: Splits) -> Path:
-    """runs/<recipe>-<data>-<labels>-s<seed>, where no --out says otherwise."""
-    labels = "all" if splits.labels is None else splits.labels
-    return Path("runs") / f"{recipe.name}-{source.name}-{labels}-s{recipe.seed}"
 
 
 def train(
@@ -71,7 +65,7 @@ def train(
     run = Run(out or run_folder(recipe, source, splits))
     if resume and run.splits_path.is_file():
         splits = Splits.from_json(read_json(run.splits_path), source)  # says what changed since
-    finished = _check_folder(run, recipe, device, resume)
+    finished = check_folder(run, recipe, device, resume)
     if finished is not None:
         shown.say(f"The run in {run.path} is finished already; nothing was done.")
         return run, finished
@@ -98,51 +92,6 @@ def train(
 def _try_to_note_failure(run: Run, error: BaseException) -> None:
     with contextlib.suppress(RunError):  # the disk is full: the first error is the one to tell
         run.update_manifest(status="failed", failure=f"{type(error).__name__}: {error}")
-
-
-def _check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -> dict[str, Any] | None:
-    """The result where the run is finished; RunError where the folder cannot be used as asked."""
-    again = "Go on with it by --resume, or choose another folder with --out."
-    if not run.manifest_path.is_file():
-        if resume:
-            raise RunError(f"There is nothing to resume: {run.path} holds no run. Leave --resume out to start one.")
-        if run.path.exists() and (not run.path.is_dir() or any(p.name != ".lock" for p in run.path.iterdir())):
-            raise RunError(f"{run.path} exists and is no run of kdedge. It was not touched; choose another --out.")
-        return None
-    manifest = run.read_manifest()
-    if not resume:
-        status = manifest.get("status")
-        detail = "is finished" if status == "finished" else f"exists already (status: {status})"
-        hint = "Choose another --seed or --out, or remove it." if status == "finished" else again
-        raise RunError(f"The run in {run.path} {detail}. It was not touched. {hint}")
-    differences = _differences(manifest.get("recipe", {}), recipe.model_dump(mode="json"))
-    if differences:
-        raise RunError(
-            f"The run in {run.path} was started with another recipe: {'; '.join(differences)}. "
-            "Resume it as it was started, or choose another --out."
-        )
-    if manifest.get("status") == "finished":
-        result: dict[str, Any] = read_json(run.result_path)
-        return result
-    if manifest.get("device_type", device.type) != device.type:
-        before = manifest["device_type"]
-        raise RunError(
-            f"The run in {run.path} was begun on {before}, and this would go on on {device.type}, with other "
-            f"rounding. Resume it with --device {before}, or choose another --out."
-        )
-    return None
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old, now new` for each value that differs. Where the run computes may change; what it computes may not."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{name}.")
-        elif old != new and name not in {"engine.checkpoint_every_s", "engine.keep_checkpoints"}:
-            found.append(f"{name} was {old!r}, now {new!r}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -189,23 +138,23 @@ class _Stages:
             )
             if init is not None
         }
-        resolved = resolve(recipe, _describe(recipe, source, splits, starting))
+        resolved = resolve(recipe, describe(recipe, source, splits, starting))
         resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"labels": splits.labels})})
         px, channels = resolved.data.image_px or 0, resolved.data.channels or 3
         plain = Preprocess(px, px, channels, "short-side-crop", (0.0,) * channels, (1.0,) * channels)
         images = source.load(splits.unlabeled, plain)
         mean, std = resolved.data.mean, resolved.data.std
         if mean is None or std is None:
-            measured = _statistics(images)
+            measured = pixel_statistics(images)
             mean, std = mean or measured[0], std or measured[1]
             resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"mean": mean, "std": std})})
         preprocess = replace(plain, mean=mean, std=std)
-        pool = _pool(images, splits, preprocess, device)
+        pool = make_pool(images, splits, preprocess, device)
         stages = cls(run, resolved, source, splits, device, pool, preprocess, starting, display)
         for who, spec in (("teacher", stages._teacher_spec()), ("student", stages._student_spec())):
             stages._network(spec, who)  # what does not fit is told before anything is written or trained
         # The manifest first: with it, a run that is killed right here can be resumed.
-        _begin_manifest(run, recipe, source, device, display)
+        begin_manifest(run, recipe, source, device, display)
         if not run.recipe_path.is_file():
             write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
         if not run.splits_path.is_file():
@@ -351,7 +300,7 @@ class _Stages:
         self._note_done(
             "trusted", sha256=sha256_file(self.run.trusted_path), seconds=round(time.perf_counter() - started_at_s, 2)
         )
-        summary = trusted.summary(_held_back(self.splits), len(self.source.classes))
+        summary = trusted.summary(held_back_truth(self.splits), len(self.source.classes))
         self.metrics.write("trusted", 1, total_steps=1, kept_fraction=summary["coverage"])
         self.display.say(f"Trusted pseudo labels: {summary['size']} of {len(trusted.index)} unlabeled images.")
 
@@ -402,7 +351,7 @@ class _Stages:
             if stage in stages:
                 result[name], logits[name] = self._score(path, stage, test, stages[stage]["seconds"])
         trusted = load_trusted(self.run.trusted_path)
-        result["trusted"] = trusted.summary(_held_back(self.splits), len(self.source.classes))
+        result["trusted"] = trusted.summary(held_back_truth(self.splits), len(self.source.classes))
         result["images_per_second"] = {s: f["images_per_second"] for s, f in stages.items() if "images_per_second" in f}
         result["seconds"] = round(sum(facts["seconds"] for facts in stages.values()), 2)
         result["test_images"], result["test_is_val"] = len(test.ids), self.splits.test_is_val
@@ -428,96 +377,3 @@ class _Stages:
             "test_accuracy": accuracy(logits, test.labels),
             "seconds": seconds,
         }, logits
-
-
-def _describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str, StartingWeights]) -> DataDescription:
-    inputs = {(weights.mean, weights.std) for weights in starting.values()}
-    if len(inputs) > 1 and (recipe.data.mean is None or recipe.data.std is None):
-        raise RecipeError(
-            "teacher.init and student.init were trained with different normalisations, and a run has one. "
-            "Set data.mean and data.std in the recipe, or leave one init out."
-        )
-    return DataDescription(
-        kind=source.kind,
-        channels=source.channels,
-        shorter_px=min(source.native_px),
-        flip_allowed=source.flip_allowed,
-        classes=len(source.classes),
-        labeled_images=len(splits.labeled),
-        unlabeled_images=len(splits.unlabeled),
-        teacher_weights=starting.get("teacher"),
-        student_weights=starting.get("student"),
-    )
-
-
-def _statistics(images_u8: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixel / 255 for each channel, in whole numbers summed exactly; 4 digits."""
-    total = squares = torch.zeros(images_u8.shape[1], dtype=torch.float64)
-    for part in torch.split(images_u8, 64):
-        values = part.to(torch.float64)
-        total = total + values.sum((0, 2, 3))
-        squares = squares + values.pow(2).sum((0, 2, 3))
-    count = images_u8.numel() / images_u8.shape[1]
-    mean = total / count
-    std = (squares / count - mean.pow(2)).clamp(min=1.0).sqrt()
-    return tuple(round(v, 4) for v in (mean / 255).tolist()), tuple(round(v, 4) for v in (std / 255).tolist())
-
-
-def _held_back(splits: Splits) -> npt.NDArray[np.int64]:
-    """The true class of each unlabeled image, for reports; -1 where unknown, and where the network was given it."""
-    truth = splits.truth[splits.unlabeled].copy()
-    truth[np.isin(splits.unlabeled, splits.labeled)] = -1
-    return truth
-
-
-def _pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.device) -> Pool:
-    labeled = np.searchsorted(splits.unlabeled, splits.labeled)  # labeled is part of unlabeled, and both ascend
-
-    def column(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=device).view(-1, 1, 1)
-
-    return Pool(
-        images=images.to(device),
-        labeled=torch.from_numpy(labeled).to(device),
-        labels=torch.from_numpy(splits.truth[splits.labeled]).to(device),
-        unlabeled=torch.arange(len(splits.unlabeled), device=device),
-        truth=torch.from_numpy(_held_back(splits)).to(device),
-        mean=column(preprocess.mean),
-        std=column(preprocess.std),
-    )
-
-
-def _begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.device, display: Display) -> None:
-    """Begin the manifest, or go on with the one there is; says so where a package has changed in between."""
-    import torchvision
-
-    before = run.read_manifest() if run.manifest_path.is_file() else {}
-    versions = {
-        "kdedge": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
-    changed = [
-        f"{n} {before['versions'][n]} to {v}" for n, v in versions.items() if before and before["versions"][n] != v
-    ]
-    if changed:
-        display.say(f"Since the run began, {', '.join(changed)}: it goes on, but not bit for bit as it would have.")
-    asked = recipe.model_dump(mode="json")
-    run.update_manifest(
-        status="running",
-        stage=before.get("stage"),
-        recipe=asked,
-        recipe_sha256=sha256_bytes(recipe_io.dump(recipe).encode()),
-        data_fingerprint=source.fingerprint,
-        seed=recipe.seed,
-        versions=versions,
-        failure=None,
-        host={"system": platform.platform(), "machine": platform.machine()},
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        device_type=device.type,
-        engine_plan=before.get("engine_plan", {}),
-        stages=before.get("stages", {}),
-        started_at_s=before.get("started_at_s", round(time.time(), 3)),
-    )

@@ -1,0 +1,72 @@
+"""From a source and its splits to what the stages train on, and to what the recipe is resolved against."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdedge.data import Source, Splits
+from kdedge.data.batches import Pool
+from kdedge.errors import RecipeError
+from kdedge.models.weights import StartingWeights
+from kdedge.recipe import DataDescription, Recipe
+from kdedge_device.preprocess import Preprocess
+
+__all__ = ["describe", "held_back_truth", "make_pool", "pixel_statistics"]
+
+
+def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str, StartingWeights]) -> DataDescription:
+    inputs = {(weights.mean, weights.std) for weights in starting.values()}
+    if len(inputs) > 1 and (recipe.data.mean is None or recipe.data.std is None):
+        raise RecipeError(
+            "teacher.init and student.init were trained with different normalisations, and a run has one. "
+            "Set data.mean and data.std in the recipe, or leave one init out."
+        )
+    return DataDescription(
+        kind=source.kind,
+        channels=source.channels,
+        shorter_px=min(source.native_px),
+        flip_allowed=source.flip_allowed,
+        classes=len(source.classes),
+        labeled_images=len(splits.labeled),
+        unlabeled_images=len(splits.unlabeled),
+        teacher_weights=starting.get("teacher"),
+        student_weights=starting.get("student"),
+    )
+
+
+def pixel_statistics(images_u8: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixel / 255 for each channel, in whole numbers summed exactly; 4 digits."""
+    total = squares = torch.zeros(images_u8.shape[1], dtype=torch.float64)
+    for part in torch.split(images_u8, 64):
+        values = part.to(torch.float64)
+        total = total + values.sum((0, 2, 3))
+        squares = squares + values.pow(2).sum((0, 2, 3))
+    count = images_u8.numel() / images_u8.shape[1]
+    mean = total / count
+    std = (squares / count - mean.pow(2)).clamp(min=1.0).sqrt()
+    return tuple(round(v, 4) for v in (mean / 255).tolist()), tuple(round(v, 4) for v in (std / 255).tolist())
+
+
+def held_back_truth(splits: Splits) -> npt.NDArray[np.int64]:
+    """The true class of each unlabeled image, for reports; -1 where unknown, and where the network was given it."""
+    truth = splits.truth[splits.unlabeled].copy()
+    truth[np.isin(splits.unlabeled, splits.labeled)] = -1
+    return truth
+
+
+def make_pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.device) -> Pool:
+    labeled = np.searchsorted(splits.unlabeled, splits.labeled)  # labeled is part of unlabeled, and both ascend
+
+    def column(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=device).view(-1, 1, 1)
+
+    return Pool(
+        images=images.to(device),
+        labeled=torch.from_numpy(labeled).to(device),
+        labels=torch.from_numpy(splits.truth[splits.labeled]).to(device),
+        unlabeled=torch.arange(len(splits.unlabeled), device=device),
+        truth=torch.from_numpy(held_back_truth(splits)).to(device),
+        mean=column(preprocess.mean),
+        std=column(preprocess.std),
+    )
