@@ -4,6 +4,7 @@ A recipe may leave open (null) whatever follows from the images; `resolve` fills
 the run's recipe.yaml, which loads again and says everything.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
@@ -118,11 +119,19 @@ class BaselineConfig(Config):
     optim: OptimConfig = OptimConfig()
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"'{name}' cannot be part of a folder's name. Letters, digits, '.', '_' and '-' were expected."
+        )
+    return name
+
+
 class Recipe(Config):
     """A recipe ends where training ends; export options live in kdedge_export."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # part of the run folder's name
+    name: Annotated[str, AfterValidator(_folder_name)]  # part of the run folder's name
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()

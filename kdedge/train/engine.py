@@ -8,6 +8,7 @@ mean the same computation.
 import copy
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from kdedge.config import Config
@@ -48,10 +49,16 @@ class EnginePlan(Config):
     compile: Literal[False] = False  # torch.compile: not used yet; recorded so that a later plan differs visibly
 
 
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"There is no device '{name}'. Expected auto, cpu, cuda or cuda:N.")
+    return name
+
+
 class EngineConfig(Config):
     """Where and how a run computes. `plan` fixes the plan beforehand; null measures it at the first start."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     plan: EnginePlan | None = None
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     log_every_steps: Annotated[int, Field(gt=0)] = 10
@@ -69,11 +76,9 @@ def available_cores() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N; DeviceError where it is unknown or absent."""
+    """The device of auto, cpu, cuda or cuda:N (EngineConfig takes no other name); DeviceError where it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not (name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())):
-        raise DeviceError(f"There is no device '{name}'. Expected auto, cpu, cuda or cuda:N.")
     if name != "cpu":
         count = torch.cuda.device_count()
         if int(name.partition(":")[2] or 0) >= count:
