@@ -20,7 +20,7 @@ from kdedge import __version__
 from kdedge.runs import read_json, write_json
 from kdedge_device.record import machine, now
 
-__all__ = ["main", "markdown_row", "mean_and_interval"]
+__all__ = ["main", "markdown_row", "mean_and_interval", "parser"]
 
 COLUMNS = ("baseline", "teacher", "student", "fp32", "int8")
 
@@ -71,13 +71,18 @@ def _kdedge(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "kdedge", *arguments], check=True, stdout=sys.stderr)
 
 
+def _runs(options: argparse.Namespace) -> Path:
+    runs: Path = options.runs or Path("runs") / f"seeds-{options.out.stem}"
+    return runs
+
+
 def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[str, Any]:
     """Train (or go on, or find finished), export, and read what was measured."""
-    out = options.runs / f"s{seed}"
+    out = _runs(options) / f"s{seed}"
     flags = [value for key in ("data", "labels") if (v := getattr(options, key)) for value in (f"--{key}", str(v))]
-    if not (out / "result.json").is_file():
-        resume = ["--resume"] if (out / "manifest.json").is_file() else []
-        _kdedge("train-recipe", options.recipe, *flags, "--seed", str(seed), "--out", str(out), *extra, *resume)
+    # A finished run is used, if it is of this recipe and data: --resume refuses another.
+    resume = ["--resume"] if (out / "manifest.json").is_file() else []
+    _kdedge("train-recipe", options.recipe, *flags, "--seed", str(seed), "--out", str(out), *extra, *resume)
     if not (out / "bundle" / "manifest.json").is_file():
         _kdedge("export", str(out), "--int8")
     result, exported = read_json(out / "result.json"), read_json(out / "bundle" / "manifest.json")
@@ -94,23 +99,29 @@ def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[s
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    """Its flags; any other goes to `kdedge train-recipe`."""
+    flags = argparse.ArgumentParser(prog="python -m kdedge_bench.seeds", description=__doc__)
+    flags.add_argument("--recipe", default="mobilenet")
+    flags.add_argument("--data")
+    flags.add_argument("--labels", type=int)
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    flags.add_argument("--runs", type=Path, help="where the runs go; runs/seeds-NAME unless given")
+    flags.add_argument("--out", type=Path, required=True, help="the record")
+    flags.add_argument("--title", help="what the README calls the row; the name of the data unless given")
+    return flags
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdedge_bench.seeds", description=__doc__)
-    parser.add_argument("--recipe", default="mobilenet")
-    parser.add_argument("--data")
-    parser.add_argument("--labels", type=int)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"), help="where the runs go; those there are used")
-    parser.add_argument("--out", type=Path, required=True, help="the record")
-    parser.add_argument("--title", help="what the README calls the row; the name of the data unless given")
-    options, extra = parser.parse_known_args(arguments)
+    """Train, export and score every seed, and write the record."""
+    options, extra = parser().parse_known_args(arguments)
     found = [_one(options, seed, extra) for seed in options.seeds]
     summary = {
         key: mean_and_interval([one["test_accuracy"][key] for one in found])
         for key in COLUMNS
         if key in found[0]["test_accuracy"]
     }
-    result = read_json(options.runs / f"s{options.seeds[0]}" / "result.json")
+    result = read_json(_runs(options) / f"s{options.seeds[0]}" / "result.json")
     record = {
         "schema": 1,
         "command": _typed(arguments or sys.argv[1:]),
