@@ -66,9 +66,11 @@ def _typed(arguments: Sequence[str]) -> str:
 
 
 def _kdedge(*arguments: str) -> None:
-    """Run one command; its output is that of this program. Raises CalledProcessError where it fails."""
+    """Run one command; its output is that of this program, and so is its exit code where it fails."""
     print("$ kdedge", *arguments, file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "kdedge", *arguments], check=True, stdout=sys.stderr)
+    done = subprocess.run([sys.executable, "-m", "kdedge", *arguments], check=False, stdout=sys.stderr)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def _runs(options: argparse.Namespace) -> Path:
