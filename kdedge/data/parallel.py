@@ -1,10 +1,11 @@
 """One function over many files, on threads: Pillow frees the interpreter while it decodes."""
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from kdedge_device.record import cores_available
 
 __all__ = ["Progress", "run_threads"]
 
@@ -13,10 +14,6 @@ _CHUNK = 32  # images a task: fewer switches between threads, and still a lively
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_threads(
@@ -30,7 +27,7 @@ def run_threads(
     results: list[_Result] = []
     # Filters belong to the process: silenced here once, since changing them inside threads is a race. What Pillow
     # has to say of odd files (damaged EXIF, palettes) is not about the pixels.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or min(_cores(), 16)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or min(cores_available(), 16)) as pool:
         warnings.simplefilter("ignore")
         try:
             for done in pool.map(lambda chunk: [function(item) for item in chunk], chunks):

@@ -7,7 +7,6 @@ mean the same computation.
 
 import copy
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from kdedge.config import Config
 from kdedge.data.batches import Batch, Batches
 from kdedge.errors import DeviceError
 from kdedge.methods.step import Method
+from kdedge_device.record import cores_available
 
 __all__ = [
     "EngineConfig",
@@ -67,7 +67,7 @@ class EngineConfig(Config):
 
 def available_cores() -> int:
     """Cores this process may use: by affinity, and by the quota of its container (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = cores_available()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, min(cores, round(int(quota) / int(period))))
