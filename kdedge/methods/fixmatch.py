@@ -13,10 +13,11 @@ from torch.nn import functional
 from kdedge.config import Config
 from kdedge.data.batches import Batch
 from kdedge.losses.consistency import masked_cross_entropy, pseudo_labels
+from kdedge.methods.health import pseudo_label_logs
 from kdedge.methods.step import Method, Step
 from kdedge.models.zoo import Network
 
-__all__ = ["FixMatch", "FixMatchConfig", "logits_of", "pseudo_label_logs"]
+__all__ = ["FixMatch", "FixMatchConfig", "logits_of"]
 
 
 class FixMatchConfig(Config):
@@ -34,18 +35,6 @@ def logits_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     unlabeled = len(batch.position_U)
     labeled, weak, strong = network(batch.images).float().split([len(batch.labels_B), unlabeled, unlabeled])
     return labeled, weak, strong
-
-
-def pseudo_label_logs(target_U: Tensor, weight_U: Tensor, truth_U: Tensor, classes: int) -> dict[str, Tensor]:
-    """Kept share, histogram [K] of kept labels and, where the truth of some kept image is known, their accuracy."""
-    histogram = torch.zeros(classes, device=target_U.device).scatter_add_(0, target_U, weight_U)
-    known = weight_U * (truth_U >= 0)
-    right = (known * (target_U == truth_U)).sum()
-    return {
-        "kept_fraction": weight_U.mean(),
-        "pseudo_label_histogram": histogram / weight_U.sum().clamp(min=1),
-        "pseudo_label_accuracy": right / known.sum(),  # NaN, logged as null, where nothing kept has a known truth
-    }
 
 
 @final

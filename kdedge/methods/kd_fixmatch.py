@@ -18,7 +18,8 @@ from kdedge.data.batches import Batch
 from kdedge.losses.consistency import masked_cross_entropy, merge_targets, pseudo_labels
 from kdedge.losses.kd import kd
 from kdedge.losses.robust import masked_symmetric_cross_entropy
-from kdedge.methods.fixmatch import logits_of, pseudo_label_logs
+from kdedge.methods.fixmatch import logits_of
+from kdedge.methods.health import pseudo_label_logs
 from kdedge.methods.step import Method, Step
 from kdedge.models.zoo import Network
 
