@@ -40,12 +40,13 @@ class Pool:
 class Batch:
     """`images` [B + 2 U, C, H, W], normalised: labeled images (weakly), then the unlabeled weakly, then strongly.
 
-    They are one tensor because they pass through the network together. `position_U` is the place of each unlabeled
-    image in `Pool.unlabeled`.
+    They are one tensor because they pass through the network together. `position_B` and `position_U` are the places of
+    the images in `Pool.unlabeled`: where the outer network's answers are found.
     """
 
     images: Tensor
     labels_B: Tensor
+    position_B: Tensor
     position_U: Tensor
     truth_U: Tensor
 
@@ -94,11 +95,12 @@ class Batches:
         pool, device = self.pool, self.pool.images.device
         generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
         labeled = _draw(len(pool.labeled), self.labeled_batch, step, *self._key, "labeled").to(device)
-        views = [weak(pool.images[pool.labeled[labeled]], self.views, generator)]
-        position = labeled[:0]
+        position_B = pool.labeled[labeled]  # Pool.unlabeled counts through Pool.images, so places agree
+        views = [weak(pool.images[position_B], self.views, generator)]
+        position_U = labeled[:0]
         if self.unlabeled_batch:
-            position = _draw(len(pool.unlabeled), self.unlabeled_batch, step, *self._key, "unlabeled").to(device)
-            unlabeled_u8 = pool.images[pool.unlabeled[position]]
+            position_U = _draw(len(pool.unlabeled), self.unlabeled_batch, step, *self._key, "unlabeled").to(device)
+            unlabeled_u8 = pool.images[pool.unlabeled[position_U]]
             views += [weak(unlabeled_u8, self.views, generator), strong(unlabeled_u8, self.views, generator)]
         images = normalize(torch.cat(views), pool.mean, pool.std)
-        return Batch(images, pool.labels[labeled], position, pool.truth[pool.unlabeled[position]])
+        return Batch(images, pool.labels[labeled], position_B, position_U, pool.truth[pool.unlabeled[position_U]])
