@@ -5,7 +5,6 @@ B labeled images, U unlabeled images, K classes.
 
 from typing import Annotated, final
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
