@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["masked_cross_entropy", "merge_targets", "pseudo_labels"]
+__all__ = ["fairness", "labeled_cross_entropy", "log_prior", "masked_cross_entropy", "merge_targets", "pseudo_labels"]
+
+_EMPTY = 1e-6  # a class predicted less often than this is one that is not predicted
 
 
 def pseudo_labels(logits_UK: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -39,3 +41,38 @@ def masked_cross_entropy(logits_UK: Tensor, target_U: Tensor, weight_U: Tensor) 
     FixMatch, arXiv 2001.07685, eq. 4: half the mask is half the loss.
     """
     return (functional.cross_entropy(logits_UK, target_U, reduction="none") * weight_U).mean()
+
+
+def log_prior(labels_N: Tensor, classes: int) -> Tensor:
+    """Log of each class's share [K] of the labels; a class without any counts as one image."""
+    counts_K = torch.bincount(labels_N, minlength=classes).clamp(min=1)
+    return torch.log(counts_K / counts_K.sum())
+
+
+def labeled_cross_entropy(logits_BK: Tensor, labels_B: Tensor, log_prior_K: Tensor | None = None) -> Tensor:
+    """mean_B H(y, logits + log_prior): with a prior, logits learn what they would from evenly many labels of a class.
+
+    Logit adjustment for long-tailed labels, Menon et al., arXiv 2007.07314, eq. 10; the prior is already scaled.
+    """
+    return functional.cross_entropy(logits_BK if log_prior_K is None else logits_BK + log_prior_K, labels_B)
+
+
+def fairness(strong_UK: Tensor, weight_U: Tensor, mean_K: Tensor, share_K: Tensor) -> Tensor:
+    """sum_k P_k log Q_k, the negative cross entropy of two normalised ratios, to be descended. FreeMatch, eq. 11.
+
+    P is from `mean` probability over `share` of predictions in the run so far, Q from the kept strong views of this
+    step; the gradient goes through the mean probability of Q alone. The ratio is high where a class is predicted
+    seldom for the probability it gets. Descending makes Q larger where it is above P, so a class that strong views
+    name less often than the run so far gains probability. A class that no kept strong view names contributes 0.
+    """
+    probs_UK = torch.softmax(strong_UK.float(), dim=1)
+    kept = weight_U.sum().clamp(min=1e-12)
+    now_K = torch.zeros_like(mean_K).scatter_add_(0, probs_UK.argmax(1), weight_U) / kept
+    ratio_K = _normalized_ratio((probs_UK * weight_U.unsqueeze(1)).sum(0) / kept, now_K)
+    return (_normalized_ratio(mean_K, share_K) * torch.where(now_K > _EMPTY, ratio_K, 1.0).log()).sum()
+
+
+def _normalized_ratio(mean_K: Tensor, share_K: Tensor) -> Tensor:
+    present_K = share_K > _EMPTY
+    ratio_K = torch.where(present_K, mean_K / torch.where(present_K, share_K, 1.0), 0.0)
+    return ratio_K / ratio_K.sum().clamp(min=1e-12)
