@@ -98,11 +98,17 @@ class Policy(nn.Module, ABC):
 
 def make_policy(config: ThresholdConfig, classes: int, unlabeled_images: int) -> Policy:
     """The policy that `config` names, at its start. `unlabeled_images` is N, the length of `Pool.unlabeled`."""
-    if config.policy == "flexmatch":
-        return _FlexMatch(config, classes, unlabeled_images)
-    kinds = {"fixed": _Fixed, "freematch": _FreeMatch, "softmatch": _SoftMatch, "adamatch": _AdaMatch}
-    policy: Policy = kinds[config.policy](config, classes)
-    return policy
+    match config.policy:
+        case "fixed":
+            return _Fixed(config, classes)
+        case "flexmatch":
+            return _FlexMatch(config, classes, unlabeled_images)
+        case "freematch":
+            return _FreeMatch(config, classes)
+        case "softmatch":
+            return _SoftMatch(config, classes)
+        case "adamatch":
+            return _AdaMatch(config, classes)
 
 
 def _probs(logits: Tensor) -> Tensor:
