@@ -292,11 +292,15 @@ class _Stages:
         teacher = as_planned(load_model(self.run.teacher_path).module.to(self.device), plan)
         pool = self.pool
         # Pool.images are the unlabeled images, in their order.
-        logits, features = predict_with_features(teacher, pool.images, pool.mean, pool.std, plan)
+        features_path = self.run.checkpoint_path / "features.npy"
+        logits, features = predict_with_features(teacher, pool.images, pool.mean, pool.std, plan, features_path)
         given = torch.full((len(pool.unlabeled),), -1)
         given[pool.labeled.cpu()] = pool.labels.cpu()  # unlabeled is the whole pool, so places agree
-        trusted = select_trusted(logits, features, self.splits.unlabeled, given, self.recipe.trust)
+        trusted = select_trusted(
+            logits, features, self.splits.unlabeled, given, self.recipe.trust, seed=self.recipe.seed
+        )
         save_trusted(self.run.trusted_path, trusted)
+        features_path.unlink()
         self._note_done(
             "trusted", sha256=sha256_file(self.run.trusted_path), seconds=round(time.perf_counter() - started_at_s, 2)
         )

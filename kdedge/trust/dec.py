@@ -2,24 +2,16 @@
 
 The encoder is the outer network, already trained, so only the centroids are refined.
 
-N images, F features, J clusters, K classes.
+N images, C images of a chunk, F features, J clusters, K classes.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["cluster", "kl_loss", "map_clusters", "scaled_features", "soft_assignment", "target_distribution"]
+from kdedge.trust.stream import ScaledFeatures
 
-
-def scaled_features(features_NF: Tensor) -> Tensor:
-    """Unit length, then scaled so that squared distances to the common mean average 1.
-
-    The Student kernel with one degree of freedom expects distances of order 1.
-    """
-    unit_NF = torch.nn.functional.normalize(features_NF.float(), dim=1)
-    spread = (unit_NF - unit_NF.mean(0)).pow(2).sum(1).mean().sqrt()
-    return unit_NF / spread.clamp(min=1e-12)
+__all__ = ["cluster", "kl_loss", "map_clusters", "soft_assignment", "target_distribution"]
 
 
 def soft_assignment(features_NF: Tensor, centroids_JF: Tensor) -> Tensor:
@@ -32,12 +24,13 @@ def soft_assignment(features_NF: Tensor, centroids_JF: Tensor) -> Tensor:
     return q_NJ / q_NJ.sum(1, keepdim=True)
 
 
-def target_distribution(q_NJ: Tensor) -> Tensor:
+def target_distribution(q_NJ: Tensor, mass_J: Tensor | None = None) -> Tensor:
     """p_ij proportional to q_ij^2 / f_j with f_j = sum_i q_ij, rows sum to 1 (eq. 3).
 
-    Sharper than q, and fair to small clusters.
+    Sharper than q, and fair to small clusters. `mass_J` is f over all images where q holds only some of them.
     """
-    weight_NJ = q_NJ.pow(2) / q_NJ.sum(0).clamp(min=1e-12)
+    mass_J = q_NJ.sum(0) if mass_J is None else mass_J
+    weight_NJ = q_NJ.pow(2) / mass_J.clamp(min=1e-12)
     return weight_NJ / weight_NJ.sum(1, keepdim=True)
 
 
@@ -47,31 +40,58 @@ def kl_loss(p_NJ: Tensor, q_NJ: Tensor) -> Tensor:
 
 
 def cluster(
-    features_NF: Tensor, start_JF: Tensor, *, updates: int = 20, steps_an_update: int = 20, tolerance: float = 1e-3
+    features: ScaledFeatures,
+    start_JF: Tensor,
+    *,
+    updates: int = 20,
+    steps_an_update: int = 20,
+    tolerance: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
-    """Refine centroids by KL(P || Q) and return (assignment [N], centroids [J, F]).
+    """Refine centroids by KL(P || Q) and return (assignment [N], centroids [J, F] in float64).
 
-    P is held for `steps_an_update` full-batch steps, then computed anew; stops where less than `tolerance` of the
-    images change cluster between updates (section 3.3 of the paper).
+    P is held for `steps_an_update` steps over all images, then computed anew; stops where less than `tolerance` of
+    the images change cluster between updates (section 3.3 of the paper).
     """
-    centroids_JF = start_JF.detach().clone().requires_grad_(True)
+    centroids_JF = start_JF.double().clone().requires_grad_(True)
     optimizer = torch.optim.SGD([centroids_JF], lr=0.1, momentum=0.9)
-    assignment_N = soft_assignment(features_NF, start_JF).argmax(1)
+    assignment_N, mass_J = _assign(features, centroids_JF)
     for _ in range(updates):
-        with torch.no_grad():
-            p_NJ = target_distribution(soft_assignment(features_NF, centroids_JF))
+        held_JF = centroids_JF.detach().clone()
         for _ in range(steps_an_update):
-            loss = kl_loss(p_NJ, soft_assignment(features_NF, centroids_JF))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            _add_gradient(features, centroids_JF, held_JF, mass_J)
             optimizer.step()
-        with torch.no_grad():
-            now_N = soft_assignment(features_NF, centroids_JF).argmax(1)
+        now_N, mass_J = _assign(features, centroids_JF)
         changed = float((now_N != assignment_N).double().mean())
         assignment_N = now_N
         if changed < tolerance:
             break
     return assignment_N, centroids_JF.detach()
+
+
+@torch.no_grad()
+def _assign(features: ScaledFeatures, centroids_JF: Tensor) -> tuple[Tensor, Tensor]:
+    """The cluster of each image [N], and f_j = sum_i q_ij [J] in float64."""
+    assignment_N = torch.empty(len(features), dtype=torch.int64)
+    mass_J = torch.zeros(len(centroids_JF), dtype=torch.float64)
+    for part, features_CF in features.chunks():
+        q_CJ = soft_assignment(features_CF, centroids_JF.float())
+        assignment_N[part] = q_CJ.argmax(1)
+        mass_J += q_CJ.sum(0, dtype=torch.float64)
+    return assignment_N, mass_J
+
+
+def _add_gradient(features: ScaledFeatures, centroids_JF: Tensor, held_JF: Tensor, mass_J: Tensor) -> None:
+    """Add the gradient of KL(P || Q) over all images to `centroids_JF`, where P is that of the held centroids.
+
+    P is computed again instead of kept: a row of P takes memory, a product of matrices takes little time.
+    """
+    for _, features_CF in features.chunks():
+        with torch.no_grad():
+            p_CJ = target_distribution(soft_assignment(features_CF, held_JF.float()), mass_J.float())
+        loss = kl_loss(p_CJ, soft_assignment(features_CF, centroids_JF.float()))
+        # The leaf is float64, so chunks are summed in float64.
+        (loss * (len(features_CF) / len(features))).backward()  # type: ignore[no-untyped-call]
 
 
 def map_clusters(assignment_N: Tensor, label_N: Tensor, weight_N: Tensor, clusters: int, classes: int) -> Tensor:

@@ -3,12 +3,16 @@
 An image is kept when the outer network is confident of its label *and* the cluster of its features stands for the
 same class. Both filters are from the paper's abstract; how they are carried out is our reconstruction.
 
-N unlabeled images, F features, J clusters, K classes.
+Features are streamed, so that they may lie in a file; logits, and a few numbers an image, are in memory.
+What is drawn by chance follows from the seed and from the images' order in the source, not from their order here.
+
+N unlabeled images, R some of them, F features, J clusters, K classes.
 """
 
 import io
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +26,22 @@ from kdedge.config import Config
 from kdedge.errors import RunError
 from kdedge.runs import write_bytes
 from kdedge.trust import dec
+from kdedge.trust.stream import ScaledFeatures, scaled_features
 
-__all__ = ["TrustConfig", "TrustedSet", "load_trusted", "save_trusted", "select_trusted"]
+__all__ = [
+    "TrustConfig",
+    "TrustedSet",
+    "compare_with_confidence",
+    "confidence_only_like",
+    "load_trusted",
+    "save_trusted",
+    "select_trusted",
+]
 
-KEPT, UNSURE, DISAGREES, QUOTA = "kept", "low confidence", "cluster disagrees", "quota"
+KEPT, OUTLIER, UNSURE, DISAGREES, QUOTA = "kept", "outlier", "low confidence", "cluster disagrees", "quota"
+"""Why an image is kept or dropped: the first filter, in this order, that it does not pass."""
+
+_KMEANS_IMAGES = 20_000  # centroids to start from are means of thousands either way
 
 
 class TrustConfig(Config):
@@ -34,9 +50,9 @@ class TrustConfig(Config):
     filters: Literal["none", "confidence", "clusters", "confidence+clusters"] = "confidence+clusters"
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
     clusters: Annotated[int, Field(gt=1)] | None = None  # null: as many as classes
-    quota: Annotated[int, Field(gt=0)] | None = (
-        None  # at most so many a class, the most confident first; null: no limit
-    )
+    # At most so many a class, the most confident first; null: no limit. "balanced": the median of the classes that
+    # kept any, so that the head of a long tail is cut and at least half of the classes lose nothing.
+    quota: Annotated[int, Field(gt=0)] | Literal["balanced"] | None = None
     label_weight: Annotated[float, Field(ge=0)] = 10.0  # votes of a labeled image when clusters get their class
 
 
@@ -52,20 +68,21 @@ class TrustedSet:
     why: npt.NDArray[np.str_]
     logits: npt.NDArray[np.float32]  # [N, K] of the outer network, for soft distillation
 
+    def precision(self, truth_N: npt.NDArray[np.int64], mask_N: npt.NDArray[np.bool_]) -> float | None:
+        """Share of the images in the mask whose label is right, of those whose truth is known (not -1)."""
+        known = mask_N & (truth_N >= 0)
+        return float((self.label == truth_N)[known].mean()) if known.any() else None
+
     def summary(self, truth_N: npt.NDArray[np.int64], classes: int) -> dict[str, Any]:
         """Size, coverage, counts; precision after each filter where the truth is known (for reporting only)."""
-        confident = self.why != UNSURE
-
-        def precision(mask: npt.NDArray[np.bool_]) -> float | None:
-            known = mask & (truth_N >= 0)
-            return float((self.label == truth_N)[known].mean()) if known.any() else None
-
+        confident = ~np.isin(self.why, (OUTLIER, UNSURE))
         return {
             "size": int(self.kept.sum()),
             "coverage": float(self.kept.mean()) if len(self.kept) else 0.0,
-            "precision": precision(self.kept),
-            "precision_before_filters": precision(np.ones_like(self.kept)),
-            "precision_after_confidence": precision(confident),
+            "precision": self.precision(truth_N, self.kept),
+            "precision_before_filters": self.precision(truth_N, np.ones_like(self.kept)),
+            "precision_after_confidence": self.precision(truth_N, confident),
+            "precision_after_clusters": self.precision(truth_N, confident & (self.why != DISAGREES)),
             "per_class": np.bincount(self.label[self.kept], minlength=classes).tolist(),
             "why": {str(reason): int((self.why == reason).sum()) for reason in np.unique(self.why)},
         }
@@ -73,34 +90,52 @@ class TrustedSet:
 
 def select_trusted(
     logits_NK: Tensor,
-    features_NF: Tensor,
+    features_NF: npt.NDArray[Any],
     index_N: npt.NDArray[np.int64],
     label_N: Tensor,
     config: TrustConfig,
+    *,
+    seed: int,
+    outlier_N: npt.NDArray[np.bool_] | None = None,
 ) -> TrustedSet:
     """Filter the unlabeled images. `label` is the given label of those that are also labeled, else -1.
 
-    Logits and features are the outer network's in eval mode on images without views.
+    Logits and features are the outer network's in eval mode on images without views; features may be a memory map,
+    which is read in chunks. An image marked in `outlier_N` is not kept, and does not vote for its cluster's class.
+    RunError where the features cannot be clustered.
     """
     classes = logits_NK.shape[1]
     confidence_N, predicted_N = torch.softmax(logits_NK.float(), dim=1).max(1)
+    outlier_N = np.zeros(len(index_N), dtype=np.bool_) if outlier_N is None else outlier_N
     confident_N = confidence_N >= config.threshold
-    agrees_N, assignment_N = _clusters_agree(
-        features_NF, predicted_N, confidence_N, confident_N, label_N, classes, config
-    )
-    why = np.full(len(index_N), KEPT, dtype="<U20")
+    # In the order of the source, so that what is drawn by position is drawn for the image.
+    by_index_N = np.argsort(index_N, kind="stable")
+    agrees_N, assignment_N = torch.ones_like(confident_N), torch.full_like(predicted_N, -1)
     if "clusters" in config.filters:
-        why[~agrees_N.numpy()] = DISAGREES
+        votes_N = torch.where(confident_N & ~torch.from_numpy(outlier_N), predicted_N, -1)
+        votes_N = torch.where(label_N >= 0, label_N, votes_N)
+        weight_N = torch.where(label_N >= 0, config.label_weight, confidence_N)
+        scaled, clusters = scaled_features(features_NF), config.clusters or classes
+        start_JF = _start(scaled, label_N, by_index_N, clusters, classes, seed)
+        assignment_N, _ = dec.cluster(scaled, start_JF)
+        mapping_J = dec.map_clusters(assignment_N, votes_N, weight_N, clusters, classes)
+        agrees_N = mapping_J[assignment_N] == predicted_N
+    why = np.full(len(index_N), KEPT, dtype="<U20")
+    why[~agrees_N.numpy()] = DISAGREES
     if "confidence" in config.filters:  # written last: the first filter is the reason that is told
         why[~confident_N.numpy()] = UNSURE
     if config.filters == "none":
         why[:] = UNSURE
+    why[outlier_N] = OUTLIER
+    label, confidence = predicted_N.numpy().astype(np.int64), confidence_N.numpy().astype(np.float32)
     if config.quota is not None:
-        _cap(why, predicted_N.numpy(), confidence_N.numpy(), config.quota)
+        kept_K = np.bincount(label[why == KEPT], minlength=classes)
+        quota = config.quota if isinstance(config.quota, int) else int(np.median(kept_K[kept_K > 0]))
+        why[(why == KEPT) & ~_most_confident(label, confidence, index_N, why == KEPT, [quota] * classes, seed)] = QUOTA
     return TrustedSet(
         np.asarray(index_N, dtype=np.int64),
-        predicted_N.numpy().astype(np.int64),
-        confidence_N.numpy().astype(np.float32),
+        label,
+        confidence,
         assignment_N.numpy().astype(np.int64),
         why == KEPT,
         why,
@@ -108,50 +143,75 @@ def select_trusted(
     )
 
 
-def _clusters_agree(
-    features_NF: Tensor,
-    predicted_N: Tensor,
-    confidence_N: Tensor,
-    confident_N: Tensor,
-    label_N: Tensor,
-    classes: int,
-    config: TrustConfig,
-) -> tuple[Tensor, Tensor]:
-    """Mask [N] of images whose cluster stands for their predicted class, and the cluster of each [N]."""
-    if "clusters" not in config.filters:
-        return torch.ones_like(confident_N), torch.full_like(predicted_N, -1)
-    clusters = config.clusters or classes
-    scaled_NF = dec.scaled_features(features_NF)
-    start_JF = _start(scaled_NF, label_N, predicted_N, confident_N, clusters, classes)
-    assignment_N, _ = dec.cluster(scaled_NF, start_JF)
-    votes_N = torch.where(label_N >= 0, label_N, torch.where(confident_N, predicted_N, -1))
-    weight_N = torch.where(label_N >= 0, config.label_weight, confidence_N)
-    mapping_J = dec.map_clusters(assignment_N, votes_N, weight_N, clusters, classes)
-    return mapping_J[assignment_N] == predicted_N, assignment_N
-
-
 def _start(
-    scaled_NF: Tensor, label_N: Tensor, predicted_N: Tensor, confident_N: Tensor, clusters: int, classes: int
+    scaled: ScaledFeatures,
+    label_N: Tensor,
+    by_index_N: npt.NDArray[np.int64],
+    clusters: int,
+    classes: int,
+    seed: int,
 ) -> Tensor:
     """Centroids [J, F] to start from: class means of labeled images, else k-means with 20 starts."""
-    present = torch.bincount(label_N[label_N >= 0], minlength=classes) > 0
-    if clusters == classes and bool(present.all()):
-        return torch.stack([scaled_NF[label_N == k].mean(0) for k in range(classes)])
-    from sklearn.cluster import KMeans
-
-    if len(scaled_NF) < clusters:
+    given_R = by_index_N[(label_N >= 0).numpy()[by_index_N]]
+    given_labels_R = label_N[torch.from_numpy(given_R)]
+    if clusters == classes and len(torch.unique(given_labels_R)) == classes:
+        given_RF = scaled.rows(given_R)
+        return torch.stack([given_RF[given_labels_R == k].mean(0, dtype=torch.float64) for k in range(classes)])
+    if len(scaled) < clusters:
         raise RunError(
-            f"{clusters} clusters were asked for (trust.clusters) of {len(scaled_NF)} unlabeled images. "
+            f"{clusters} clusters were asked for (trust.clusters) of {len(scaled)} unlabeled images. "
             "Set fewer clusters, or trust.filters=confidence."
         )
-    means = KMeans(clusters, n_init=20, random_state=0).fit(scaled_NF.numpy()).cluster_centers_
-    return torch.from_numpy(means).to(scaled_NF.dtype)
+    from sklearn.cluster import KMeans
+
+    drawn_R = by_index_N
+    if len(scaled) > _KMEANS_IMAGES:  # all 20 starts in memory, instead of 20 times many passes over the file
+        drawn_R = by_index_N[np.random.default_rng(seed).choice(len(scaled), max(_KMEANS_IMAGES, clusters), False)]
+    means = KMeans(clusters, n_init=20, random_state=seed % 2**32).fit(scaled.rows(drawn_R).numpy()).cluster_centers_
+    return torch.from_numpy(means)
 
 
-def _cap(why: npt.NDArray[np.str_], label: npt.NDArray[Any], confidence: npt.NDArray[Any], quota: int) -> None:
-    for k in np.unique(label):
-        rows = np.flatnonzero((label == k) & (why == KEPT))
-        why[rows[np.argsort(-confidence[rows], kind="stable")[quota:]]] = QUOTA
+def _most_confident(
+    label_N: npt.NDArray[np.int64],
+    confidence_N: npt.NDArray[np.float32],
+    index_N: npt.NDArray[np.int64],
+    candidate_N: npt.NDArray[np.bool_],
+    count_K: Sequence[int] | npt.NDArray[np.int64],
+    seed: int,
+) -> npt.NDArray[np.bool_]:
+    """Mask [N] of the `count` most confident candidates of each class; equal confidence goes by a seeded order."""
+    order_N = np.empty(len(index_N), dtype=np.int64)
+    order_N[np.argsort(index_N, kind="stable")] = np.random.default_rng(seed).permutation(len(index_N))
+    chosen_N = np.zeros(len(index_N), dtype=np.bool_)
+    for k, count in enumerate(count_K):
+        rows_R = np.flatnonzero(candidate_N & (label_N == k))
+        chosen_N[rows_R[np.lexsort((order_N[rows_R], -confidence_N[rows_R]))[:count]]] = True
+    return chosen_N
+
+
+def confidence_only_like(trusted: TrustedSet, seed: int) -> TrustedSet:
+    """The set that confidence alone would keep, with as many images of each predicted class as `trusted` keeps.
+
+    The most confident of each class, equal confidence by a seeded order; outliers stay out, so that the two sets
+    differ by the clusters alone.
+    """
+    outlier_N = trusted.why == OUTLIER
+    count_K = np.bincount(trusted.label[trusted.kept], minlength=trusted.logits.shape[1])
+    kept_N = _most_confident(trusted.label, trusted.confidence, trusted.index, ~outlier_N, count_K, seed)
+    why = np.where(kept_N, KEPT, np.where(outlier_N, OUTLIER, UNSURE)).astype("<U20")
+    return replace(trusted, cluster=np.full_like(trusted.cluster, -1), kept=kept_N, why=why)
+
+
+def compare_with_confidence(trusted: TrustedSet, truth_N: npt.NDArray[np.int64], seed: int) -> dict[str, Any]:
+    """Precision of `confidence_only_like`, and how many images it keeps in place of others.
+
+    Truth is for reporting only; -1 where unknown, and precision None where none is known.
+    """
+    alone = confidence_only_like(trusted, seed)
+    return {
+        "confidence_only_precision": alone.precision(truth_N, alone.kept),
+        "images_exchanged": int((alone.kept & ~trusted.kept).sum()),
+    }
 
 
 def save_trusted(path: Path, trusted: TrustedSet) -> None:

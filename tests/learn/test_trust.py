@@ -1,12 +1,21 @@
 """Deep embedded clustering and the trusted set."""
 
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from kdedge.errors import RunError
 from kdedge.trust import dec
-from kdedge.trust.select import TrustConfig, load_trusted, save_trusted, select_trusted
+from kdedge.trust.select import (
+    TrustConfig,
+    TrustedSet,
+    load_trusted,
+    save_trusted,
+    select_trusted,
+)
+from kdedge.trust.stream import scaled_features
 
 
 def blobs(count: int = 60, classes: int = 4, noise: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,17 +47,18 @@ def test_target_rows_sum_to_1_and_follow_equation_3() -> None:
 
 def test_the_divergence_falls_while_clustering_separable_blobs() -> None:
     features, truth = blobs()
-    scaled = dec.scaled_features(features)
+    stream = scaled_features(features.numpy())
+    scaled = stream.rows(np.arange(len(truth)))
     start = torch.stack([scaled[truth == k][:3].mean(0) for k in range(4)])
 
     held = dec.target_distribution(dec.soft_assignment(scaled, start))
     before = float(dec.kl_loss(held, dec.soft_assignment(scaled, start)))
     for steps in (1, 5, 20):  # P is held within an update
-        _, centroids = dec.cluster(scaled, start, updates=1, steps_an_update=steps)
-        after = float(dec.kl_loss(held, dec.soft_assignment(scaled, centroids)))
+        _, centroids = dec.cluster(stream, start, updates=1, steps_an_update=steps)
+        after = float(dec.kl_loss(held, dec.soft_assignment(scaled, centroids.float())))
         assert after < before
         before = after
-    assignment, _ = dec.cluster(scaled, start)
+    assignment, _ = dec.cluster(stream, start)
     assert torch.equal(assignment, truth)  # started at the classes, it stays with them
 
 
@@ -79,10 +89,16 @@ def noisy_task() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
     return logits, features, label, truth
 
 
+def select(
+    logits: torch.Tensor, features: torch.Tensor, index: npt.NDArray[np.int64], label: torch.Tensor, *config, **more
+) -> TrustedSet:
+    return select_trusted(logits, features.numpy(), index, label, *(config or [TrustConfig()]), **{"seed": 0} | more)
+
+
 def test_clusters_remove_confident_mistakes_and_every_drop_has_its_reason() -> None:
     logits, features, label, truth = noisy_task()
     index = np.arange(1000, 1000 + len(truth))
-    trusted = select_trusted(logits, features, index, label, TrustConfig())
+    trusted = select(logits, features, index, label, TrustConfig())
     summary = trusted.summary(truth.numpy(), 4)
     assert summary["precision"] == 1.0 > summary["precision_after_confidence"]
     confident = torch.softmax(logits, 1).max(1).values >= 0.95
@@ -97,7 +113,7 @@ def test_clusters_remove_confident_mistakes_and_every_drop_has_its_reason() -> N
 def test_it_works_without_labels_in_the_pool_and_with_more_clusters_than_classes(clusters) -> None:
     logits, features, label, truth = noisy_task()
     none = torch.full_like(label, -1)
-    trusted = select_trusted(logits, features, np.arange(len(truth)), none, TrustConfig(clusters=clusters))
+    trusted = select(logits, features, np.arange(len(truth)), none, TrustConfig(clusters=clusters))
     assert trusted.summary(truth.numpy(), 4)["precision"] > 0.97
     assert trusted.kept.mean() > 0.5
 
@@ -106,10 +122,10 @@ def test_filters_can_be_left_out() -> None:
     logits, features, label, truth = noisy_task()
     index = np.arange(len(truth))
     confident = (torch.softmax(logits, 1).max(1).values >= 0.95).numpy()
-    alone = select_trusted(logits, features, index, label, TrustConfig(filters="confidence"))
+    alone = select(logits, features, index, label, TrustConfig(filters="confidence"))
     np.testing.assert_array_equal(alone.kept, confident)
     assert (alone.cluster == -1).all()
-    nobody = select_trusted(logits, features, index, label, TrustConfig(filters="none"))
+    nobody = select(logits, features, index, label, TrustConfig(filters="none"))
     assert nobody.kept.sum() == 0
 
 
@@ -117,8 +133,8 @@ def test_a_quota_keeps_the_most_confident_of_each_class() -> None:
     logits, features, label, _ = noisy_task()
     logits = logits + torch.rand(logits.shape, generator=torch.Generator().manual_seed(2))
     index = np.arange(len(label))
-    free = select_trusted(logits, features, index, label, TrustConfig())
-    capped = select_trusted(logits, features, index, label, TrustConfig(quota=10))
+    free = select(logits, features, index, label, TrustConfig())
+    capped = select(logits, features, index, label, TrustConfig(quota=10))
     assert np.bincount(capped.label[capped.kept], minlength=4).tolist() == [10] * 4
     for k in range(4):
         dropped = free.kept & ~capped.kept & (free.label == k)
@@ -129,7 +145,7 @@ def test_a_quota_keeps_the_most_confident_of_each_class() -> None:
 
 def test_a_trusted_set_survives_the_disk_and_damage_is_told(tmp_path) -> None:
     logits, features, label, _ = noisy_task()
-    trusted = select_trusted(logits, features, np.arange(len(label)), label, TrustConfig())
+    trusted = select(logits, features, np.arange(len(label)), label, TrustConfig())
     path = tmp_path / "trusted.npz"
     save_trusted(path, trusted)
     again = load_trusted(path)
