@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdedge.data.duplicates import HASHABLE_PX, exact_groups, near_pairs
+from kdedge.data.duplicates import HASHABLE_PX, exact_groups, near_pairs, shrunk
 from kdedge.data.files import thumbnail
 from kdedge.data.parallel import Progress, run_threads
 from kdedge.data.source import PARTS, ArrayImages, Source
@@ -71,22 +71,13 @@ def _look_at_file(path: Path) -> _THUMB:
 
 def _look_at_arrays(images: ArrayImages) -> list[_THUMB]:
     mode = "L" if images.blocks[0].shape[3] == 1 else "RGB"
-    height, width = images.blocks[0].shape[1:3]
+    hashable = min(images.blocks[0].shape[1:3]) >= HASHABLE_PX
     found: list[_THUMB] = []
     for block in images.blocks:
-        for image in block:
-            pixels = np.ascontiguousarray(image)
-            small = _shrunk(pixels) if min(height, width) >= HASHABLE_PX else None
-            found.append((hashlib.sha256(pixels.data).digest(), small, mode, ""))
+        thumbnails = shrunk(block) if hashable else [None] * len(block)
+        for image, small in zip(block, thumbnails, strict=True):
+            found.append((hashlib.sha256(np.ascontiguousarray(image).data).digest(), small, mode, ""))
     return found
-
-
-def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """uint8 [h, w, C] -> [32, 32] grey."""
-    from PIL import Image
-
-    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("L")
-    return np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
 
 
 def _finding(source: Source, indices: Sequence[int]) -> dict[str, Any]:

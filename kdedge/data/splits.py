@@ -33,6 +33,7 @@ class Splits:
     labeled <= unlabeled (FixMatch learns from both views of a labelled image too). calibration and gate are drawn from
     unlabeled and share no image; val and test share none with any other. `truth` [N] is for reports only: nothing may
     learn from truth of images that are not in labeled. `labels` is the N asked for (val included), None for all.
+    `leaks` are the images of unlabeled that val or test has too (`leaks.without_leaks`).
     """
 
     labeled: Indices
@@ -46,6 +47,7 @@ class Splits:
     seed: int
     test_is_val: bool = False
     warnings: tuple[str, ...] = ()
+    leaks: tuple[dict[str, Any], ...] = ()
 
     def indices(self) -> dict[str, Indices]:
         """Split name -> indices."""
@@ -54,6 +56,8 @@ class Splits:
 
     def to_json(self, source: Source) -> dict[str, Any]:
         """The document of splits.json."""
+        used = np.concatenate(list(self.indices().values()))
+        left_out = np.setdiff1d(np.arange(len(source)), used)
         return {
             "schema": _SCHEMA,
             "data": source.spec,
@@ -66,6 +70,8 @@ class Splits:
             "images": len(source),
             "unreadable": [identity for identity, _ in source.unreadable],
             "warnings": list(self.warnings),
+            "leaks": list(self.leaks),
+            "left_out": [source.ids[i] for i in left_out],
             "splits": {name: _split_json(source, indices) for name, indices in self.indices().items()},
         }
 
@@ -83,6 +89,7 @@ class Splits:
             seed=document["seed"],
             test_is_val=document["test_is_val"],
             warnings=tuple(document["warnings"]),
+            leaks=tuple(document.get("leaks", ())),  # runs of 0.1.0 have none
         )
 
 
@@ -125,6 +132,7 @@ def _checked(document: Any) -> dict[str, dict[str, Any]]:
 def _same_images(document: dict[str, Any], splits: dict[str, dict[str, Any]], source: Source) -> None:
     """DataError that names what is missing, new or changed."""
     known = {identity for split in splits.values() for identity in split["ids"]}
+    known |= set(document.get("left_out", ()))
     before, now = set(document["unreadable"]), set(source.ids)
     missing = sorted(known - now)
     new = sorted(now - known - before)
