@@ -97,7 +97,8 @@ def _agree(
 def _standardized(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     values = thumbnails.astype(np.float32)
     values -= values.mean(axis=(1, 2), keepdims=True)
-    return values / np.maximum(values.std(axis=(1, 2), keepdims=True), np.float32(1e-6))
+    values /= np.maximum(values.std(axis=(1, 2), keepdims=True), 1e-6)
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +159,7 @@ def shrunk(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
             out[start : start + _BLOCK] = grey
             continue
         for i, picture in enumerate(grey, start):
-            out[i] = Image.fromarray(picture).resize((32, 32), Image.Resampling.BILINEAR)
+            out[i] = np.asarray(Image.fromarray(picture).resize((32, 32), Image.Resampling.BILINEAR))
     return out
 
 
@@ -166,5 +167,5 @@ def _grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[N, h, w, C] -> [N, h, w]: luma of ITU-R 601 in 256ths, whose sum fits 16 bits."""
     if images.shape[3] == 1:
         return images[..., 0]
-    sums = sum(images[..., c] * np.uint16(weight) for c, weight in enumerate((77, 150, 29)))
-    return (sums >> np.uint16(8)).astype(np.uint8)
+    red, green, blue = (images[..., c].astype(np.uint16) for c in range(3))
+    return ((77 * red + 150 * green + 29 * blue) >> 8).astype(np.uint8)
