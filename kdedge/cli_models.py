@@ -9,8 +9,9 @@ WIDE_RESNET = "wide-resnet-28-2"
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row for each architecture; nothing is initialised or downloaded.
+    """One row for each architecture at width 1; nothing is initialised or downloaded.
 
+    `widths` are those that can be asked for, null where any can.
     Counted on torch's meta device: shapes without numbers.
     """
     import torch
@@ -20,7 +21,7 @@ def describe() -> list[dict[str, Any]]:
     rows = []
     for name in [*ARCHITECTURES, WIDE_RESNET]:
         known = architecture(name)
-        spec = ModelSpec(name, classes=1000 if known.torchvision else 10, halvings=known.halvings)
+        spec = ModelSpec(name, classes=10 if name == WIDE_RESNET else 1000, halvings=known.halvings)
         with torch.device("meta"):
             network = build(spec).eval()
         rows.append(
@@ -30,6 +31,7 @@ def describe() -> list[dict[str, Any]]:
                 "macs": count_macs(network, 3, known.standard_px, known.standard_px),
                 "input_px": known.standard_px,
                 "width_multiplier": known.scalable,
+                "widths": None if known.any_width else list(known.builders) or [1.0],
                 "int8": known.int8_note,
             }
         )

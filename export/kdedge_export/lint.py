@@ -10,12 +10,13 @@ import onnx
 
 from kdedge.errors import BugError
 from kdedge_export.graph import Graph, attribute
+from kdedge_export.plan import MOVES
 from kdedge_export.rewrite import IR, OPSET
 
 __all__ = ["lint_float", "lint_int8", "require_clean"]
 
 _ACTIVATIONS = ("Relu", "Clip")
-_INTEGER_OPS = ("Add", "GlobalAveragePool", "MaxPool", "Flatten")
+_INTEGER_OPS = ("Add", "Concat", "GlobalAveragePool", *MOVES)
 
 
 def require_clean(problems: list[str], file: str) -> None:
@@ -98,9 +99,10 @@ def _dequantize(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
 
 
 def _from_integers(node: onnx.NodeProto, graph: Graph) -> bool:
+    read = node.input[:1] if node.op_type in MOVES else node.input
     return all(
         (producer := graph.producer.get(name)) is not None and producer.op_type == "DequantizeLinear"
-        for name in node.input
+        for name in read
         if name
     )
 
@@ -124,11 +126,12 @@ def _follower(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
     if not _from_integers(node, graph):
         yield f"{node.name}: an input of {node.op_type} is not dequantized"
         return
-    reader = graph.only_reader(node.output[0])
-    if reader is None or reader.op_type != "QuantizeLinear":
-        yield f"{node.name}: the output of {node.op_type} is not quantized at once"
-    elif node.op_type in ("MaxPool", "Flatten"):
-        before = [graph.constant(name) for name in graph.producer[node.input[0]].input[1:3]]
-        after = [graph.constant(name) for name in reader.input[1:3]]
-        if any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)):  # type: ignore[arg-type]
-            yield f"{node.name}: {node.op_type} changes the scale, though it only moves values"
+    for name in node.output:
+        reader = graph.only_reader(name)
+        if reader is None or reader.op_type != "QuantizeLinear":
+            yield f"{node.name}: the output of {node.op_type} is not quantized at once"
+        elif node.op_type in MOVES:
+            before = [graph.constant(each) for each in graph.producer[node.input[0]].input[1:3]]
+            after = [graph.constant(each) for each in reader.input[1:3]]
+            if any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)):  # type: ignore[arg-type]
+                yield f"{node.name}: {node.op_type} changes the scale, though it only moves values"

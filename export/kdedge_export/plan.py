@@ -7,8 +7,9 @@ and output are all quantized, and an Add or a pooling when its inputs and output
    absorbed: the 8-bit range starts at 0 and ends at the clip, so saturation does its work.
 2. The output of a Conv is quantized. The output of a Gemm only where an activation was absorbed: ONNX Runtime has a
    kernel from integers to float, and the logits keep their full resolution.
-3. Add, GlobalAveragePool, MaxPool and Flatten are quantized where their inputs are 8-bit already. MaxPool and Flatten
-   hand on the scale of their input, since they only move values.
+3. Add, Concat, GlobalAveragePool and whatever only moves values (MaxPool, Flatten, Reshape, Transpose, Split) are
+   quantized where their inputs are 8-bit already. The last hand on the scale of their input, so that a channel shuffle
+   moves bytes.
 4. HardSwish, HardSigmoid, Sigmoid, Mul and everything else stay in float. A float reader of a float tensor reads the
    float tensor, even where another reader takes its 8-bit form.
 """
@@ -20,10 +21,11 @@ import onnx
 
 from kdedge_export.graph import Graph, attribute
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["MOVES", "Plan", "make_plan"]
 
 _WEIGHTED = ("Conv", "Gemm")
-_SAME_SCALE = ("MaxPool", "Flatten")
+MOVES = ("MaxPool", "Flatten", "Reshape", "Transpose", "Split")
+"""Operators that only move values: the first input and every output have one scale."""
 _ACTIVATIONS = ("Relu", "Clip")
 
 
@@ -55,7 +57,7 @@ def make_plan(model: onnx.ModelProto, leave_float: frozenset[str] = frozenset())
         if node.op_type in _WEIGHTED:
             builder.weighted(node)
     for node in builder.graph.nodes:
-        if node.op_type in ("Add", "GlobalAveragePool", *_SAME_SCALE):
+        if node.op_type in ("Add", "Concat", "GlobalAveragePool", *MOVES):
             builder.follower(node)
         elif node.op_type not in (*_WEIGHTED, *_ACTIVATIONS):
             builder.kept_float[node.name] = f"{node.op_type} has no integer kernel here"
@@ -103,20 +105,24 @@ class _Builder:
         return ""
 
     def follower(self, node: onnx.NodeProto) -> None:
-        """Add, poolings, Flatten: quantized where their inputs are 8-bit and their output is not the model's."""
-        inputs = [name for name in node.input if name]
+        """Add, Concat, poolings, moves: quantized where their inputs are 8-bit and no output is the model's."""
+        moves = node.op_type in MOVES
+        inputs = list(node.input[:1]) if moves else [name for name in node.input if name]  # the rest say where to
         if node.name in self.leave_float:
             self.kept_float[node.name] = "left in float by choice"
         elif not all(name in self.tensors for name in inputs):
             self.kept_float[node.name] = "an input of it is not 8-bit"
-        elif node.output[0] in self.graph.outputs or len(node.output) > 1:
+        elif any(name in self.graph.outputs for name in node.output):
             self.kept_float[node.name] = "its output is an output of the model"
+        elif len(node.output) > 1 and node.op_type != "Split":
+            self.kept_float[node.name] = "it has more than one output"
         else:
             self.layers.add(node.name)
-            if node.op_type in _SAME_SCALE:
+            if moves:
                 source = self.same_scale.get(inputs[0], inputs[0])
-                self.same_scale[node.output[0]] = source
-                self._make(node.output[0])
+                for name in node.output:
+                    self.same_scale[name] = source
+                    self._make(name)
             else:
                 self._make(self._absorb(node) if node.op_type == "Add" else node.output[0])
 

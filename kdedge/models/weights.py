@@ -101,7 +101,7 @@ class StartingWeights:
     px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    width: float | None = None  # known for kdedge's own files
+    width: float | None = None  # known for kdedge's own files and torchvision's
     halvings: int | None = None
 
 
@@ -183,14 +183,18 @@ def _from_torchvision(init: str, arch: str) -> StartingWeights:
     from torchvision import models
 
     known = architecture(arch)
-    if known.torchvision is None:
-        raise DataError(f"There are no published weights for '{arch}'. Give a file: a .safetensors, .pt or .npz path.")
-    enum = models.get_model_weights(known.torchvision)
+    if not known.builders:
+        elsewhere = "Set arch to timm/efficientnet_lite0, or give" if arch == "efficientnet-lite0" else "Give"
+        raise DataError(
+            f"torchvision has no weights for '{arch}'. {elsewhere} a file of kdedge's own, .safetensors, .pt or .npz."
+        )
+    width = next((w for w, builder in known.builders.items() if init == builder), 1.0)
+    enum = models.get_model_weights(known.builders[width])
     names = [weights.name for weights in enum]
-    if init not in {"pretrained", known.torchvision, *names}:
+    if init not in {"pretrained", known.builders[width], *names}:
         raise DataError(
             f"init is '{init}', which is no file and no weights of {arch}. Expected a file, 'pretrained', or one of "
-            f"{', '.join(names)}."
+            f"{', '.join([*known.builders.values(), *names])}."
         )
     weights = enum[init] if init in names else enum.DEFAULT
     transforms = weights.transforms()
@@ -208,7 +212,7 @@ def _from_torchvision(init: str, arch: str) -> StartingWeights:
                 f"Put the file {path.name} at {path}, or set init to a file you have."
             ) from None
     return StartingWeights(
-        str(weights), _read_pt(path), int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std)
+        str(weights), _read_pt(path), int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std), width
     )
 
 

@@ -6,9 +6,13 @@ read the features and starting weights can keep the backbone and lose the head.
 B batch, C channels, H and W pixels, F features, K classes.
 """
 
+import copy
 import re
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +29,41 @@ class Architecture:
     name: str
     halvings: int  # of the standard network, stem included
     standard_px: int  # of the published weights
-    scalable: bool  # takes a width multiplier
-    torchvision: str | None  # name of the torchvision builder and of its weights
+    builders: Mapping[float, str]  # width -> torchvision's builder, whose name is also that of its weights
+    any_width: bool  # other widths too
     int8_note: str
 
+    @property
+    def scalable(self) -> bool:
+        """Whether there is a width multiplier."""
+        return self.any_width or len(self.builders) > 1
 
-_EASY = "ReLU or ReLU6: quantizes and fuses well"
+
+_EASY = "ReLU or ReLU6: integers from end to end"
+_SHUFFLE = "ReLU: integers from end to end, but much time goes into moving channels"
+_GATED = "ReLU, but squeeze-excite's gates stay in float: each costs a way out of the integers and back"
 _HARD = "hard-swish and squeeze-excite: INT8 may be slower than float on a CPU and loses more accuracy"
+_SWISH = "swish and squeeze-excite: INT8 may be slower than float on a CPU and loses more accuracy; take lite0"
+
+_SHUFFLE_WIDTHS = {width: f"shufflenet_v2_x{width:.1f}".replace(".", "_") for width in (0.5, 1.0, 1.5, 2.0)}
+_MNASNET_WIDTHS = {0.5: "mnasnet0_5", 0.75: "mnasnet0_75", 1.0: "mnasnet1_0", 1.3: "mnasnet1_3"}
 
 ARCHITECTURES = {
     a.name: a
     for a in (
-        Architecture("mobilenet-v2", 5, 224, True, "mobilenet_v2", _EASY),
-        Architecture("mobilenet-v3-small", 5, 224, True, "mobilenet_v3_small", _HARD),
-        Architecture("mobilenet-v3-large", 5, 224, True, "mobilenet_v3_large", _HARD),
-        Architecture("efficientnet-b0", 5, 224, False, "efficientnet_b0", _HARD),
-        Architecture("resnet18", 5, 224, False, "resnet18", _EASY),
-        Architecture("resnet34", 5, 224, False, "resnet34", _EASY),
-        Architecture("resnet50", 5, 224, False, "resnet50", _EASY),
+        Architecture("mobilenet-v2", 5, 224, {1.0: "mobilenet_v2"}, True, _EASY),
+        Architecture("mobilenet-v3-small", 5, 224, {1.0: "mobilenet_v3_small"}, True, _HARD),
+        Architecture("mobilenet-v3-large", 5, 224, {1.0: "mobilenet_v3_large"}, True, _HARD),
+        Architecture("efficientnet-b0", 5, 224, {1.0: "efficientnet_b0"}, False, _SWISH),
+        Architecture("efficientnet-lite0", 5, 224, {}, False, _EASY),
+        Architecture("shufflenet-v2", 5, 224, _SHUFFLE_WIDTHS, False, _SHUFFLE),
+        Architecture("mnasnet", 5, 224, _MNASNET_WIDTHS, False, _EASY),
+        Architecture("squeezenet", 4, 224, {1.0: "squeezenet1_1"}, False, _EASY),
+        Architecture("regnet-x-400mf", 5, 224, {1.0: "regnet_x_400mf"}, False, _EASY),
+        Architecture("regnet-y-400mf", 5, 224, {1.0: "regnet_y_400mf"}, False, _GATED),
+        Architecture("resnet18", 5, 224, {1.0: "resnet18"}, False, _EASY),
+        Architecture("resnet34", 5, 224, {1.0: "resnet34"}, False, _EASY),
+        Architecture("resnet50", 5, 224, {1.0: "resnet50"}, False, _EASY),
     )
 }
 _WIDE_RESNET = re.compile(r"wide-resnet-(\d+)-(\d+)")
@@ -83,9 +104,9 @@ def architecture(name: str) -> Architecture:
     if match := _WIDE_RESNET.fullmatch(name):
         if (int(match[1]) - 4) % 6 or int(match[1]) < 10:
             raise RecipeError(f"'{name}': the depth of a wide-resnet must be 10, 16, 22, 28, ... (6 n + 4).")
-        return Architecture(name, 2, 32, False, None, _EASY + "; leaky ReLU stays a float island in some runtimes")
+        return Architecture(name, 2, 32, {}, False, "leaky ReLU stays in float: meant as a teacher")
     if name.startswith("timm/"):
-        return Architecture(name, 5, 224, False, None, "see the family's own documentation")
+        return Architecture(name, 5, 224, {}, False, "see the family's own documentation")
     if name not in ARCHITECTURES:
         known = [*ARCHITECTURES, "wide-resnet-28-2"]
         raise RecipeError(
@@ -98,20 +119,30 @@ def architecture(name: str) -> Architecture:
 def build(spec: ModelSpec) -> Network:
     """A freshly initialised network for `spec`, drawn from torch's global generator."""
     known = architecture(spec.arch)
-    if spec.width != 1.0 and not known.scalable:
-        raise RecipeError(
-            f"'{spec.arch}' has no width multiplier, but width {spec.width} was asked for. Leave width at 1.0."
-        )
+    _require_width(known, spec.width)
     if match := _WIDE_RESNET.fullmatch(spec.arch):
         return _wide_resnet(int(match[1]), int(match[2]), spec)
     if spec.arch.startswith("timm/"):
-        return _timm(spec)
-    backbone = _torchvision_backbone(known, spec.width)
-    _keep_last_halvings(backbone, spec.halvings)
-    if spec.channels != 3:
+        backbone, features = _timm_backbone(spec)
+    else:
+        backbone = _torchvision_backbone(known, spec.width)
+        features = _cut_head(backbone)
+    if spec.halvings < known.halvings:
+        _keep_last_halvings(backbone, spec.halvings, spec.arch)
+    if spec.channels != 3 and not spec.arch.startswith("timm/"):
         _replace_stem(backbone, spec.channels)
-    features = _cut_head(backbone)
     return Network(backbone, nn.Linear(features, spec.classes))
+
+
+def _require_width(known: Architecture, width: float) -> None:
+    if known.any_width or width == 1.0 or width in known.builders:
+        return
+    if not known.scalable:
+        raise RecipeError(
+            f"'{known.name}' has no width multiplier, but width {width} was asked for. Leave width at 1.0."
+        )
+    widths = ", ".join(str(each) for each in known.builders)
+    raise RecipeError(f"'{known.name}' comes in the widths {widths}, but {width} was asked for. Choose one of them.")
 
 
 def _wide_resnet(depth: int, width: int, spec: ModelSpec) -> Network:
@@ -122,8 +153,8 @@ def _wide_resnet(depth: int, width: int, spec: ModelSpec) -> Network:
     return Network(backbone, nn.Linear(backbone.num_features, spec.classes))
 
 
-def _timm(spec: ModelSpec) -> Network:
-    """timm's network as it is: its strides are not changed."""
+def _timm_backbone(spec: ModelSpec) -> tuple[nn.Module, int]:
+    """timm's network without its head, and how many features it gives."""
     try:
         import timm
     except ImportError:
@@ -132,42 +163,116 @@ def _timm(spec: ModelSpec) -> Network:
     if not timm.is_model(name):
         raise RecipeError(f"timm has no model '{name}'.{did_you_mean(name, timm.list_models())}")
     backbone = timm.create_model(name, num_classes=0, in_chans=spec.channels)
-    return Network(backbone, nn.Linear(backbone.num_features, spec.classes))
+    # num_features is what enters the head, and MobileNetV3 and V4 widen it there before the last layer.
+    return backbone, int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
 
 
 def _torchvision_backbone(known: Architecture, width: float) -> nn.Module:
+    """torchvision's network under torchvision's names, so that its weights fit; still with its last linear layer."""
     from torchvision import models
     from torchvision.models import mobilenetv3
 
-    if width == 1.0:
-        backbone: nn.Module = models.get_model_builder(known.torchvision)()
-    elif known.name == "mobilenet-v2":
-        backbone = models.MobileNetV2(width_mult=width)
-    else:  # torchvision's V3 builders take no width; its configuration helper does
-        backbone = models.MobileNetV3(*mobilenetv3._mobilenet_v3_conf(known.torchvision, width_mult=width))
+    if known.name == "efficientnet-lite0":
+        return _efficientnet_lite0()
+    if known.name.startswith("regnet"):
+        return _regnet_400mf(known.name)
+    if known.name == "mobilenet-v2" and width != 1.0:
+        return models.MobileNetV2(width_mult=width)
+    if known.any_width and width != 1.0:  # torchvision's V3 builders take no width; its configuration helper does
+        return models.MobileNetV3(*mobilenetv3._mobilenet_v3_conf(known.builders[1.0], width_mult=width))
+    backbone: nn.Module = models.get_model_builder(known.builders[width])()
+    if known.name == "squeezenet":
+        # The published head is a 1 x 1 convolution, ReLU, then the mean. Ours is linear after the mean, without the
+        # ReLU: as many weights, logits of either sign, and pooled features that clustering can read.
+        return _pooled(features=backbone.features, classifier=nn.Linear(512, 1000))
+    if known.name == "mnasnet":
+        # torchvision's class refuses every state_dict without its own version mark, which .safetensors cannot carry.
+        return _pooled(layers=backbone.layers, classifier=backbone.classifier)
     return backbone
 
 
-def _halving_groups(backbone: nn.Module) -> list[list[nn.Conv2d | nn.MaxPool2d]]:
-    """The layers that halve the image, in order; those that must stay equal (conv and shortcut) in one group."""
-    groups: dict[str, list[nn.Conv2d | nn.MaxPool2d]] = {}
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d) and module.stride in (2, (2, 2)):
-            # A ResNet stage strides in its first block twice: on the main path and on the shortcut.
-            stage = name.split(".")[0] if re.match(r"layer\d", name) else name
-            groups.setdefault(stage, []).append(module)
+def _pooled(**parts: nn.Module) -> nn.Module:
+    """A part that gives maps, their mean, and a part that reads it, under the names given."""
+    (maps, made), (head, reads) = parts.items()
+    pooled = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+    return nn.Sequential(OrderedDict([(maps, made), *pooled, (head, reads)]))
+
+
+def _efficientnet_lite0() -> nn.Module:
+    """EfficientNet-B0 without squeeze-excite and with ReLU6 (Google's EfficientNet-Lite, 2020: made for INT8).
+
+    The lite family also keeps stem and head while it grows; at size 0 they are B0's anyway.
+    """
+    from torchvision.models import efficientnet
+
+    def nothing(*_: Any, **__: Any) -> nn.Module:
+        return nn.Identity()
+
+    settings, last = efficientnet._efficientnet_conf("efficientnet_b0", width_mult=1.0, depth_mult=1.0)
+    for each in settings:
+        each.block = partial(efficientnet.MBConv, se_layer=nothing)
+    network: nn.Module = efficientnet.EfficientNet(settings, dropout=0.2, last_channel=last)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.SiLU):
+            _replace(network, name, nn.ReLU6(inplace=True))
+    return network
+
+
+def _regnet_400mf(name: str) -> nn.Module:
+    """RegNetX or RegNetY of 400 MFLOPs (arXiv 2003.13678, tables 8 and 9), stage by stage.
+
+    torchvision's builders compute these numbers with tensors, which have no values where nothing is initialised.
+    """
+    from torchvision.models import regnet
+
+    gated = name.startswith("regnet-y")
+    stages = regnet.BlockParams(
+        depths=[1, 3, 6, 6] if gated else [1, 2, 7, 12],
+        widths=[48, 104, 208, 440] if gated else [32, 64, 160, 400],
+        group_widths=[8 if gated else 16] * 4,
+        bottleneck_multipliers=[1.0] * 4,
+        strides=[2] * 4,
+        se_ratio=0.25 if gated else None,
+    )
+    network: nn.Module = regnet.RegNet(stages)
+    return network
+
+
+@torch.no_grad()
+def _halving_groups(backbone: nn.Module) -> list[list[nn.Module]]:
+    """The layers that halve the image, in order; those that read maps of one size (conv and shortcut) in one group."""
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    names = [name for name, m in backbone.named_modules() if isinstance(m, kinds) and m.stride in (2, (2, 2))]
+    if not names:
+        return []
+    shapes = copy.deepcopy(backbone).eval().to("meta")  # shapes without numbers: nothing is computed or drawn
+    groups: dict[int, list[nn.Module]] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+        groups.setdefault(inputs[0].shape[-1], []).append(backbone.get_submodule(name))
+
+    for name in names:
+        shapes.get_submodule(name).register_forward_hook(partial(note, name))
+    stem = next(m for m in shapes.modules() if isinstance(m, nn.Conv2d))
+    shapes(torch.zeros(1, stem.in_channels, 256, 256, device="meta"))
     return list(groups.values())
 
 
-def _keep_last_halvings(backbone: nn.Module, keep: int) -> None:
+def _keep_last_halvings(backbone: nn.Module, keep: int, arch: str) -> None:
     """Set the stride of all but the last `keep` halvings to 1: small images stay large where features are cheap."""
-    groups = _halving_groups(backbone)
-    for group in groups[: max(len(groups) - keep, 0)]:
-        for module in group:
-            if isinstance(module, nn.MaxPool2d):
-                module.stride, module.kernel_size, module.padding = 1, 1, 0  # an identity, as in ResNets for CIFAR
-            else:
-                module.stride = (1, 1)
+    try:
+        groups = _halving_groups(backbone)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # timm has networks of one input size
+        raise RecipeError(
+            f"The strides of '{arch}' cannot be changed ({error}). Set its halvings to 5 and data.image_px to its size."
+        ) from error
+    for module in (each for group in groups[: max(len(groups) - keep, 0)] for each in group):
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.padding = (1, 1)  # SqueezeNet's stem has none and would eat a border of each small image
+        else:
+            module.stride, module.kernel_size, module.padding = 1, 1, 0  # an identity, as in ResNets for CIFAR
 
 
 def _replace_stem(backbone: nn.Module, channels: int) -> None:
@@ -176,8 +281,7 @@ def _replace_stem(backbone: nn.Module, channels: int) -> None:
             kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
             stem = nn.Conv2d(channels, module.out_channels, kernel, stride, padding, bias=module.bias is not None)
             nn.init.kaiming_normal_(stem.weight, mode="fan_out")
-            parent, _, leaf = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), leaf, stem)
+            _replace(backbone, name, stem)
             return
     raise BugError("the backbone has no convolution")
 
@@ -185,9 +289,13 @@ def _replace_stem(backbone: nn.Module, channels: int) -> None:
 def _cut_head(backbone: nn.Module) -> int:
     """Replace the last linear layer by nothing and return how many features it read."""
     name, head = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
-    parent, _, leaf = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), leaf, nn.Identity())
+    _replace(backbone, name, nn.Identity())
     return int(head.in_features)
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module)
 
 
 def num_params(module: nn.Module) -> int:
