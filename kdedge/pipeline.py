@@ -19,28 +19,53 @@ from torch import Tensor
 from kdedge import recipe_io
 from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.batches import Batches, Pool, step_seed
-from kdedge.errors import DeviceError, RunError
+from kdedge.data.leaks import without_leaks
+from kdedge.errors import DeviceError, RecipeError, RunError
+from kdedge.losses.consistency import log_prior
 from kdedge.methods.fixmatch import FixMatch
+from kdedge.methods.health import SliceHealth, slice_health
 from kdedge.methods.kd_fixmatch import KDFixMatch
 from kdedge.methods.step import Method
 from kdedge.methods.supervised import Supervised
-from kdedge.models.weights import StartingWeights, load_model, read_starting_weights, save_model, start_from
-from kdedge.models.zoo import ModelSpec, Network, build, num_params
+from kdedge.methods.thresholds import Policy, ThresholdConfig, make_policy
+from kdedge.models.weights import LoadedModel, StartingWeights, load_model, save_model, start_from
+from kdedge.models.zoo import ModelSpec, Network, build, count_macs, num_params
 from kdedge.predictions import add_predictions
-from kdedge.recipe import Recipe, resolve, resolved_teacher_arch
+from kdedge.recipe import Recipe, TeacherConfig, resolve
 from kdedge.run_folder import begin_manifest, check_folder, run_folder
-from kdedge.run_pool import describe, held_back_truth, make_pool, pixel_statistics
+from kdedge.run_pool import (
+    TEACHERS_WEIGHTS,
+    describe,
+    held_back_truth,
+    make_pool,
+    pixel_statistics,
+    read_starting,
+)
+from kdedge.run_teacher import (
+    columns,
+    copy_weights,
+    make_teacher,
+    nothing_trusted,
+    outer_answers,
+    read_ready_teacher,
+    refuse_other_spec,
+    targets,
+)
 from kdedge.runs import SCHEMA, Run, read_json, sha256_file, write_bytes, write_json
 from kdedge.train.checkpoint import Checkpoints
-from kdedge.train.engine import EnginePlan, as_planned, measure_plan, pick_device
-from kdedge.train.evaluate import accuracy, predict, predict_with_features
+from kdedge.train.engine import EnginePlan, as_planned, available_cores, measure_plan, pick_device
+from kdedge.train.evaluate import accuracy, predict
 from kdedge.train.loop import fit
 from kdedge.train.metrics import Display, MetricsLog, SilentDisplay
 from kdedge.train.optim import OptimConfig
-from kdedge.trust.select import load_trusted, save_trusted, select_trusted
+from kdedge.trust.select import compare_with_confidence, load_trusted, save_trusted, select_trusted
 from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Stopped", "train"]
+
+
+_TRAINING_FLOPS = 6  # for each multiply-add of an image: two forward, four backward
+_INFERENCE_FLOPS = 2
 
 
 class Stopped(KeyboardInterrupt):
@@ -63,12 +88,15 @@ def train(
     ).decodable()
     splits = make_splits(source, recipe.data.labels, recipe.seed)
     run = Run(out or run_folder(recipe, source, splits))
-    if resume and run.splits_path.is_file():
+    begun = resume and run.splits_path.is_file()
+    if begun:
         splits = Splits.from_json(read_json(run.splits_path), source)  # says what changed since
     finished = check_folder(run, recipe, device, resume)
     if finished is not None:
         shown.say(f"The run in {run.path} is finished already; nothing was done.")
         return run, finished
+    if recipe.data.remove_leaks and not begun:
+        splits = without_leaks(source, splits)
     for sentence in (*source.warnings, *splits.warnings):
         shown.say(sentence)
     with run.lock():
@@ -130,14 +158,7 @@ class _Stages:
         cls, run: Run, recipe: Recipe, source: Source, splits: Splits, device: torch.device, display: Display
     ) -> "_Stages":
         """Resolve the recipe against the images, load them, and write recipe.yaml, splits.json and the manifest."""
-        starting = {
-            who: read_starting_weights(init, arch)
-            for who, init, arch in (
-                ("teacher", recipe.teacher.init, resolved_teacher_arch(recipe, source.kind)),
-                ("student", recipe.student.init, recipe.student.arch),
-            )
-            if init is not None
-        }
+        starting = read_starting(recipe, source.kind)
         resolved = resolve(recipe, describe(recipe, source, splits, starting))
         resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"labels": splits.labels})})
         px, channels = resolved.data.image_px or 0, resolved.data.channels or 3
@@ -151,8 +172,7 @@ class _Stages:
         preprocess = replace(plain, mean=mean, std=std)
         pool = make_pool(images, splits, preprocess, device)
         stages = cls(run, resolved, source, splits, device, pool, preprocess, starting, display)
-        for who, spec in (("teacher", stages._teacher_spec()), ("student", stages._student_spec())):
-            stages._network(spec, who)  # what does not fit is told before anything is written or trained
+        stages._refuse_what_does_not_fit()  # before anything is written or trained
         # The manifest first: with it, a run that is killed right here can be resumed.
         begin_manifest(run, recipe, source, device, display)
         if not run.recipe_path.is_file():
@@ -161,6 +181,24 @@ class _Stages:
             write_json(run.splits_path, splits.to_json(source))
         return stages
 
+    def _refuse_what_does_not_fit(self) -> None:
+        teacher, from_teacher = self.recipe.teacher, self.recipe.student.init == TEACHERS_WEIGHTS
+        self._network(self._student_spec(), "student")
+        if teacher is None:
+            if from_teacher:
+                raise RecipeError("student.init is 'teacher', but the recipe has none (teacher is null).")
+            return
+        if teacher.ready is not None:
+            spec = self._ready_teacher(teacher.ready).spec
+        else:
+            spec = self._teacher_spec(teacher)
+            self._network(spec, "teacher")
+        if from_teacher:
+            refuse_other_spec(self._student_spec(), spec)
+
+    def _ready_teacher(self, ready: str) -> LoadedModel:
+        return read_ready_teacher(Path(ready).expanduser(), self.source.classes, self.preprocess.channels)
+
     def _network(self, spec: ModelSpec, who: str) -> Network:
         """A fresh network, from its starting weights where there are some."""
         network = build(spec)
@@ -168,8 +206,8 @@ class _Stages:
             start_from(network, self.starting[who])
         return network
 
-    def _load(self, indices: Any) -> _Images:
-        images = self.source.load(indices, self.preprocess)
+    def _load(self, indices: Any, preprocess: Preprocess | None = None) -> _Images:
+        images = self.source.load(indices, preprocess or self.preprocess)
         labels = torch.from_numpy(self.source.labels[indices])
         return _Images(images, labels, tuple(self.source.ids[i] for i in indices))
 
@@ -182,26 +220,46 @@ class _Stages:
             self._train(
                 "baseline", self.run.baseline_path, self._student_spec(), recipe.baseline.optim, Supervised, "student"
             )
-        self._train(
-            "outer",
-            self.run.teacher_path,
-            self._teacher_spec(),
-            recipe.teacher.optim,
-            lambda network: FixMatch(network, recipe.teacher.method),
-            "teacher",
-        )
-        self._select()
+        if recipe.teacher is not None:
+            self._outer(recipe.teacher)
+            self._select()
         self._train(
             "inner", self.run.student_path, self._student_spec(), recipe.student.optim, self._inner_method, "student"
         )
         return self._finish(started_at_s)
 
+    def _outer(self, teacher: TeacherConfig) -> None:
+        """The outer network, unless its file is there already: trained, or taken as it is."""
+        if teacher.ready is None:
+            self._train(
+                "outer",
+                self.run.teacher_path,
+                self._teacher_spec(teacher),
+                teacher.optim,
+                lambda network: FixMatch(
+                    network, teacher.method, self._policy(teacher.method.thresholds), self._log_prior()
+                ),
+                "teacher",
+            )
+        elif "outer" not in self._done():
+            ready = self._ready_teacher(teacher.ready)
+            digest = save_model(self.run.teacher_path, ready.module, ready.spec, ready.classes, ready.preprocess)
+            plan = self.recipe.engine.plan or EnginePlan(threads=available_cores())
+            self._note_plan("outer", plan, [])
+            self._note_done("outer", sha256=digest, seconds=0.0, flops=0, ready=teacher.ready)
+            self.display.say(f"The outer network is {teacher.ready}; stage 1 is left out.")
+
+    def _policy(self, config: ThresholdConfig) -> Policy:
+        return make_policy(config, len(self.source.classes), len(self.pool.unlabeled))
+
+    def _log_prior(self) -> Tensor:
+        return log_prior(self.pool.labels, len(self.source.classes))
+
     def _student_spec(self) -> ModelSpec:
         student = self.recipe.student
         return self._spec(student.arch, student.width or 1.0, student.halvings)
 
-    def _teacher_spec(self) -> ModelSpec:
-        teacher = self.recipe.teacher
+    def _teacher_spec(self, teacher: TeacherConfig) -> ModelSpec:
         return self._spec(teacher.arch or "", teacher.width, teacher.halvings)
 
     def _spec(self, arch: str, width: float, halvings: int | None) -> ModelSpec:
@@ -243,26 +301,41 @@ class _Stages:
             checkpoints,
             self.metrics,
             seed=self.recipe.seed,
-            validate=self._validate(plan),
+            validate=self._validate(stage, plan),
+            class_names=self.source.classes,
         )
         digest = save_model(path, average, spec, self.source.classes, self.preprocess)
         images = batches.images_per_step * (optim.total_steps or 0)
+        macs = method.passes * _macs(average, self.preprocess)
         self._note_done(
-            stage, sha256=digest, seconds=round(elapsed_s, 2), images_per_second=round(images / elapsed_s, 1)
+            stage,
+            sha256=digest,
+            seconds=round(elapsed_s, 2),
+            images_per_second=round(images / elapsed_s, 1),
+            flops=images * (_TRAINING_FLOPS * macs + method.extra_flops_an_image),
         )
         if not self.recipe.engine.keep_checkpoints:
             checkpoints.clear()
 
-    def _validate(self, plan: EnginePlan) -> Callable[[Network], float] | None:
+    def _validate(self, stage: str, plan: EnginePlan) -> Callable[[Network], SliceHealth] | None:
         val = self.val
         if val is None or not len(val.labels):
             return None
         pool = self.pool
 
-        def score(network: Network) -> float:
-            return accuracy(predict(network, val.images, pool.mean, pool.std, plan), val.labels) or 0.0
+        threshold = self._threshold(stage)
+
+        def score(network: Network) -> SliceHealth:
+            return slice_health(predict(network, val.images, pool.mean, pool.std, plan), val.labels, threshold)
 
         return score
+
+    def _threshold(self, stage: str) -> float | None:
+        """What a stage's pseudo labels are held to, for reports on the validation split."""
+        teacher = self.recipe.teacher
+        if stage == "outer" and teacher is not None:
+            return teacher.method.thresholds.threshold
+        return self.recipe.student.method.thresholds.threshold if stage == "inner" else None
 
     def _plan(self, stage: str, method: Method, batches: Batches) -> EnginePlan:
         """The recipe's plan, the one measured at the first start, or one measured now and written down."""
@@ -274,9 +347,12 @@ class _Stages:
             if noted is not None:
                 return EnginePlan.model_validate(noted["plan"])
             plan, timings = measure_plan(method, batches, self.device)
+        self._note_plan(stage, plan, timings)
+        return plan
+
+    def _note_plan(self, stage: str, plan: EnginePlan, timings: list[dict[str, object]]) -> None:
         plans = self.run.read_manifest()["engine_plan"] | {stage: {"plan": plan.model_dump(), "measured": timings}}
         self.run.update_manifest(engine_plan=plans)
-        return plan
 
     def _stage_plan(self, stage: str) -> EnginePlan:
         return EnginePlan.model_validate(self.run.read_manifest()["engine_plan"][stage]["plan"])
@@ -288,12 +364,8 @@ class _Stages:
         self.run.update_manifest(stage="trusted")
         self.display.stage("trusted", 1)
         started_at_s = time.perf_counter()
-        plan = self._stage_plan("outer")
-        teacher = as_planned(load_model(self.run.teacher_path).module.to(self.device), plan)
-        pool = self.pool
-        # Pool.images are the unlabeled images, in their order.
-        features_path = self.run.checkpoint_path / "features.npy"
-        logits, features = predict_with_features(teacher, pool.images, pool.mean, pool.std, plan, features_path)
+        pool, loaded = self.pool, load_model(self.run.teacher_path)
+        logits, features, features_path = self._outer_answers(loaded)
         given = torch.full((len(pool.unlabeled),), -1)
         given[pool.labeled.cpu()] = pool.labels.cpu()  # unlabeled is the whole pool, so places agree
         trusted = select_trusted(
@@ -302,16 +374,39 @@ class _Stages:
         save_trusted(self.run.trusted_path, trusted)
         features_path.unlink()
         self._note_done(
-            "trusted", sha256=sha256_file(self.run.trusted_path), seconds=round(time.perf_counter() - started_at_s, 2)
+            "trusted",
+            sha256=sha256_file(self.run.trusted_path),
+            seconds=round(time.perf_counter() - started_at_s, 2),
+            flops=_INFERENCE_FLOPS * _macs(loaded.module, loaded.preprocess) * len(pool.unlabeled),
         )
         summary = trusted.summary(held_back_truth(self.splits), len(self.source.classes))
         self.metrics.write("trusted", 1, total_steps=1, kept_fraction=summary["coverage"])
         self.display.say(f"Trusted pseudo labels: {summary['size']} of {len(trusted.index)} unlabeled images.")
 
+    def _outer_answers(self, loaded: LoadedModel) -> tuple[Tensor, np.memmap, Path]:
+        """Logits, features and the file that holds the features, to be removed."""
+        features_path, plan = self.run.checkpoint_path / "features.npy", self._stage_plan("outer")
+        logits, features = outer_answers(
+            loaded, self.source, self.splits, self.pool, self.preprocess, plan, features_path
+        )
+        return logits, features, features_path
+
     def _inner_method(self, network: Network) -> Method:
-        trusted = load_trusted(self.run.trusted_path)
-        label = torch.from_numpy(np.where(trusted.kept, trusted.label, -1))
-        return KDFixMatch(network, self.recipe.student.method, label, torch.from_numpy(trusted.logits))
+        """FixMatch alone where there is no outer network."""
+        recipe, config = self.recipe, self.recipe.student.method
+        policy, prior = self._policy(config.thresholds), self._log_prior()
+        if recipe.teacher is None:
+            return KDFixMatch(network, config, policy, nothing_trusted(len(self.pool.unlabeled)), None, prior)
+        if recipe.student.init == TEACHERS_WEIGHTS:
+            copy_weights(network, self.run.teacher_path)
+        trusted, loaded = load_trusted(self.run.trusted_path), load_model(self.run.teacher_path)
+        features = None
+        if config.distill.needs_features and config.distill.views == "stored":
+            _, stored, features_path = self._outer_answers(loaded)
+            features = torch.from_numpy(np.array(stored, dtype=np.float32))
+            features_path.unlink()
+        teacher = make_teacher(config.distill, loaded, torch.from_numpy(trusted.logits), features, self.pool)
+        return KDFixMatch(network, config, policy, targets(trusted), teacher, prior)
 
     # ---- bookkeeping
 
@@ -345,7 +440,9 @@ class _Stages:
             "data": self.source.name,
             "labels": self.splits.labels or len(self.splits.labeled) + len(self.splits.val),
             "seed": self.recipe.seed,
+            "teacher": None,
             "baseline": None,
+            "trusted": None,
         }
         for name, stage, path in (
             ("teacher", "outer", self.run.teacher_path),
@@ -354,8 +451,13 @@ class _Stages:
         ):
             if stage in stages:
                 result[name], logits[name] = self._score(path, stage, test, stages[stage]["seconds"])
-        trusted = load_trusted(self.run.trusted_path)
-        result["trusted"] = trusted.summary(held_back_truth(self.splits), len(self.source.classes))
+        if "trusted" in stages:
+            trusted = load_trusted(self.run.trusted_path)
+            truth = held_back_truth(self.splits)
+            result["trusted"] = trusted.summary(truth, len(self.source.classes))
+            result["trusted"] |= compare_with_confidence(trusted, truth, self.recipe.seed)
+        flops = {stage: facts["flops"] for stage, facts in stages.items()}
+        result["training_flops"] = flops | {"total": sum(flops.values()) - flops.get("baseline", 0)}
         result["images_per_second"] = {s: f["images_per_second"] for s, f in stages.items() if "images_per_second" in f}
         result["seconds"] = round(sum(facts["seconds"] for facts in stages.values()), 2)
         result["test_images"], result["test_is_val"] = len(test.ids), self.splits.test_is_val
@@ -368,12 +470,14 @@ class _Stages:
         return result
 
     def _score(self, path: Path, stage: str, test: _Images, seconds: float) -> tuple[dict[str, Any], Tensor]:
-        plan = self._stage_plan(stage)
-        loaded = load_model(path)
+        plan, loaded, val = self._stage_plan(stage), load_model(path), self.val
         network = as_planned(loaded.module.to(self.device), plan)
-        pool, val = self.pool, self.val
-        logits = predict(network, test.images, pool.mean, pool.std, plan)
-        val_logits = predict(network, val.images, pool.mean, pool.std, plan) if val is not None else None
+        if loaded.preprocess != self.preprocess:  # a ready teacher of another input size
+            test = self._load(self.splits.test, loaded.preprocess)
+            val = None if val is None else self._load(self.splits.val, loaded.preprocess)
+        mean, std = columns(loaded.preprocess, self.device)
+        logits = predict(network, test.images, mean, std, plan)
+        val_logits = predict(network, val.images, mean, std, plan) if val is not None else None
         return {
             "arch": loaded.arch,
             "params": num_params(network),
@@ -381,3 +485,7 @@ class _Stages:
             "test_accuracy": accuracy(logits, test.labels),
             "seconds": seconds,
         }, logits
+
+
+def _macs(network: Network, preprocess: Preprocess) -> int:
+    return count_macs(network, preprocess.channels, preprocess.height, preprocess.width)

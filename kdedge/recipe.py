@@ -73,6 +73,7 @@ class DataConfig(Config):
     max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     image_px: Annotated[int, Field(ge=4)] | None = None  # images are square
     channels: Literal[1, 3] | None = None
+    remove_leaks: bool = True  # leave out unlabeled images that are, nearly, in val or test too
     mean: tuple[float, ...] | None = None  # of pixel / 255; null: of the training images, or of the starting weights
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
 
@@ -89,8 +90,9 @@ Arch = Annotated[str, AfterValidator(_known_architecture)]
 
 
 class TeacherConfig(Config):
-    """The outer network."""
+    """The outer network, trained by FixMatch; or, with `ready`, one that is trained already."""
 
+    ready: str | None = None  # a teacher.safetensors or student.safetensors of the same classes: stage 1 is left out
     arch: Arch | None = None
     width: Annotated[float, Field(gt=0)] = 1.0
     halvings: Annotated[int, Field(ge=0)] | None = None  # how often the image is halved on its way
@@ -106,7 +108,7 @@ class StudentConfig(Config):
     arch: Arch = "mobilenet-v2"
     width: Annotated[float, Field(gt=0)] | None = None
     halvings: Annotated[int, Field(ge=0)] | None = None
-    init: str | None = None
+    init: str | None = None  # as the teacher's, or "teacher": the outer network's own weights (same architecture)
     settings: Settings = "fixmatch.short"
     method: KDFixMatchConfig = KDFixMatchConfig()
     optim: OptimConfig = OptimConfig()
@@ -135,7 +137,7 @@ class Recipe(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: TeacherConfig | None = TeacherConfig()  # null: no outer network, the student learns by FixMatch alone
     trust: TrustConfig = TrustConfig()
     student: StudentConfig = StudentConfig()
     baseline: BaselineConfig = BaselineConfig()
@@ -211,12 +213,7 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
         "mean": known.mean if known else None,
         "std": known.std if known else None,
     }
-    teacher, student, teacher_arch = recipe.teacher, recipe.student, resolved_teacher_arch(recipe, data.kind)
-    teacher_values: dict[str, object] = {
-        "arch": teacher_arch,
-        "halvings": _halvings(teacher.halvings, teacher_arch, px, data.teacher_weights, "teacher"),
-        "optim": _optim(teacher.optim, teacher.settings, data, "teacher"),
-    }
+    student = recipe.student
     student_values: dict[str, object] = {
         "width": _student_width(student, data),
         "halvings": _halvings(student.halvings, student.arch, px, data.student_weights, "student"),
@@ -227,16 +224,30 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
         update={
             "data": _filled(recipe.data, **input_values),
             "views": _views(recipe.views, data),
-            "teacher": teacher.model_copy(update=teacher_values),
+            "teacher": _teacher(recipe, px, data),
             "student": student.model_copy(update=student_values),
             "baseline": recipe.baseline.model_copy(update={"optim": baseline_optim}),
         }
     )
 
 
-def resolved_teacher_arch(recipe: Recipe, kind: str) -> str:
+def resolved_teacher_arch(teacher: TeacherConfig, kind: str) -> str:
     """The recipe's, else ResNet-18 for photographs and for published weights, else WRN-28-2."""
-    return recipe.teacher.arch or ("resnet18" if kind == "photo" or recipe.teacher.init else "wide-resnet-28-2")
+    return teacher.arch or ("resnet18" if kind == "photo" or teacher.init else "wide-resnet-28-2")
+
+
+def _teacher(recipe: Recipe, px: int, data: DataDescription) -> TeacherConfig | None:
+    """What a ready teacher is, its own file says."""
+    teacher = recipe.teacher
+    if teacher is None or teacher.ready is not None:
+        return teacher
+    arch = resolved_teacher_arch(teacher, data.kind)
+    values: dict[str, object] = {
+        "arch": arch,
+        "halvings": _halvings(teacher.halvings, arch, px, data.teacher_weights, "teacher"),
+        "optim": _optim(teacher.optim, teacher.settings, data, "teacher"),
+    }
+    return teacher.model_copy(update=values)
 
 
 def _filled(config: Some, **values: object) -> Some:

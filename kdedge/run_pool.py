@@ -8,11 +8,24 @@ from torch import Tensor
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
 from kdedge.errors import RecipeError
-from kdedge.models.weights import StartingWeights
-from kdedge.recipe import DataDescription, Recipe
+from kdedge.models.weights import StartingWeights, read_starting_weights
+from kdedge.recipe import DataDescription, Recipe, resolved_teacher_arch
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["describe", "held_back_truth", "make_pool", "pixel_statistics"]
+__all__ = ["TEACHERS_WEIGHTS", "describe", "held_back_truth", "make_pool", "pixel_statistics", "read_starting"]
+
+TEACHERS_WEIGHTS = "teacher"
+"""`student.init` with this value starts the inner network from the outer one's weights."""
+
+
+def read_starting(recipe: Recipe, kind: str) -> dict[str, StartingWeights]:
+    """The starting weights that the recipe names, for "teacher" and "student"."""
+    wanted: list[tuple[str, str | None, str]] = []
+    if recipe.teacher is not None and recipe.teacher.ready is None:
+        wanted.append(("teacher", recipe.teacher.init, resolved_teacher_arch(recipe.teacher, kind)))
+    if recipe.student.init != TEACHERS_WEIGHTS:
+        wanted.append(("student", recipe.student.init, recipe.student.arch))
+    return {who: read_starting_weights(init, arch) for who, init, arch in wanted if init is not None}
 
 
 def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str, StartingWeights]) -> DataDescription:

@@ -33,3 +33,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch) -> Step:
         """The loss of one batch."""
+
+    @property
+    def passes(self) -> int:
+        """How often an image of the batch passes through the network."""
+        return 1
+
+    @property
+    def extra_flops_an_image(self) -> int:
+        """Of networks beside `network`, for each image of the batch."""
+        return 0
