@@ -7,7 +7,7 @@ resumed run ends with the same weights, bit for bit, as one that was never stopp
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from kdedge.data.batches import Batches, step_seed
 from kdedge.errors import RunError
+from kdedge.methods.health import COUNTS, SliceHealth, Tally
 from kdedge.methods.step import Method
 from kdedge.models.ema import Ema
 from kdedge.models.zoo import Network
@@ -25,6 +26,9 @@ from kdedge.train.metrics import MetricsLog
 from kdedge.train.optim import OptimConfig, learning_rate, make_optimizer, set_batch_norm_momentum
 
 __all__ = ["fit"]
+
+_EVALUATIONS = 10  # of a stage, with a validation split
+_WATCHES = 20  # of a stage, for a collapse of its pseudo labels
 
 
 def fit(
@@ -37,14 +41,15 @@ def fit(
     metrics: MetricsLog,
     *,
     seed: int,
-    validate: Callable[[Network], float] | None = None,
+    validate: Callable[[Network], SliceHealth] | None = None,
+    class_names: Sequence[str] = (),
 ) -> tuple[Network, float]:
     """Train `method.network` for `optim.total_steps`; its moving average, in eval mode, and the seconds that took.
 
     The seconds of a run that was resumed are those of all its parts, up to the checkpoints they left.
 
-    With `validate` (accuracy on the validation split) the best average seen at an evaluation is returned, otherwise
-    the last one. Raises RunError where the loss is no longer finite.
+    With `validate` (on the validation split) the most accurate average seen at an evaluation is returned, otherwise
+    the last one. `class_names` are for what is said only. Raises RunError where the loss is no longer finite.
     """
     total, stage = _resolved(optim.total_steps), checkpoints.stage
     device = next(method.parameters()).device
@@ -53,16 +58,18 @@ def fit(
     set_batch_norm_momentum(method.network, _resolved(optim.batch_norm_momentum))
     as_planned(method, plan).train()
     optimizer = make_optimizer(
-        method.network, _resolved(optim.learning_rate), _resolved(optim.momentum), _resolved(optim.weight_decay)
+        method, _resolved(optim.learning_rate), _resolved(optim.momentum), _resolved(optim.weight_decay)
     )
     ema = Ema(method.network, _resolved(optim.ema_decay))
     best: dict[str, Any] = {"accuracy": -1.0, "weights": None}
+    tally = Tally(method.network.head.out_features, device)
+    labeled_K = torch.bincount(batches.pool.labels.cpu(), minlength=method.network.head.out_features)
 
     # ---- resume
     checkpoint, notes = checkpoints.load()
     for note in notes:
         metrics.display.say(note)
-    first = 0 if checkpoint is None else _restore(checkpoint, method, optimizer, ema, best)
+    first = 0 if checkpoint is None else _restore(checkpoint, method, optimizer, ema, best, tally)
     began_at_s = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.header["elapsed_s"])
     metrics.rewind(stage, first)
     metrics.display.stage(stage, total)
@@ -91,6 +98,7 @@ def fit(
                 group["lr"] = rate
             optimizer.step()
             ema.update(step)
+            tally.add(result.logs)
             done = step + 1
 
             if due(done, engine.log_every_steps, total):
@@ -104,19 +112,25 @@ def fit(
                     lr=rate,
                     images_per_second=batches.images_per_step * (done - logged_step) / (now_s - logged_at_s),
                     loader_wait_fraction=waited_s / (now_s - logged_at_s),
-                    **result.logs,
+                    **{name: value for name, value in result.logs.items() if name != COUNTS},
+                    **tally.line(),
                 )
                 logged_at_s, logged_step, waited_s = now_s, done, 0.0
 
-            if validate is not None and due(done, max(total // 10, 1), total):
-                val_accuracy = validate(ema.network)
-                metrics.write(stage, done, total_steps=total, val_accuracy=val_accuracy)
-                if val_accuracy >= best["accuracy"]:  # of equals the later one: it has seen more
-                    best.update(accuracy=val_accuracy, weights=_copied(ema.network))
+            if due(done, max(total // _WATCHES, 1), total):
+                for alarm in tally.alarms(labeled_K, len(batches.pool.unlabeled), done / total, class_names):
+                    metrics.write(stage, done, total_steps=total, alarm=alarm.sentence)
+                    metrics.display.say(f"Stage {stage}, step {done} of {total}: {alarm.sentence}")
+
+            if validate is not None and due(done, max(total // _EVALUATIONS, 1), total):
+                checked = validate(ema.network)
+                metrics.write(stage, done, total_steps=total, val_accuracy=checked.accuracy, **checked.logs)
+                if checked.accuracy >= best["accuracy"]:  # of equals the later one: it has seen more
+                    best.update(accuracy=checked.accuracy, weights=_copied(ema.network))
 
             if done < total and time.perf_counter() - saved_at_s >= engine.checkpoint_every_s:
                 _check_finite(result.loss, stage, step, rate)
-                _save(checkpoints, done, method, optimizer, ema, best, time.perf_counter() - began_at_s)
+                _save(checkpoints, done, method, optimizer, ema, best, tally, time.perf_counter() - began_at_s)
                 saved_at_s = time.perf_counter()
 
     if best["weights"] is not None:
@@ -152,6 +166,7 @@ def _save(
     optimizer: torch.optim.SGD,
     ema: Ema,
     best: dict[str, Any],
+    tally: Tally,
     elapsed_s: float,
 ) -> None:
     tensors = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
@@ -160,10 +175,18 @@ def _save(
     for index, state in optimizer.state_dict()["state"].items():
         if state.get("momentum_buffer") is not None:
             tensors[f"momentum.{index}"] = state["momentum_buffer"]
-    checkpoints.save(step, tensors, best_accuracy=best["accuracy"], elapsed_s=elapsed_s)
+    tensors |= {f"tally.{name}": tensor for name, tensor in tally.tensors.items()}
+    checkpoints.save(step, tensors, best_accuracy=best["accuracy"], alarmed=tally.alarmed, elapsed_s=elapsed_s)
 
 
-def _restore(checkpoint: Checkpoint, method: Method, optimizer: torch.optim.SGD, ema: Ema, best: dict[str, Any]) -> int:
+def _restore(
+    checkpoint: Checkpoint,
+    method: Method,
+    optimizer: torch.optim.SGD,
+    ema: Ema,
+    best: dict[str, Any],
+    tally: Tally,
+) -> int:
     """Put everything back where it was after `checkpoint.step` steps."""
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -175,4 +198,5 @@ def _restore(checkpoint: Checkpoint, method: Method, optimizer: torch.optim.SGD,
     state["state"] = {int(index): {"momentum_buffer": tensor} for index, tensor in part("momentum.").items()}
     optimizer.load_state_dict(state)
     best.update(accuracy=checkpoint.header["best_accuracy"], weights=part("best.") or None)
+    tally.restore(part("tally."), checkpoint.header["alarmed"])
     return checkpoint.step

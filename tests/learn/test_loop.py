@@ -14,7 +14,9 @@ from toys import SPEC, VIEWS, toy_network, toy_pool
 from kdedge.data.batches import Batch, Batches
 from kdedge.errors import RunError
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
-from kdedge.methods.step import Step
+from kdedge.methods.health import SliceHealth, pseudo_label_logs
+from kdedge.methods.step import Method, Step
+from kdedge.methods.thresholds import ThresholdConfig, make_policy
 from kdedge.models.zoo import ModelSpec, Network
 from kdedge.train.checkpoint import Checkpoints, tensors_hash
 from kdedge.train.due import due, to_steps
@@ -41,10 +43,10 @@ class Killed(Exception):
     pass
 
 
-class DiesAt(FixMatch.__mro__[1]):  # type: ignore[misc]  # Method: FixMatch is final
-    """FixMatch that is killed before step `die`, counted over its life."""
+class DiesAt(Method):
+    """A method that is killed before step `die`, counted over its life."""
 
-    def __init__(self, inner: FixMatch, die: int) -> None:
+    def __init__(self, inner: Method, die: int) -> None:
         super().__init__(inner.network)
         self.die, self.count = die, 0
         self.inner = [inner]  # in a list, so that its network is not a second submodule
@@ -56,25 +58,64 @@ class DiesAt(FixMatch.__mro__[1]):  # type: ignore[misc]  # Method: FixMatch is 
         return self.inner[0](batch)
 
 
+class Collapsed(Method):
+    """Every pseudo label is of class 1, and wrong for two images of three."""
+
+    def forward(self, batch: Batch) -> Step:
+        loss = self.network(batch.images[:2]).float().square().mean()
+        kept = torch.ones(len(batch.truth_U))
+        return Step(loss, pseudo_label_logs(torch.ones_like(batch.truth_U), kept, batch.truth_U, 3))
+
+
+class Listens:
+    """A display that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def stage(self, name: str, total_steps: int) -> None:
+        pass
+
+    def step(self, record: Any) -> None:
+        pass
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
+def fixmatch(spec: ModelSpec = SPEC) -> FixMatch:
+    config = FixMatchConfig(thresholds=ThresholdConfig(threshold=0.5))
+    return FixMatch(toy_network(spec=spec), config, make_policy(config.thresholds, 3, 60))
+
+
 # Dropout is in, so that a resume has to get torch's own generator right as well.
 MOBILE = ModelSpec("mobilenet-v2", 3, 1, width=0.25, halvings=2)
 
 
 def train(
-    folder: Path, *, die: int | None = None, spec: ModelSpec = SPEC, validate: Any = None, **changes: Any
+    folder: Path,
+    *,
+    die: int | None = None,
+    spec: ModelSpec = SPEC,
+    validate: Any = None,
+    inner: Method | None = None,
+    display: Any = None,
+    every: int = 1,
+    **changes: Any,
 ) -> Network:
-    inner = FixMatch(toy_network(spec=spec), FixMatchConfig(threshold=0.5))
+    inner = inner or fixmatch(spec)
     method = inner if die is None else DiesAt(inner, die)
     network, elapsed_s = fit(
         method,
         Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer"),
         OPTIM.model_copy(update=changes),
-        EngineConfig(checkpoint_every_s=0, log_every_steps=1),
+        EngineConfig(checkpoint_every_s=0, log_every_steps=every),
         PLAN,
         Checkpoints(folder / "checkpoint", "outer"),
-        MetricsLog(folder / "metrics.jsonl", SilentDisplay()),
+        MetricsLog(folder / "metrics.jsonl", display or SilentDisplay()),
         seed=0,
         validate=validate,
+        class_names=("top", "middle", "bottom"),
     )
     assert elapsed_s > 0
     return network
@@ -92,13 +133,85 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("spec", [SPEC, MOBILE], ids=["wide-resnet", "mobilenet"])
 def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path, spec) -> None:
-    whole = train(tmp_path / "whole", spec=spec)
-    for die in (1, 5, 11):
+    whole = train(tmp_path / "whole", spec=spec, every=4)
+    for die in (1, 5, 11):  # between two lines: what was counted since the last one is in the checkpoint
         folder = tmp_path / f"dies-at-{die}"
         with pytest.raises(Killed):
-            train(folder, die=die, spec=spec)
-        assert weights(train(folder, spec=spec)) == weights(whole)
+            train(folder, die=die, spec=spec, every=4)
+        assert weights(train(folder, spec=spec, every=4)) == weights(whole)
         assert logged(folder) == logged(tmp_path / "whole")
+
+
+def test_a_line_counts_all_steps_since_the_one_before(tmp_path) -> None:
+    train(tmp_path / "each", inner=Collapsed(toy_network()), every=1)
+    train(tmp_path / "fourth", inner=Collapsed(toy_network()), every=4)
+    each = [line for line in logged(tmp_path / "each") if "kept_fraction" in line]
+    fourth = [line for line in logged(tmp_path / "fourth") if "kept_fraction" in line]
+    assert (len(each), len(fourth)) == (12, 3)
+    for index, line in enumerate(fourth):
+        parts = each[4 * index : 4 * index + 4]
+        known = [part["pseudo_label_known"][1] for part in parts]
+        right = [part["pseudo_label_precision"][1] * n for part, n in zip(parts, known, strict=True)]
+        assert line["pseudo_label_known"] == [0, sum(known), 0]
+        assert line["pseudo_label_precision"] == [None, pytest.approx(sum(right) / sum(known), abs=1e-5), None]
+        assert line["pseudo_label_accuracy"] == pytest.approx(sum(right) / sum(known), abs=1e-5)
+        assert line["pseudo_label_histogram"] == [0, 1, 0]
+
+
+def test_a_collapse_is_said_once_and_logged_the_same_after_a_resume(tmp_path) -> None:
+    heard = Listens()
+    train(tmp_path / "whole", inner=Collapsed(toy_network()), display=heard, total_steps=40)
+    (alarm,) = [line for line in logged(tmp_path / "whole") if "alarm" in line]
+    assert alarm["step"] == 6  # the first look after a tenth of the steps
+    assert heard.said == [f"Stage outer, step 6 of 40: {alarm['alarm']}"]
+    assert alarm["alarm"].startswith(
+        "One class takes over the pseudo labels: middle with 100 % of the kept pseudo labels and 33 % of the labels."
+    )
+    for die in (5, 7):
+        folder = tmp_path / f"dies-at-{die}"
+        with pytest.raises(Killed):
+            train(folder, inner=Collapsed(toy_network()), die=die, total_steps=40)
+        train(folder, inner=Collapsed(toy_network()), total_steps=40)
+        assert logged(folder) == logged(tmp_path / "whole")
+
+
+def test_parameters_of_a_method_beside_its_network_are_trained_and_resumed(tmp_path) -> None:
+    class WithHead(Method):
+        def __init__(self) -> None:
+            super().__init__(toy_network())
+            self.head = torch.nn.Linear(3, 3)
+            self.frozen = torch.nn.Linear(3, 3).requires_grad_(False)
+            self.left = -1
+
+        def forward(self, batch: Batch) -> Step:
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            out = self.head(self.network(batch.images).float()) + self.frozen(torch.ones(3))
+            return Step(out.square().mean())
+
+    def made() -> WithHead:
+        torch.manual_seed(4)
+        return WithHead()
+
+    whole = made()
+    train(tmp_path / "whole", inner=whole)
+    assert not torch.equal(whole.head.weight, made().head.weight)
+    assert torch.equal(whole.frozen.weight, made().frozen.weight)
+    killed = made()
+    killed.left = 7
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", inner=killed)
+    resumed = made()
+    train(tmp_path / "killed", inner=resumed)
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+
+
+def test_what_an_evaluation_finds_is_logged(tmp_path) -> None:
+    train(tmp_path, validate=lambda network: SliceHealth(0.5, {"val_kept_fraction": torch.tensor(0.25)}))
+    lines = [line for line in logged(tmp_path) if "val_accuracy" in line]
+    assert len(lines) == 12
+    assert all((line["val_accuracy"], line["val_kept_fraction"]) == (0.5, 0.25) for line in lines)
 
 
 def test_bf16_learns_as_fp32_does(tmp_path) -> None:
@@ -159,11 +272,11 @@ def test_the_best_average_on_val_is_returned_and_resumed(tmp_path) -> None:
     def validating() -> Any:
         steps = iter(scores[len(seen.get(-1.0, [])) :])
 
-        def score(network: Network) -> float:
+        def score(network: Network) -> SliceHealth:
             value = next(steps)
             seen.setdefault(value, []).append(weights(network))
             seen.setdefault(-1.0, []).append("")
-            return value
+            return SliceHealth(value)
 
         return score
 
@@ -206,7 +319,7 @@ def test_durations_become_steps_at_the_border() -> None:
 
 
 def test_measuring_a_plan_leaves_the_method_as_it_was() -> None:
-    method = FixMatch(toy_network(), FixMatchConfig())
+    method = fixmatch()
     before = tensors_hash(method.state_dict())
     batches = Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer")
     plan, timings = measure_plan(method, batches, torch.device("cpu"))
