@@ -21,6 +21,7 @@ from kdedge.cli_doctor import doctor
 from kdedge.cli_predict import evaluate, predict
 from kdedge.cli_recipes import models, recipes
 from kdedge.cli_train import train_recipe
+from kdedge.cli_verdict import verdict
 from kdedge.errors import KdedgeError
 from kdedge_device.failures import Failure
 
@@ -48,7 +49,20 @@ def cli() -> None:
     """From a folder of photos, a handful labelled, to a verified INT8 model and its measured latency."""
 
 
-for command in (train_recipe, export, bench, report, compare, predict, evaluate, recipes, models, data, doctor):
+for command in (
+    train_recipe,
+    export,
+    bench,
+    report,
+    compare,
+    verdict,
+    predict,
+    evaluate,
+    recipes,
+    models,
+    data,
+    doctor,
+):
     cli.add_command(command)
 
 

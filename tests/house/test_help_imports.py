@@ -35,7 +35,7 @@ EVERY = list(commands(cli))
 def test_the_commands_are_those_of_the_contract() -> None:
     words = {" ".join(path) for path in EVERY if path}
     assert words == {
-        "train-recipe", "export", "bench", "report", "compare", "predict", "eval", "models", "doctor",
+        "train-recipe", "export", "bench", "report", "compare", "verdict", "predict", "eval", "models", "doctor",
         "recipes", "recipes list", "recipes show", "recipes copy", "recipes validate", "data", "data check",
     }  # fmt: skip
 

@@ -1,0 +1,187 @@
+"""The folder of a verdict: the plan it was begun with, and the locks that let two processes share it.
+
+plan.json                 what was asked for, before the first row
+verdict.json, verdict.md  the table so far, written anew after every row
+<row>-s<seed>/            one ordinary run folder each
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdedge import recipe_io
+from kdedge.data import open_source
+from kdedge.data.splits import make_splits
+from kdedge.errors import DataError, RecipeError, RunError
+from kdedge.recipe import Recipe
+from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, write_json
+from kdedge_bench.verdict_rows import Job, Row, choose
+
+__all__ = ["Plan", "VerdictFolder", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for. `flags` are those of `kdedge train-recipe` that every row is made with."""
+
+    recipe_name: str  # or path
+    recipe: Recipe  # as asked for, with the first seed
+    settings: tuple[str, ...]
+    flags: dict[str, Any]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    data: str  # the set's name
+    data_fingerprint: str
+    labels: int | None  # of the set, where none were asked for
+
+    @functools.cached_property
+    def recipe_text(self) -> str:
+        """The recipe as YAML: what every run is made from, whatever has happened to its file since."""
+        return recipe_io.dump(self.recipe)
+
+    @functools.cached_property
+    def recipe_sha256(self) -> str:
+        return sha256_bytes(self.recipe_text.encode())
+
+    @property
+    def default_folder(self) -> Path:
+        labels = "all" if self.labels is None else self.labels
+        return Path("runs") / f"verdict-{self.recipe.name}-{self.data}-{labels}"
+
+    def has_row(self, name: str) -> bool:
+        return any(row.name == name for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json says, but for how runs are kept, which may change."""
+        asked = self.recipe.model_dump(mode="json", by_alias=True)
+        for key in ("checkpoint_every_s", "keep_checkpoints"):
+            del asked["engine"][key]
+        return {
+            "schema": SCHEMA,
+            "recipe": self.recipe_name,
+            "recipe_sha256": self.recipe_sha256,
+            "asked": asked,
+            "data": self.data,
+            "data_fingerprint": self.data_fingerprint,
+            "labels": self.labels,
+            "seeds": list(self.seeds),
+            "rows": [row.name for row in self.rows],
+            "settings": list(self.settings),
+        }
+
+
+def make_plan(
+    recipe_name: str,
+    settings: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    rows: Sequence[str] | None = None,
+    **flags: Any,
+) -> Plan:
+    """The plan for `seeds`. RecipeError and DataError for what can be known before hours are spent on it."""
+    recipe = recipe_io.load(recipe_name, settings, seed=seeds[0], **flags)
+    if recipe.teacher is None:
+        raise RecipeError(
+            f"The recipe {recipe_name} has no teacher: it is FixMatch alone, and there is nothing to judge."
+        )
+    if any(setting.partition("=")[0].strip() == "seed" for setting in settings):
+        raise RecipeError("--set seed=... fixes the seed that a verdict varies. Use --first-seed and --seeds.")
+    chosen = choose(rows)
+    root = Path(recipe.data.root) if recipe.data.root else None
+    source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=recipe.data.max_unreadable_fraction)
+    splits = make_splits(source, recipe.data.labels, seeds[0])
+    if not len(splits.test):
+        raise DataError(f"{source.name} has no test images, so nothing can be judged. Add test/CLASS/ folders.")
+    return Plan(
+        recipe_name,
+        recipe,
+        tuple(settings),
+        flags,
+        chosen,
+        tuple(seeds),
+        source.name,
+        source.fingerprint,
+        splits.labels,
+    )
+
+
+@dataclass(frozen=True)
+class VerdictFolder:
+    path: Path
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def json_path(self) -> Path:
+        return self.path / "verdict.json"
+
+    @property
+    def text_path(self) -> Path:
+        return self.path / "verdict.md"
+
+    def run(self, name: str) -> Run:
+        return Run(self.path / name)
+
+    def begin(self, plan: Plan) -> None:
+        """Write the plan, or hold it against the one there is; RunError with every difference."""
+        with self.lock("plan"):
+            if not self.plan_path.is_file():
+                if any(path.name != ".locks" for path in self.path.iterdir()):
+                    raise RunError(f"{self.path} exists and is no verdict. It was not touched; choose another --out.")
+                write_json(self.plan_path, plan.to_json())
+                return
+        before, now = _flat(read_json(self.plan_path)), _flat(plan.to_json())
+        # The recipe as asked for counts, however it was named or spelled.
+        keys = sorted((before.keys() | now.keys()) - {"recipe", "recipe_sha256", "settings"})
+        differs = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+        if differs:
+            raise RunError(
+                f"The verdict in {self.path} was planned otherwise: {'; '.join(differs)}. "
+                "Go on with it as it was planned, or choose another --out."
+            )
+
+    @contextlib.contextmanager
+    def claim(self, job: Job) -> Iterator[bool]:
+        """Whether this process may make the run now; False where another is at it. Freed when the process dies."""
+        import fcntl
+
+        with self._lock_file(job.name) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Waits for its turn: what is held is a moment's work."""
+        import fcntl
+
+        with self._lock_file(name) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _lock_file(self, name: str) -> Any:
+        locks = self.path / ".locks"
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            return (locks / name).open("w")
+        except OSError as error:
+            raise RunError(
+                f"Cannot write in {locks}: {error.strerror}. Free some space or choose another folder with --out."
+            ) from error
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; of the recipe as asked for the keys alone, as a recipe spells them."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, "" if name == "asked" else f"{name}.") if isinstance(value, dict) else {name: value}
+    return found

@@ -1,0 +1,141 @@
+"""The rows of a verdict: how each differs from the recipe, and in which order they are made.
+
+The rows are the ablation grid that the natural questions ask for: what do labels alone give, what does FixMatch add,
+what the outer network, and what each part of KD-FixMatch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kdedge.errors import RecipeError, did_you_mean
+from kdedge.recipe import Recipe
+
+__all__ = [
+    "EQUAL_TOTAL",
+    "FIXMATCH",
+    "FULL",
+    "ROWS",
+    "SUPERVISED",
+    "Job",
+    "Row",
+    "choose",
+    "equal_total_steps",
+    "jobs",
+    "merged",
+    "run_name",
+    "settings_of",
+]
+
+FULL, SUPERVISED, FIXMATCH, EQUAL_TOTAL = "kd-fixmatch", "supervised", "fixmatch", "fixmatch-equal-total"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. `question` is what its difference to KD-FixMatch answers; `needs` are rows whose runs it reads."""
+
+    name: str
+    question: str
+    settings: tuple[str, ...] = ()
+    needs: tuple[str, ...] = (FULL,)
+    ablation: bool = False
+
+    @property
+    def ready_teacher(self) -> bool:
+        """It uses the outer network of the full row of its seed, which is trained once, and counted in each."""
+        return "teacher=null" not in self.settings and self.name not in {FULL, SUPERVISED}
+
+
+ROWS = (
+    Row(FULL, "the recipe itself", needs=()),
+    Row(FIXMATCH, "equal student steps", ("teacher=null", "student.method.robust_loss=ce"), needs=()),
+    # Made by no run of its own: it is the baseline in FixMatch's.
+    Row(SUPERVISED, "labels only, to its own convergence", needs=(FIXMATCH,)),
+    Row(EQUAL_TOTAL, "equal total compute", ("teacher=null", "student.method.robust_loss=ce"), needs=(FULL, FIXMATCH)),
+    Row("kd-only", "distillation without pseudo labels", ("trust.filters=none", "student.method.unlabeled_weight=0")),
+    Row("no-clustering", "the cluster filter", ("trust.filters=confidence",), ablation=True),
+    Row("no-confidence", "the confidence filter", ("trust.filters=clusters",), ablation=True),
+    Row("no-sce", "symmetric cross entropy", ("student.method.robust_loss=ce",), ablation=True),
+    Row("no-soft-kd", "soft distillation", ("student.method.distill.loss=none",), ablation=True),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make: a row for one seed."""
+
+    row: Row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return run_name(self.row.name, self.seed)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the runs that must be finished before this one begins."""
+        return tuple(run_name(row, self.seed) for row in self.row.needs)
+
+
+def run_name(row: str, seed: int) -> str:
+    """The run's folder inside the verdict's; the supervised network is in FixMatch's."""
+    return f"{FIXMATCH if row == SUPERVISED else row}-s{seed}"
+
+
+def choose(names: Sequence[str] | None) -> tuple[Row, ...]:
+    """The rows of these names (None: all) and those they need, in the order of ROWS; KD-FixMatch is always there."""
+    known = {row.name: row for row in ROWS}
+    wanted = {FULL, *(known if names is None else names)}
+    for name in wanted - known.keys():
+        hint = did_you_mean(name, known)
+        raise RecipeError(f"--rows: '{name}' is no row of a verdict; there are {', '.join(known)}.{hint}")
+    for row in reversed(ROWS):  # what a row needs stands before it
+        if row.name in wanted:
+            wanted |= set(row.needs)
+    return tuple(row for row in ROWS if row.name in wanted)
+
+
+def jobs(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[Job, ...]:
+    """Every run, in the order of making: the main rows of all seeds, then the ablations of all seeds."""
+    own = [row for row in rows if row.name != SUPERVISED]
+    return tuple(Job(row, seed) for late in (False, True) for seed in seeds for row in own if row.ablation is late)
+
+
+def settings_of(row: Row, recipe: Recipe, *, supervised: bool, teacher: str, steps: int | None) -> dict[str, str]:
+    """Key -> value of what a row changes in `recipe`, as after --set.
+
+    `supervised`: FixMatch's run also trains the baseline; `teacher` is the file of the seed's outer network; `steps`
+    are those of the row at equal total compute, else None.
+    """
+    own = dict(setting.split("=", 1) for setting in row.settings)
+    own["baseline.enabled"] = "true" if row.name == FIXMATCH and supervised else "false"
+    if row.ready_teacher:
+        if recipe.teacher is not None and recipe.teacher.ready is None:
+            own["teacher.ready"] = teacher
+    elif row.name != FULL and recipe.student.init == "teacher":
+        own["student.init"] = "null"  # FixMatch alone has no outer network to start from
+    if steps is not None:
+        own["student.optim.total_steps"] = str(steps)
+        own |= {
+            f"student.optim.{unit}": "null"
+            for unit in ("total_epochs", "total_images")
+            if getattr(recipe.student.optim, unit) is not None
+        }
+    return own
+
+
+def merged(settings: Sequence[str], own: Mapping[str, str]) -> tuple[str, ...]:
+    """The --set words of a command that has both: those asked for, without what the row says otherwise."""
+
+    def overridden(setting: str) -> bool:
+        key = setting.partition("=")[0].strip()
+        return any(key == other or key.startswith(f"{other}.") for other in own)
+
+    return (*(s for s in settings if not overridden(s)), *(f"{key}={value}" for key, value in own.items()))
+
+
+def equal_total_steps(total_flops: float, fixmatch_flops: float, fixmatch_steps: int) -> int:
+    """Steps of FixMatch alone that cost as many training FLOPs as all stages of KD-FixMatch; at least its own steps.
+
+    One step costs what it did in the FixMatch run: the inner network's step may hold a live teacher's forward pass.
+    """
+    return max(fixmatch_steps, round(total_flops * fixmatch_steps / fixmatch_flops))

@@ -1,0 +1,333 @@
+"""`kdedge verdict`: the rows, their order, resumption, two processes, refusals. Nothing is trained but in one test."""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdedge import recipe_io
+from kdedge.cli import run as kdedge
+from kdedge.data import make_splits, open_source
+from kdedge.errors import RecipeError, RunError
+from kdedge.recipe import Recipe, resolve
+from kdedge.run_pool import describe
+from kdedge.runs import Run, read_json, write_bytes, write_json
+from kdedge_bench.verdict import verdict
+from kdedge_bench.verdict_folder import Plan, VerdictFolder, make_plan
+from kdedge_bench.verdict_rows import ROWS, choose, equal_total_steps, jobs
+
+MAIN = ["kd-fixmatch", "fixmatch", "fixmatch-equal-total", "kd-only"]
+ABLATIONS = ["no-clustering", "no-confidence", "no-sce", "no-soft-kd"]
+STEPS = 60  # of tiny's student
+FLOPS = {"outer": 900, "trusted": 50, "inner": 600}
+
+
+class FakeTraining:
+    """Stands for `kdedge.pipeline.train`: the same files, in a moment. `stop_at` is the run that is cut off."""
+
+    def __init__(self, stop_at: str | None = None) -> None:
+        self.made: list[tuple[str, bool]] = []
+        self.stop_at = stop_at
+
+    def __call__(self, recipe: Recipe, out: Path, *, resume: bool, display: Any) -> None:
+        run, name = Run(out), out.name
+        assert resume == run.manifest_path.is_file()
+        self.made.append((name, resume))
+        manifest = {"recipe": recipe.model_dump(mode="json"), "device": "cpu", "device_type": "cpu", "stages": {}}
+        run.update_manifest(status="running", **manifest)
+        if name == self.stop_at:
+            raise KeyboardInterrupt
+        source = open_source(recipe.data.spec)
+        splits = make_splits(source, recipe.data.labels, recipe.seed)
+        resolved = resolve(recipe, describe(recipe, source, splits, {}))
+        write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
+        write_json(run.splits_path, splits.to_json(source))
+        write_json(run.result_path, result(recipe, resolved.student.optim.total_steps or 0))
+        run.update_manifest(status="finished")
+
+
+def result(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """Known numbers: the student's accuracy falls by a point for each thing that is left out."""
+    flops = {"inner": FLOPS["inner"] * steps // STEPS}
+    method, teacher = recipe.student.method, recipe.teacher
+    lost = [teacher is None, recipe.trust.filters != "confidence+clusters", method.robust_loss == "ce"]
+    lost += [method.unlabeled_weight == 0, method.distill.loss == "none"]
+    if teacher is not None:
+        flops |= {"outer": FLOPS["outer"] if teacher.ready is None else 0, "trusted": FLOPS["trusted"]}
+    total = sum(flops.values())
+    baseline = {"arch": "a", "params": 1, "test_accuracy": 0.5, "seconds": 7.0} if recipe.baseline.enabled else None
+    if baseline:
+        flops["baseline"] = 30
+    trained = teacher is not None and teacher.ready is None
+    return {
+        "teacher": teacher and {"arch": "t", "params": 9, "test_accuracy": 0.97, "seconds": 20.0 if trained else 0.0},
+        "student": {"arch": "s", "params": 2, "test_accuracy": 0.9 + 0.001 * recipe.seed - 0.01 * sum(lost)},
+        "baseline": baseline,
+        "trusted": teacher and {"precision": 0.97, "confidence_only_precision": 0.96 - 0.001 * recipe.seed},
+        "training_flops": flops | {"total": total},
+        "seconds": 10.0 + (20.0 if trained else 0.0) + (7.0 if baseline else 0.0),
+        "test_images": 540,
+        "input": [1, 8, 8],
+    }
+
+
+def plan(*settings: str, **changes: Any) -> Plan:
+    return make_plan("tiny", settings, **({"seeds": (0, 1), "labels": 40} | changes))
+
+
+def test_the_rows_are_those_of_the_issue_and_bring_what_they_need() -> None:
+    assert [row.name for row in choose(None)] == ["kd-fixmatch", "fixmatch", "supervised", *MAIN[2:], *ABLATIONS]
+    assert [row.name for row in choose(["supervised"])] == ["kd-fixmatch", "fixmatch", "supervised"]
+    assert [row.name for row in choose(["fixmatch-equal-total"])] == MAIN[:3]
+    assert [row.name for row in choose(["no-sce"])] == ["kd-fixmatch", "no-sce"]
+    with pytest.raises(RecipeError, match=r"'no-sec' is no row of a verdict; .* Did you mean 'no-sce'"):
+        choose(["no-sec"])
+
+
+def test_main_rows_of_all_seeds_come_before_the_ablations() -> None:
+    names = [job.name for job in jobs(choose(None), (3, 4))]
+    assert names == [f"{row}-s{seed}" for rows in (MAIN, ABLATIONS) for seed in (3, 4) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("total", "alone", "steps", "expected"),
+    [(1550, 600, 60, 155), (1000, 600, 60, 100), (500, 600, 60, 60), (1_006, 600, 60, 101)],
+)
+def test_equal_total_steps_cost_what_all_stages_did(total: int, alone: int, steps: int, expected: int) -> None:
+    assert equal_total_steps(total, alone, steps) == expected
+
+
+def test_each_row_differs_from_the_recipe_as_it_says(tmp_path: Path) -> None:
+    train = FakeTraining()
+    verdict(plan("student.method.robust_loss=sce", seeds=(0,)), tmp_path / "v", train=train)
+    assert [name for name, _ in train.made] == [f"{row}-s0" for row in (*MAIN, *ABLATIONS)]
+    recipes = {row: Run(tmp_path / "v" / f"{row}-s0").read_manifest()["recipe"] for row in (*MAIN, *ABLATIONS)}
+    teacher_file = str(tmp_path / "v" / "kd-fixmatch-s0" / "teacher.safetensors")
+    asked = plan("student.method.robust_loss=sce", seeds=(0,)).recipe.model_dump(mode="json")
+    assert differences(asked, recipes["kd-fixmatch"]) == {"baseline.enabled": False}
+    alone = {"teacher": None, "student.method.robust_loss": "ce"}
+    assert differences(asked, recipes["fixmatch"]) == alone
+    steps = {"student.optim.total_steps": 155, "baseline.enabled": False}  # (900 + 50 + 600) / 600 of 60
+    assert differences(asked, recipes["fixmatch-equal-total"]) == alone | steps
+    ready = {"baseline.enabled": False, "teacher.ready": teacher_file}
+    for row, own in {
+        "kd-only": {"trust.filters": "none", "student.method.unlabeled_weight": 0.0},
+        "no-clustering": {"trust.filters": "confidence"},
+        "no-confidence": {"trust.filters": "clusters"},
+        "no-sce": {"student.method.robust_loss": "ce"},
+        "no-soft-kd": {"student.method.distill.loss": "none"},
+    }.items():
+        assert differences(asked, recipes[row]) == ready | own
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in before.keys() | now.keys():
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = new
+    return found
+
+
+def test_the_command_of_a_row_makes_the_row(tmp_path: Path) -> None:
+    asked = plan("teacher.optim.total_steps=9", "student.method.robust_loss=sce", "student.optim.total_steps=50")
+    document = verdict(asked, tmp_path / "v", train=FakeTraining())
+    assert set(document["commands"]) == {f"{row}-s{seed}" for row in (*MAIN, *ABLATIONS) for seed in (0, 1)}
+    for name, command in document["commands"].items():
+        words = shlex.split(command)
+        assert words[:3] == ["kdedge", "train-recipe", "tiny"]
+        assert words[-2:] == ["--out", str(tmp_path / "v" / name)]
+        flags = {w.removeprefix("--"): int(v) for w, v in itertools.pairwise(words) if w in ("--labels", "--seed")}
+        settings = [value for word, value in itertools.pairwise(words) if word == "--set"]
+        made = Run(tmp_path / "v" / name).read_manifest()["recipe"]
+        assert recipe_io.load("tiny", settings, **flags).model_dump(mode="json") == made
+
+
+def test_a_recipe_that_starts_from_the_teacher_starts_fixmatch_from_scratch(tmp_path: Path) -> None:
+    asked = plan("student.init=teacher", "student.optim.total_epochs=2", "student.optim.total_steps=null", seeds=(0,))
+    folder = VerdictFolder(tmp_path / "v")
+    from kdedge_bench.verdict_rows import settings_of
+
+    rows = {row.name: row for row in ROWS}
+    own = settings_of(rows["fixmatch-equal-total"], asked.recipe, supervised=True, teacher="t", steps=9)
+    assert own["student.init"] == "null"
+    assert (own["student.optim.total_steps"], own["student.optim.total_epochs"]) == ("9", "null")
+    assert "student.init" not in settings_of(rows["no-sce"], asked.recipe, supervised=True, teacher="t", steps=None)
+    assert not folder.plan_path.exists()
+
+
+def test_a_ready_teacher_of_the_recipe_is_that_of_every_row() -> None:
+    from kdedge_bench.verdict_rows import settings_of
+
+    asked = plan("teacher.ready=mine.safetensors")
+    own = settings_of(choose(["no-sce"])[1], asked.recipe, supervised=True, teacher="other", steps=None)
+    assert "teacher.ready" not in own
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return verdict(plan(), tmp_path_factory.mktemp("whole") / "v", train=FakeTraining())
+
+
+@pytest.mark.parametrize("at", [f"{row}-s1" for row in (*MAIN, *ABLATIONS)])
+def test_a_verdict_stopped_at_any_row_goes_on_there(at: str, whole: dict[str, Any], tmp_path: Path) -> None:
+    first, second = FakeTraining(stop_at=at), FakeTraining()
+    with pytest.raises(KeyboardInterrupt):
+        verdict(plan(), tmp_path / "v", train=first)
+    partial = read_json(tmp_path / "v" / "verdict.json")
+    assert partial["status"] == "partial"
+    assert partial["runs_finished"] == len(first.made) - 1
+    assert "State: partial" in (tmp_path / "v" / "verdict.md").read_text()
+    document = verdict(plan(), tmp_path / "v", train=second)
+    assert second.made[0] == (at, True)
+    assert len(first.made) + len(second.made) == 17  # 16 runs, one of them begun twice
+    assert document["status"] == "complete"
+    assert document == read_json(tmp_path / "v" / "verdict.json")
+    assert {key: document[key] for key in ("comparisons", "trusted")} == {
+        key: whole[key] for key in ("comparisons", "trusted")
+    }
+
+
+def test_a_finished_verdict_trains_nothing(tmp_path: Path) -> None:
+    verdict(plan(), tmp_path / "v", train=FakeTraining())
+    again = FakeTraining()
+    assert verdict(plan(), tmp_path / "v", train=again)["status"] == "complete"
+    assert again.made == []
+
+
+def test_another_recipe_data_or_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
+    verdict(plan(), tmp_path / "v", train=FakeTraining())
+    before = (tmp_path / "v" / "plan.json").read_bytes()
+    for other, told in [
+        (plan("student.method.unlabeled_weight=2"), "student.method.unlabeled_weight was 1.0, now 2.0"),
+        (plan(seeds=(0, 1, 2)), r"seeds was \[0, 1\], now \[0, 1, 2\]"),
+        (plan(labels=50), "labels was 40, now 50"),
+        (plan(rows=["kd-only"]), "rows was .*, now \\['kd-fixmatch', 'kd-only'\\]"),
+    ]:
+        with pytest.raises(RunError, match=f"planned otherwise: .*{told}"):
+            verdict(other, tmp_path / "v", train=FakeTraining())
+    assert (tmp_path / "v" / "plan.json").read_bytes() == before
+    # How runs are kept, and how the recipe is called, may change.
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(recipe_io.show("tiny"))
+    kept = make_plan(str(mine), ["engine.keep_checkpoints=true"], seeds=(0, 1), labels=40)
+    verdict(kept, tmp_path / "v", train=FakeTraining())
+
+
+def test_a_folder_that_is_something_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    with pytest.raises(RunError, match="exists and is no verdict"):
+        verdict(plan(), tmp_path / "photos", train=FakeTraining())
+    assert sorted(p.name for p in (tmp_path / "photos").iterdir()) == [".locks", "a.jpg"]
+
+
+def test_a_run_of_another_recipe_in_the_folder_is_refused(tmp_path: Path) -> None:
+    verdict(plan(seeds=(0,)), tmp_path / "v", train=FakeTraining())
+    run = Run(tmp_path / "v" / "kd-only-s0")
+    manifest = run.read_manifest()
+    manifest["recipe"]["seed"] = 5
+    write_json(run.manifest_path, manifest)
+    with pytest.raises(RunError, match="kd-only-s0 was started with another recipe: seed was 5, now 0"):
+        verdict(plan(seeds=(0,)), tmp_path / "v", train=FakeTraining())
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no teacher"):
+        plan("teacher=null")
+    with pytest.raises(RecipeError, match="--first-seed"):
+        plan("seed=3")
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it_and_read_afterwards(tmp_path: Path) -> None:
+    folder, other, mine = VerdictFolder(tmp_path / "v"), FakeTraining(), FakeTraining()
+    asked = plan(rows=MAIN, seeds=(0, 1))
+    folder.begin(asked)
+    held = contextlib.ExitStack()
+    first = jobs(asked.rows, asked.seeds)[0]
+    assert held.enter_context(folder.claim(first))
+    waited: list[list[str]] = []
+
+    def wait(seconds: float) -> None:
+        """By now only what needs the other's run is left; the other finishes it."""
+        waited.append([name for name, _ in mine.made])
+        recipe = recipe_io.parse(
+            recipe_io.dump(asked.recipe), "tiny", Recipe, ["baseline.enabled=false", f"seed={first.seed}"]
+        )
+        other(recipe, folder.run(first.name).path, resume=False, display=None)
+        held.close()
+
+    document = verdict(asked, folder.path, train=mine, wait=wait)
+    assert [name for name, _ in other.made] == ["kd-fixmatch-s0"]
+    assert len(waited) == 1
+    assert waited[0] == ["fixmatch-s0", "kd-fixmatch-s1", "fixmatch-s1", "fixmatch-equal-total-s1", "kd-only-s1"]
+    assert [name for name, _ in mine.made[5:]] == ["fixmatch-equal-total-s0", "kd-only-s0"]
+    assert document["status"] == "complete"
+
+
+def _process(folder: Path, barrier: Any, made: Any) -> None:
+    train = FakeTraining()
+
+    def noted(recipe: Recipe, out: Path, **options: Any) -> None:
+        train(recipe, out, **options)
+
+    barrier.wait()
+    verdict(plan(rows=MAIN), folder, train=noted, wait=lambda seconds: None)
+    made.put([name for name, _ in train.made])
+
+
+def test_two_processes_make_each_run_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, made = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_process, args=(tmp_path / "v", barrier, made)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    names = made.get(timeout=60) + made.get(timeout=60)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(names) == sorted(f"{row}-s{seed}" for row in MAIN for seed in (0, 1))
+    assert read_json(tmp_path / "v" / "verdict.json")["status"] == "complete"
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    def at(name: str) -> None:
+        monkeypatch.setattr("kdedge_bench.verdict.verdict.__kwdefaults__", {**KEYWORDS, "train": FakeTraining(name)})
+
+    from kdedge_bench.verdict import verdict as judge
+
+    KEYWORDS = dict(judge.__kwdefaults__ or {})
+    return at
+
+
+def test_ctrl_c_is_a_sentence_that_says_how_to_go_on(tmp_path: Path, interrupted: Any, capsys: Any) -> None:
+    interrupted("fixmatch-s0")
+    words = [
+        "verdict",
+        "tiny",
+        "--labels",
+        "40",
+        "--seeds",
+        "1",
+        "--rows",
+        "kd-only,fixmatch",
+        "--out",
+        str(tmp_path / "v"),
+    ]
+    assert kdedge([*words, "--json"]) == 130
+    shown = capsys.readouterr()
+    assert "Stopped by Ctrl-C. What was trained is kept" in shown.err
+    again = json.loads(shown.out)["error"].partition("Go on with: kdedge ")[2]
+    assert shlex.split(again)[:2] == ["verdict", "tiny"]
+    interrupted("nothing")
+    assert kdedge([*shlex.split(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "complete"
