@@ -79,7 +79,7 @@ def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], cap
         (["trian-recipe"], "No such command 'trian-recipe'. (Did you mean one of: 'recipes', 'train-recipe'?)"),
         (["recipes", "lst"], "Did you mean 'list'?"),
         (["train-recipe", "tiny", "--labls", "3"], "Did you mean '--labels'?"),
-        (["train-recipe", "tny"], "There is no recipe 'tny'; there are mobilenet, tiny"),
+        (["train-recipe", "tny"], "There is no recipe 'tny'; there are efficientnet, mnasnet, mobilenet, "),
         (["train-recipe", "tiny", "--labels", "0"], "Invalid value for '--labels'"),
         (["train-recipe", "tiny", "--set", "student.widht=1"], "Did you mean 'width'?"),
         (["train-recipe", "tiny", "--device", "gpu"], "There is no device 'gpu'. Expected auto, cpu, cuda or cuda:N."),
@@ -129,7 +129,9 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
 
 def test_recipes_list_show_copy_validate(capsys: Capture, tmp_path: Path) -> None:
     assert command_line.run(["recipes", "list", "--json"]) == 0
-    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == ["mobilenet", "tiny"]
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == [
+        "efficientnet", "mnasnet", "mobilenet", "mobilenet-v3", "regnet", "resnet", "shufflenet", "squeezenet", "tiny",
+    ]  # fmt: skip
     assert command_line.run(["recipes", "show", "tiny"]) == 0
     shown = capsys.readouterr().out
     mine = tmp_path / "mine.yaml"
@@ -156,6 +158,8 @@ def test_models_are_counted(capsys: Capture) -> None:
     assert rows["mobilenet-v2"]["macs"] == pytest.approx(0.30e9, rel=0.02)
     assert rows["resnet18"]["params"] == 11_689_512
     assert rows["resnet18"]["macs"] == pytest.approx(1.81e9, rel=0.01)
+    assert (rows["shufflenet-v2"]["widths"], rows["mobilenet-v2"]["widths"]) == ([0.5, 1.0, 1.5, 2.0], None)
+    assert all(row["int8"] for row in rows.values())
 
 
 def test_doctor_gives_a_reason_for_all_that_does_not_work(capsys: Capture) -> None:

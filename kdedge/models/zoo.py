@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from kdedge.errors import BugError, MissingPackage, RecipeError, did_you_mean
 
-__all__ = ["ARCHITECTURES", "Architecture", "ModelSpec", "Network", "architecture", "build", "count_macs", "num_params"]
+__all__ = [
+    "ARCHITECTURES",
+    "INT8_SPEEDUP",
+    "Architecture",
+    "ModelSpec",
+    "Network",
+    "architecture",
+    "build",
+    "count_macs",
+    "num_params",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,11 @@ ARCHITECTURES = {
         Architecture("resnet50", 5, 224, {1.0: "resnet50"}, False, _EASY),
     )
 }
+
+INT8_SPEEDUP: dict[str, float] = {}
+"""FP32's latency over INT8's: standard size, one thread, batch 1. A test holds it to the record of
+kdedge_bench.int8_families under benchmarks/results; a family that was not measured is not in it."""
+
 _WIDE_RESNET = re.compile(r"wide-resnet-(\d+)-(\d+)")
 
 

@@ -16,6 +16,9 @@ import kdedge
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"kdedge", "kdedge_recipes", "kdedge_export", "kdedge_device", "kdedge_bench"}
+RECIPES = [
+    "efficientnet", "mnasnet", "mobilenet", "mobilenet-v3", "regnet", "resnet", "shufflenet", "squeezenet", "tiny",
+]  # fmt: skip
 SDIST = {
     "kdedge", "recipes", "export", "benchmarks", "tests", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
     "Makefile", "pyproject.toml", "requirements.lock", "PKG-INFO", ".gitignore",
@@ -60,7 +63,7 @@ def test_the_wheel_holds_five_packages_and_nothing_else(wheel: Path) -> None:
     }  # fmt: skip
     assert {f"{room}/py.typed" for room in ROOMS} <= set(names(wheel))
     shipped = {name for name in names(wheel) if name.startswith("kdedge_recipes/") and name.endswith(".yaml")}
-    assert shipped == {"kdedge_recipes/mobilenet.yaml", "kdedge_recipes/tiny.yaml"}
+    assert shipped == {f"kdedge_recipes/{name}.yaml" for name in RECIPES}
     assert f"{version}.dist-info/licenses/LICENSE" in names(wheel)
 
 
@@ -110,7 +113,7 @@ def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -
     assert run(script, "--help").startswith("Usage: kdedge ")
     assert run(script, "--version").split() == ["kdedge,", "version", kdedge.__version__]
     listed = json.loads(run(script, "recipes", "list", "--json"))
-    assert [entry["name"] for entry in listed] == ["mobilenet", "tiny"]
+    assert [entry["name"] for entry in listed] == RECIPES
     run(script, "recipes", "copy", "tiny", "mine.yaml")
     assert "is a valid recipe" in run(script, "recipes", "validate", "mine.yaml")
     files = ", ".join(f"{room}.__file__" for room in sorted(ROOMS))

@@ -11,7 +11,7 @@ from torchvision import models
 
 from kdedge.errors import DataError, RunError
 from kdedge.models.weights import load_model, read_starting_weights, save_model, start_from
-from kdedge.models.zoo import ModelSpec, build
+from kdedge.models.zoo import ModelSpec, architecture, build
 from kdedge_device.preprocess import Preprocess
 
 SPEC = ModelSpec("mobilenet-v2", classes=3, channels=3, width=1.0)
@@ -62,6 +62,50 @@ def test_torchvision_weights_in_any_container_start_the_backbone(tmp_path, suffi
     x = torch.rand(2, 3, 64, 64)
     original.classifier = torch.nn.Identity()
     torch.testing.assert_close(network.eval().embed(x), original.eval()(x))
+
+
+@pytest.mark.parametrize(("arch", "builder", "width"), [
+    ("shufflenet-v2", "shufflenet_v2_x0_5", 0.5),
+    ("mnasnet", "mnasnet0_75", 0.75),
+    ("squeezenet", "squeezenet1_1", 1.0),
+    ("regnet-x-400mf", "regnet_x_400mf", 1.0),
+    ("regnet-y-400mf", "regnet_y_400mf", 1.0),
+    ("efficientnet-b0", "efficientnet_b0", 1.0),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", ["npz", "pt"])
+def test_the_weights_of_each_family_start_it(tmp_path, arch, builder, width, suffix) -> None:
+    """By value on the features, which torchvision's head reads: its input is caught on the way."""
+    torch.manual_seed(0)
+    original = models.get_model(builder, num_classes=11).eval()
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **{n: t.numpy() for n, t in original.state_dict().items()})
+    else:
+        torch.save(original.state_dict(), path)
+    network = build(ModelSpec(arch, 3, width=width, halvings=architecture(arch).halvings)).eval()
+    start_from(network, read_starting_weights(str(path), arch))
+    seen = []
+    kind = torch.nn.Conv2d if arch == "squeezenet" else torch.nn.Linear
+    head = [m for m in original.modules() if isinstance(m, kind)][-1]
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        original(x)
+        features = seen[0].mean((2, 3)) if arch == "squeezenet" else seen[0]
+        torch.testing.assert_close(network.embed(x), features)
+
+
+def test_a_name_of_weights_brings_its_width(tmp_path, monkeypatch) -> None:
+    """Published weights as if they had been downloaded before: nothing is fetched."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    published = models.get_model_weights("shufflenet_v2_x0_5").DEFAULT
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(models.shufflenet_v2_x0_5().state_dict(), tmp_path / "checkpoints" / published.url.rsplit("/", 1)[-1])
+    weights = read_starting_weights("shufflenet_v2_x0_5", "shufflenet-v2")
+    assert (weights.width, weights.px) == (0.5, 224)
+    start_from(build(ModelSpec("shufflenet-v2", 3, width=0.5)), weights)
+    with pytest.raises(DataError, match="timm/efficientnet_lite0"):
+        read_starting_weights("pretrained", "efficientnet-lite0")
 
 
 def test_our_own_file_brings_its_input_along(tmp_path) -> None:
