@@ -24,6 +24,7 @@ from kdedge.errors import DeviceError, RecipeError, RunError
 from kdedge.losses.consistency import log_prior
 from kdedge.methods.fixmatch import FixMatch
 from kdedge.methods.health import SliceHealth, slice_health
+from kdedge.methods.health import summary as pseudo_label_summary
 from kdedge.methods.kd_fixmatch import KDFixMatch
 from kdedge.methods.step import Method
 from kdedge.methods.supervised import Supervised
@@ -58,7 +59,8 @@ from kdedge.train.evaluate import accuracy, predict
 from kdedge.train.loop import fit
 from kdedge.train.metrics import Display, MetricsLog, SilentDisplay
 from kdedge.train.optim import OptimConfig
-from kdedge.trust.select import compare_with_confidence, load_trusted, save_trusted, select_trusted
+from kdedge.trust.outliers import outlier_mask
+from kdedge.trust.select import OUTLIER, compare_with_confidence, load_trusted, save_trusted, select_trusted
 from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Stopped", "train"]
@@ -368,8 +370,15 @@ class _Stages:
         logits, features, features_path = self._outer_answers(loaded)
         given = torch.full((len(pool.unlabeled),), -1)
         given[pool.labeled.cpu()] = pool.labels.cpu()  # unlabeled is the whole pool, so places agree
+        outlier, _ = outlier_mask(logits, features, given, self.recipe.outliers)
         trusted = select_trusted(
-            logits, features, self.splits.unlabeled, given, self.recipe.trust, seed=self.recipe.seed
+            logits,
+            features,
+            self.splits.unlabeled,
+            given,
+            self.recipe.trust,
+            seed=self.recipe.seed,
+            outlier_N=outlier,
         )
         save_trusted(self.run.trusted_path, trusted)
         features_path.unlink()
@@ -451,15 +460,23 @@ class _Stages:
         ):
             if stage in stages:
                 result[name], logits[name] = self._score(path, stage, test, stages[stage]["seconds"])
+        guards: dict[str, int | None] = {
+            "duplicates_removed": sum(not leak["labeled"] for leak in self.splits.leaks),
+            "outliers": None,
+        }
         if "trusted" in stages:
             trusted = load_trusted(self.run.trusted_path)
             truth = held_back_truth(self.splits)
             result["trusted"] = trusted.summary(truth, len(self.source.classes))
+            if self.recipe.outliers.score != "none":
+                guards["outliers"] = int((trusted.why == OUTLIER).sum())
             result["trusted"] |= compare_with_confidence(trusted, truth, self.recipe.seed)
+        result["pseudo_labels"] = pseudo_label_summary(self.run.metrics_path)
         flops = {stage: facts["flops"] for stage, facts in stages.items()}
         result["training_flops"] = flops | {"total": sum(flops.values()) - flops.get("baseline", 0)}
         result["images_per_second"] = {s: f["images_per_second"] for s, f in stages.items() if "images_per_second" in f}
         result["seconds"] = round(sum(facts["seconds"] for facts in stages.values()), 2)
+        result["data_guards"] = guards
         result["test_images"], result["test_is_val"] = len(test.ids), self.splits.test_is_val
         result["input"] = [self.preprocess.channels, self.preprocess.height, self.preprocess.width]
         add_predictions(self.run, "test", test.ids, test.labels.numpy(), {n: z.numpy() for n, z in logits.items()})

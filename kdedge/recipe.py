@@ -20,6 +20,7 @@ from kdedge.models.zoo import architecture
 from kdedge.train.due import to_steps
 from kdedge.train.engine import EngineConfig
 from kdedge.train.optim import OptimConfig
+from kdedge.trust.outliers import OutlierConfig
 from kdedge.trust.select import TrustConfig
 
 __all__ = [
@@ -139,6 +140,7 @@ class Recipe(Config):
     views: ViewConfig = ViewConfig()
     teacher: TeacherConfig | None = TeacherConfig()  # null: no outer network, the student learns by FixMatch alone
     trust: TrustConfig = TrustConfig()
+    outliers: OutlierConfig = OutlierConfig()
     student: StudentConfig = StudentConfig()
     baseline: BaselineConfig = BaselineConfig()
     engine: EngineConfig = EngineConfig()

@@ -13,6 +13,7 @@ from kdedge.models.zoo import count_macs
 from kdedge.predictions import read_predictions
 from kdedge.run_teacher import read_ready_teacher
 from kdedge.runs import Run, read_json, sha256_file
+from kdedge.trust.select import load_trusted
 
 SMALL = [
     "teacher.optim.total_steps=6",
@@ -132,3 +133,13 @@ def test_a_student_may_start_from_its_teacher(whole, tmp_path) -> None:
         pipeline.train(tiny(*settings, "student.halvings=1"), tmp_path / "other")
     with pytest.raises(RecipeError, match="teacher is null"):
         pipeline.train(tiny("teacher=null", "student.init=teacher"), tmp_path / "none")
+
+
+def test_outliers_are_noted_and_teach_nothing(whole, tmp_path) -> None:
+    ready = f"teacher.ready={whole.teacher_path}"
+    run, result = pipeline.train(tiny(ready, "outliers.score=distance", "outliers.keep=0.8"), tmp_path / "run")
+    trusted = load_trusted(run.trusted_path)
+    assert 0 < result["data_guards"]["outliers"] == (trusted.why == "outlier").sum() < len(trusted.why)
+    assert not trusted.kept[trusted.why == "outlier"].any()
+    assert sha256_file(run.student_path) != sha256_file(whole.student_path)
+    assert read_json(whole.result_path)["data_guards"] == {"duplicates_removed": 0, "outliers": None}
