@@ -120,8 +120,8 @@ def _matrices(operation: Tensor, signed: Tensor, height: int, width: int, config
     kinds = torch.stack(
         [
             augment.rotation(signed * _known(config.rotate_degrees)),
-            augment.shear_x(signed * _known(config.shear)),
-            augment.shear_y(signed * _known(config.shear)),
+            augment.shear_x(signed * _known(config.shear), height),
+            augment.shear_y(signed * _known(config.shear), width),
             augment.translate_x(signed * _known(config.translate_fraction) * width),
             augment.translate_y(signed * _known(config.translate_fraction) * height),
         ]

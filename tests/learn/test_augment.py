@@ -1,11 +1,15 @@
-"""Each operation against Pillow, image by image."""
+"""Each operation against Pillow, image by image: on made-up extremes, and the whole pool of 14 on photographs."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_images
 
-from kdedge.data import augment
+from kdedge.data import augment, views
+from kdedge.data.views import OPERATIONS, ViewConfig
 
 
 @pytest.fixture(params=[3, 1], ids=["rgb", "grey"])
@@ -65,33 +69,135 @@ def test_posterize_and_solarize_are_pillows_exactly(images) -> None:
     assert worst(augment.solarize(images, threshold), expected) == 0
 
 
-@pytest.mark.parametrize("name", ["rotation", "shear_x", "shear_y", "translate_x", "translate_y"])
-def test_affine_moves_pixels_as_pillow_does(name, images) -> None:
-    amounts = {
-        "rotation": [-30.0, -7.5, 0.0, 12.0, 29.0, 90.0],
-        "translate_x": [-3.0, -1.0, 0.0, 2.0, 5.0, 30.0],
-        "translate_y": [-3.0, -1.0, 0.0, 2.0, 5.0, 30.0],
-    }.get(name, [-0.3, -0.1, 0.0, 0.1, 0.2, 0.3])
-    matrices = getattr(augment, name)(torch.tensor(amounts))
-    ours = augment.affine(images, matrices, fill=50.0)
-    for x, matrix, moved in zip(images, matrices.double(), ours, strict=True):
-        # Pillow's AFFINE counts pixels from the corner; ours is about the centre.
-        centre = torch.tensor([12.0, 10.0], dtype=torch.float64)
-        offset = matrix[:, 2] + centre - matrix[:, :2] @ centre
-        data = (*matrix[0, :2].tolist(), offset[0].item(), *matrix[1, :2].tolist(), offset[1].item())
-        # Compare inside: at the border Pillow takes the fill whole, we mix it in.
-        padded = torch.nn.functional.pad(x, (8, 8, 8, 8), value=50.0)
-        data = (*data[:2], data[2], *data[3:5], data[5])
-        theirs = from_pillow(
-            to_pillow(padded).transform(
-                (24, 20),
-                Image.Transform.AFFINE,
-                (data[0], data[1], data[2] + 8, data[3], data[4], data[5] + 8),
-                Image.Resampling.BILINEAR,
-                fillcolor=50 if x.shape[0] == 1 else (50,) * 3,
+FILL, MARGIN, HEIGHT, WIDTH = 127, 24, 32, 40
+
+# The published ranges (arXiv 2001.07685, table 12).
+POOL = ViewConfig(rotate_degrees=30.0, shear=0.3, translate_fraction=0.3, fill=float(FILL), geometric_only=False)
+
+# Grey levels (of 255) by which a pixel may differ from Pillow's.
+TOLERANCE = {
+    "identity": 0,
+    "autocontrast": 1,  # float32 for Pillow's double: 1 in 100 pixels falls on the other side of a whole number
+    "equalize": 0,
+    "brightness": 1,  # likewise
+    "color": 0,
+    "contrast": 0,
+    "sharpness": 0,
+    "posterize": 0,
+    "solarize": 0,
+    "rotate": 1,  # these round where Pillow cuts off
+    "shear_x": 1,
+    "shear_y": 1,
+    "translate_x": 1,
+    "translate_y": 1,
+}
+
+
+def fill_of(picture: Image.Image) -> int | tuple[int, int, int]:
+    return FILL if picture.mode == "L" else (FILL,) * 3
+
+
+def moved(picture: Image.Image, move: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`move` on a canvas wide enough that what comes in from outside is the fill, mixed in at the edge.
+
+    On the bare picture Pillow would repeat the edge's pixels for half a pixel, and take the fill whole after that.
+    """
+    canvas = ImageOps.expand(picture, MARGIN, fill_of(picture))
+    return move(canvas).crop((MARGIN, MARGIN, MARGIN + WIDTH, MARGIN + HEIGHT))
+
+
+def affine(picture: Image.Image, *data: float) -> Image.Image:
+    def move(canvas: Image.Image) -> Image.Image:
+        kind, mode = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+        return canvas.transform(canvas.size, kind, data, mode, fillcolor=fill_of(picture))
+
+    return moved(picture, move)
+
+
+def rotated(picture: Image.Image, degrees: float) -> Image.Image:
+    return moved(picture, lambda c: c.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=fill_of(picture)))
+
+
+# (picture, magnitude 0..1, sign) as FixMatch applies them; shears are about the top left corner of the picture.
+PILLOW: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+    "identity": lambda p, m, s: p,
+    "autocontrast": lambda p, m, s: ImageOps.autocontrast(p),
+    "equalize": lambda p, m, s: ImageOps.equalize(p),
+    "brightness": lambda p, m, s: ImageEnhance.Brightness(p).enhance(0.05 + 0.9 * m),
+    "color": lambda p, m, s: ImageEnhance.Color(p).enhance(0.05 + 0.9 * m),
+    "contrast": lambda p, m, s: ImageEnhance.Contrast(p).enhance(0.05 + 0.9 * m),
+    "sharpness": lambda p, m, s: ImageEnhance.Sharpness(p).enhance(0.05 + 0.9 * m),
+    "posterize": lambda p, m, s: ImageOps.posterize(p, int(4 + 4 * m)),
+    "solarize": lambda p, m, s: ImageOps.solarize(p, 256 * m),
+    "rotate": lambda p, m, s: rotated(p, 30 * m * s),
+    "shear_x": lambda p, m, s: affine(p, 1, 0.3 * m * s, -0.3 * m * s * MARGIN, 0, 1, 0),
+    "shear_y": lambda p, m, s: affine(p, 1, 0, 0, 0.3 * m * s, 1, -0.3 * m * s * MARGIN),
+    "translate_x": lambda p, m, s: affine(p, 1, 0, 0.3 * m * s * WIDTH, 0, 1, 0),
+    "translate_y": lambda p, m, s: affine(p, 1, 0, 0, 0, 1, 0.3 * m * s * HEIGHT),
+}
+
+
+@pytest.fixture(scope="module", params=["RGB", "L"])
+def photographs(request: pytest.FixtureRequest) -> torch.Tensor:
+    """[12, C, 32, 40]: random parts of scikit-learn's two photographs, from detail to the whole scene."""
+    rng, parts = np.random.default_rng(0), []
+    for picture in load_sample_images().images:
+        for side in (32, 96, 320):
+            for _ in range(2):
+                y, x = rng.integers(0, picture.shape[0] - side), rng.integers(0, picture.shape[1] - side)
+                part = Image.fromarray(picture[y : y + side, x : x + side])
+                parts.append(from_pillow(part.resize((WIDTH, HEIGHT)).convert(request.param)))
+    return torch.stack(parts)
+
+
+def test_the_pool_is_the_14_operations() -> None:
+    assert len(OPERATIONS) == len(set(OPERATIONS)) == 14
+    assert set(PILLOW) == set(TOLERANCE) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_of_the_pool_is_pillows_on_photographs_over_its_whole_range(name, photographs) -> None:
+    pictures = [to_pillow(x) for x in photographs]
+    index = torch.full((len(pictures),), OPERATIONS.index(name))
+    changed = False
+    for magnitude in np.linspace(0, 1, 9).tolist():
+        for sign in (-1.0, 1.0):
+            ours = views._apply(
+                photographs,
+                index,
+                torch.full((len(pictures),), magnitude),
+                torch.full((len(pictures),), sign),
+                POOL,
             )
-        )
-        assert float((moved - theirs).abs().max()) <= 1.01
+            expected = [PILLOW[name](picture, magnitude, sign) for picture in pictures]
+            assert worst(ours, expected) <= TOLERANCE[name], (magnitude, sign)
+            changed = changed or not torch.equal(ours, photographs)
+    assert changed == (name != "identity" and not (name == "color" and photographs.shape[1] == 1))
+
+
+def test_a_batch_of_mixed_operations_and_magnitudes_is_pillows_image_by_image(photographs) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = photographs.repeat(6, 1, 1, 1)
+    operation = torch.arange(len(x)) % 14
+    magnitude = torch.rand(len(x), generator=generator)
+    sign = torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
+    ours = views._apply(x, operation, magnitude, sign, POOL)
+    for i, k in enumerate(operation.tolist()):
+        expected = PILLOW[OPERATIONS[k]](to_pillow(x[i]), float(magnitude[i]), float(sign[i]))
+        assert worst(ours[i : i + 1], [expected]) <= TOLERANCE[OPERATIONS[k]], OPERATIONS[k]
+
+
+def test_quarter_turns_and_whole_pixels_are_exact(images) -> None:
+    square = images[:, :, :, :20]
+    turned = augment.affine(square, augment.rotation(torch.full((6,), 90.0)), fill=50.0).round()
+    assert worst(turned, [to_pillow(x).transpose(Image.Transpose.ROTATE_90) for x in square]) == 0
+    moved_x = augment.affine(images, augment.translate_x(torch.tensor([-3.0, -1.0, 0.0, 2.0, 5.0, 30.0])), fill=50.0)
+    for x, ours, pixels in zip(images, moved_x.round(), (-3, -1, 0, 2, 5, 30), strict=True):
+        expected = torch.full_like(x, 50.0)
+        for column in range(24):
+            if 0 <= column + pixels < 24:
+                expected[:, :, column] = x[:, :, column + pixels]
+        assert torch.equal(ours, expected)
 
 
 def test_shift_cuts_a_window_of_the_padded_image() -> None:
@@ -108,6 +214,20 @@ def test_flip_mirrors_only_the_marked_images() -> None:
     x = torch.rand(3, 3, 4, 5)
     out = augment.flip(x, torch.tensor([True, False, True]))
     assert torch.equal(out, torch.stack([x[0].flip(2), x[1], x[2].flip(2)]))
+
+
+@pytest.mark.parametrize("side", [0, 1, 7, 16, 20])
+def test_cutout_is_pillows_rectangle(side, photographs) -> None:
+    rng = np.random.default_rng(side)
+    corners = rng.integers(-side, [HEIGHT, WIDTH], (len(photographs), 2))  # some reach over the border
+    centres = torch.from_numpy(corners + side / 2).float()
+    ours = augment.cutout(photographs, centres, torch.full((len(photographs),), float(side)), FILL)
+    for x, hole, (top, left) in zip(photographs, ours, corners.tolist(), strict=True):
+        picture = to_pillow(x)
+        if side:
+            box = (left, top, left + side - 1, top + side - 1)  # Pillow's rectangle has its last row and column
+            ImageDraw.Draw(picture).rectangle(box, fill_of(picture))
+        assert torch.equal(hole, from_pillow(picture))
 
 
 def test_cutout_fills_a_square_and_nothing_else() -> None:
