@@ -17,7 +17,7 @@ from kdedge.errors import RunError
 
 __all__ = ["ScaledFeatures", "scaled_features"]
 
-_CHUNK_IMAGES = 4096
+_CHUNK_IMAGES = 1024  # of 512 features 2 MiB, which stays in the cache of a core
 
 
 @final
@@ -51,7 +51,7 @@ class ScaledFeatures:
         return torch.from_numpy(found_RF)
 
     def _scaled(self, raw_CF: npt.NDArray[Any]) -> Tensor:
-        features_CF = torch.from_numpy(np.array(raw_CF, dtype=np.float32))
+        features_CF = torch.from_numpy(np.array(raw_CF)).float()  # a copy: torch takes no read-only map
         _release(self.features_NF)
         return torch.nn.functional.normalize(features_CF, dim=1) / self.spread
 
