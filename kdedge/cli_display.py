@@ -73,6 +73,9 @@ class PlainDisplay:
         self._print(f"{name}: {total_steps} steps" if total_steps > 1 else name)
 
     def step(self, record: Mapping[str, Any]) -> None:
+        facts = _facts(record)
+        if not facts:  # a line of validation, or of an alarm, which is said
+            return
         now_s, step, total = time.monotonic(), record["step"], record["total_steps"]
         if self._first_step < 0:
             self._first_step = step
@@ -85,8 +88,7 @@ class PlainDisplay:
             if done > 0 and step < total
             else ""
         )
-        facts = _facts(record)
-        self._print(f"{self._stage}: step {step} of {total}{left}{', ' + facts if facts else ''}")
+        self._print(f"{self._stage}: step {step} of {total}{left}, {facts}")
 
     def say(self, sentence: str) -> None:
         self._print(sentence)

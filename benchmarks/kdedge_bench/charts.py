@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdedge_bench.facts import Facts
-from kdedge_bench.formats import count, milliseconds, percent, shorten, unique_short
+from kdedge_bench.formats import DASH, count, milliseconds, percent, shorten, unique_short
 from kdedge_bench.svg import HEIGHT_IN, INK, MUTED, drawing, to_svg
 from kdedge_bench.table import Summary
 
@@ -23,7 +23,9 @@ __all__ = [
     "kept_share",
     "learning_rate",
     "loss",
+    "precision_by_class",
     "pseudo_label_accuracy",
+    "pseudo_label_classes",
     "tradeoff",
     "trusted",
     "validation_accuracy",
@@ -162,6 +164,73 @@ def pseudo_label_accuracy(facts: Facts, key: str) -> str | None:
     return _over_time(facts, "pseudo_label_accuracy", key, "Accuracy of the pseudo labels", "Right, %", finish)
 
 
+def pseudo_label_classes(facts: Facts, classes: Sequence[str], key: str) -> str | None:
+    """Which classes the kept pseudo labels are of, at the end of each stage."""
+    title = "Kept pseudo labels of each class, at the end of each stage"
+    return _by_class(facts, classes, key, ("pseudo_label_histogram",), title, "Of the kept labels, %")
+
+
+def precision_by_class(facts: Facts, classes: Sequence[str], key: str) -> str | None:
+    """Right share by the true classes at the end of each stage, else by those of the held-back labeled slice."""
+    title = "Right share of the kept pseudo labels of each class, at the end of each stage"
+    metrics = ("pseudo_label_precision", "val_pseudo_label_precision")
+    return _by_class(facts, classes, key, metrics, title, "Right, %", _share)
+
+
+def _by_class(
+    facts: Facts,
+    classes: Sequence[str],
+    key: str,
+    metrics: Sequence[str],
+    title: str,
+    label: str,
+    finish: Callable[["Axes", list[Curve]], None] | None = None,
+) -> str | None:
+    """Bars [K] of the last logged line of each stage, of the first of `metrics` that it has; a dash for null."""
+    found = [
+        (name, colour, values)
+        for stage, (name, colour) in STAGES.items()
+        if (values := _last_by_class(facts, stage, metrics)) is not None
+    ]
+    if not found:
+        return None
+    with drawing() as (figure, axes):
+        _percent_axis(axes.yaxis)
+        width = 0.8 / len(found)
+        for index, (name, colour, values) in enumerate(found):
+            places = np.arange(len(values)) + (index - (len(found) - 1) / 2) * width
+            axes.bar(places, [value or 0.0 for value in values], width, color=colour, label=name)
+            for place, value in zip(places, values, strict=True):
+                if value is None and len(values) <= MAX_NAMED:
+                    axes.text(place, 0.01, DASH, ha="center", va="bottom", color=colour)
+        axes.grid(axis="x", visible=False)
+        if finish is not None:
+            finish(axes, [])
+        axes.set_ylabel(label)
+        axes.set_xlabel("Class of the pseudo label")
+        _class_names(axes, classes, len(found[0][2]))
+        figure.legend(loc="outside upper left", ncols=3)
+        known = [(name, [value for value in values if value is not None]) for name, _, values in found]
+        ranges = "; ".join(f"{name}: {percent(min(some))} to {percent(max(some))}" for name, some in known if some)
+        return to_svg(figure, key, title, f"{title}. From the lowest class to the highest: {ranges}.")
+
+
+def _last_by_class(facts: Facts, stage: str, metrics: Sequence[str]) -> list[float | None] | None:
+    for metric in metrics:
+        lines = [line[metric] for line in facts.metrics if line.get("stage") == stage and line.get(metric)]
+        if lines:
+            last: list[float | None] = lines[-1]
+            return last
+    return None
+
+
+def _class_names(axes: "Axes", classes: Sequence[str], bars: int) -> None:
+    """Names below the bars where they can be read; else matplotlib's numbers."""
+    if bars == len(classes) <= MAX_NAMED:
+        names = unique_short(classes, 12)
+        axes.set_xticks(range(bars), names, rotation=90 if max(map(len, names)) > 3 else 0)
+
+
 def validation_accuracy(facts: Facts, key: str) -> str | None:
     return _over_time(facts, "val_accuracy", key, "Accuracy on the validation split", "Right, %", _share)
 
@@ -273,8 +342,6 @@ def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("Trusted images")
         axes.set_xlabel("Class")
-        if len(sizes) == len(classes) <= MAX_NAMED:
-            names = unique_short(classes, 12)
-            axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
+        _class_names(axes, classes, len(sizes))
         title = "Size of the trusted set by class"
         return to_svg(figure, key, title, f"From {count(min(sizes))} to {count(max(sizes))} images a class.")

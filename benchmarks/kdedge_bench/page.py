@@ -9,7 +9,7 @@ import numpy as np
 
 from kdedge.errors import RunError
 from kdedge.runs import Run, write_bytes
-from kdedge_bench import charts, formats
+from kdedge_bench import charts, formats, pseudo
 from kdedge_bench.appendix import commands, conditions, hashes, latencies, provenance, stages
 from kdedge_bench.confusion import ClassRow, class_rows, confusion_matrix
 from kdedge_bench.facts import Facts, read_facts
@@ -46,7 +46,11 @@ class Chapter:
     artifact: str
     strip: Strip
     training: list[Figure]
+    alarms: list[str]
+    pseudo: list[Figure]
+    pseudo_rows: list[tuple[str, ...]]
     trusted: list[str]
+    trusted_rows: list[tuple[str, str, str]]
     trusted_figure: Figure
     latencies: list[tuple[str, ...]]
     conditions: list[tuple[str, str]]
@@ -123,7 +127,11 @@ def _chapter(facts: Facts, key: str, load: Load | None) -> Chapter:
         artifact=label,
         strip=strip(facts, artifact, load),
         training=_training(facts, key),
-        trusted=trusted_sentences(facts),
+        alarms=pseudo.alarms(facts),
+        pseudo=_pseudo(facts, key),
+        pseudo_rows=pseudo.stage_ends(facts),
+        trusted=trusted_sentences(facts) + pseudo.guards(facts),
+        trusted_rows=pseudo.filters(facts),
         trusted_figure=_trusted_figure(facts, key),
         latencies=latencies(facts),
         conditions=conditions(facts),
@@ -229,21 +237,37 @@ def _training(facts: Facts, key: str) -> list[Figure]:
         Figure(
             charts.learning_rate(facts, f"{key}-lr"), "Learning rate of each stage.", "No learning rate was logged."
         ),
-        Figure(
-            charts.kept_share(facts, f"{key}-kept"),
-            "Kept share: unlabeled images whose pseudo label passes the confidence threshold.",
-            "No kept share was logged: no stage learned from unlabeled images.",
-        ),
-        Figure(
-            charts.pseudo_label_accuracy(facts, f"{key}-pseudo"),
-            "Accuracy of the kept pseudo labels. The true classes of unlabeled images are used for this curve only.",
-            "The accuracy of the pseudo labels is not known: the true classes of the unlabeled images are not.",
-        ),
     ]
     validation = charts.validation_accuracy(facts, f"{key}-val")
     if validation is not None:  # without a validation split there is none, which the summary says
         figures.append(Figure(validation, "Accuracy on the validation split, which chooses the weights.", ""))
     return figures
+
+
+def _pseudo(facts: Facts, key: str) -> list[Figure]:
+    return [
+        Figure(
+            charts.kept_share(facts, f"{key}-kept"),
+            "Kept share: unlabeled images whose pseudo label is confident enough to learn from, by its weight.",
+            "No kept share was logged: no stage learned from unlabeled images.",
+        ),
+        Figure(
+            charts.pseudo_label_accuracy(facts, f"{key}-pseudo"),
+            "Accuracy of the kept pseudo labels. The true classes of unlabeled images are used in reports only.",
+            "The accuracy of the pseudo labels is not known: the true classes of the unlabeled images are not.",
+        ),
+        Figure(
+            charts.pseudo_label_classes(facts, facts.classes, f"{key}-classes"),
+            "Classes of the kept pseudo labels, at the end of each stage.",
+            "The classes of the pseudo labels were not logged.",
+        ),
+        Figure(
+            charts.precision_by_class(facts, facts.classes, f"{key}-precision"),
+            "Right share of the kept pseudo labels of each class, at the end of each stage. A dash: none was kept, or "
+            "none of known class.",
+            "The right share by class was not logged, or the true classes are not known.",
+        ),
+    ]
 
 
 def _trusted_figure(facts: Facts, key: str) -> Figure:

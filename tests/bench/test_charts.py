@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,6 +39,7 @@ def test_every_figure_is_well_formed_and_self_contained(facts: Facts) -> None:
         charts.loss(facts, "a"), charts.learning_rate(facts, "b"), charts.kept_share(facts, "c"),
         charts.pseudo_label_accuracy(facts, "d"), charts.tradeoff([summarize(facts)], "e"),
         charts.confusion(matrix, facts.classes, "f", "Student INT8"), charts.trusted(facts, facts.classes, "g"),
+        charts.pseudo_label_classes(facts, facts.classes, "h"),
     ]  # fmt: skip
     ids: list[str] = []
     for svg in drawn:
@@ -69,6 +71,21 @@ def test_curves_by_value(facts: Facts) -> None:
 def test_nothing_logged_is_no_figure(facts: Facts) -> None:
     assert charts.validation_accuracy(facts, "v") is None
     assert charts.curves(facts, "absent") == []
+
+
+def test_precision_by_class_takes_the_last_line_and_marks_what_is_not_known(facts: Facts) -> None:
+    assert charts.precision_by_class(facts, facts.classes, "p") is None
+    lines = (
+        {"stage": "outer", "step": 1, "pseudo_label_precision": [0.1] * 10},
+        {"stage": "outer", "step": 2, "pseudo_label_precision": [0.5, None, *[0.9] * 8]},
+        {"stage": "inner", "step": 1, "pseudo_label_precision": None},
+        {"stage": "inner", "step": 1, "val_pseudo_label_precision": [0.75] * 10},
+    )
+    svg = charts.precision_by_class(replace(facts, metrics=lines), facts.classes, "p") or ""
+    assert "outer (teacher): 50.0\xa0% to 90.0\xa0%; inner (student): 75.0\xa0% to 75.0\xa0%." in svg
+    assert texts(svg).count("–") == 1
+    many = ({"stage": "inner", "step": 1, "pseudo_label_precision": [None, *[0.9] * 99]},)
+    assert "–" not in texts(charts.precision_by_class(replace(facts, metrics=many), facts.classes, "p") or "")
 
 
 def test_tradeoff_names_the_networks(facts: Facts) -> None:

@@ -305,6 +305,64 @@ def unknown_truth(run: Path) -> None:
     edit(run / "result.json", lambda result: result["trusted"].update(precision=None))
 
 
+def with_health(run: Path) -> None:
+    """What runs log since pseudo labels are watched."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    precision = {"outer": [0.9, None, *[0.8] * 8], "inner": [0.95, 0.4, *[0.9] * 8]}
+    for line in lines:
+        if line["stage"] in precision:
+            line |= {"pseudo_label_precision": precision[line["stage"]], "pseudo_label_known": [9.0] * 10}
+    val = {"val_accuracy": 0.9, "val_kept_fraction": 0.805, "val_pseudo_label_accuracy": 0.941}
+    lines.append({"stage": "inner", "step": 1000, "total_steps": 1000} | val)
+    lines.append({"stage": "outer", "step": 1400, "total_steps": 600, "alarm": "One class <b>takes</b> over."})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = {"precision_before_filters": 0.9, "precision_after_confidence": 0.95, "precision_after_clusters": 0.97,
+            "confidence_only_precision": 0.961}  # fmt: skip
+    edit(run / "result.json", lambda result: result["trusted"].update(more))
+    guards = {"duplicates_removed": 3, "outliers": 1}
+    edit(run / "result.json", lambda result: result.update(data_guards=guards))
+
+
+def test_pseudo_labels(make_run: MakeRun) -> None:
+    run = make_run()
+    with_health(run)
+    page = Page(report([run], load=digits))
+    alarm = "Alarm. Outer network (teacher), step 1,400: One class <b>takes</b> over."
+    assert page.text.index(alarm) < page.text.index("Test accuracy")
+    assert page.table("At the end of") == [
+        ["Outer network (teacher)", "90.0 %", "96.0 %", "–", "–"],
+        ["Inner network (student)", "90.0 %", "96.0 %", "80.5 %", "94.1 %"],
+    ]
+    assert page.table("Unlabeled images") == [
+        ["All pseudo labels", "1,257", "90.0 %"],
+        ["Confident", "857", "95.0 %"],
+        ["Confident, and their cluster agrees", "707", "97.0 %"],
+        ["Trusted", "610", "98.2 %"],
+        ["By confidence alone, as many of each class", "610", "96.1 %"],
+    ]
+    assert "3 unlabeled images nearly the same as a validation or test image were removed." in page.text
+    assert "1 unlabeled image was found to be of none of the classes, and taught nothing." in page.text
+
+
+def test_a_run_from_before_pseudo_labels_were_watched(page: Page) -> None:
+    assert "Alarm" not in page.text
+    assert "The right share by class was not logged" in page.text
+    assert page.table("At the end of")[1] == ["Inner network (student)", "90.0 %", "96.0 %", "–", "–"]
+    assert not any(table[0][0] == "Unlabeled images" for table in page.tables)
+    assert "nearly the same" not in page.text
+
+
+def test_a_student_trained_alone_has_no_teacher_and_no_trusted_set(make_run: MakeRun) -> None:
+    run = make_run()
+    edit(run / "result.json", lambda result: result.update(teacher=None, trusted=None, data_guards={"outliers": None}))
+    (run / "trusted.npz").unlink()
+    (run / "teacher.safetensors").unlink()
+    page = Page(report([run], load=digits))
+    assert "The run has no trusted set." in page.text
+    assert "None" not in page.text
+    assert "Student INT8: 95.6 %" in page.text
+
+
 @pytest.mark.parametrize(
     ("remove", "sentences"),
     [

@@ -1,0 +1,86 @@
+"""What became of the pseudo labels of a run: alarms, the end of each stage, what each filter of the trusted set left.
+
+A run that was made before one of these was logged lacks it here, and nothing else.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from kdedge_bench.facts import Facts
+from kdedge_bench.formats import count, percent
+
+__all__ = ["alarms", "filters", "guards", "stage_ends"]
+
+STAGES = {"outer": "Outer network (teacher)", "inner": "Inner network (student)"}
+
+
+def alarms(facts: Facts) -> list[str]:
+    """What was said while it trained, oldest first."""
+    return [
+        f"{STAGES.get(str(line.get('stage')), str(line.get('stage')))}, step {count(line.get('step'))}: {line['alarm']}"
+        for line in facts.metrics
+        if isinstance(line.get("alarm"), str)
+    ]
+
+
+def stage_ends(facts: Facts) -> list[tuple[str, ...]]:
+    """Rows: stage, kept share and right share of its last logged pseudo labels, the same two on the held-back slice."""
+    rows = []
+    for stage, name in STAGES.items():
+        pool = _last(facts, stage, "kept_fraction")
+        if pool:
+            held_back = _last(facts, stage, "val_kept_fraction")
+            shares = (
+                pool.get("kept_fraction"),
+                pool.get("pseudo_label_accuracy"),
+                held_back.get("val_kept_fraction"),
+                held_back.get("val_pseudo_label_accuracy"),
+            )
+            rows.append((name, *(percent(share) for share in shares)))
+    return rows
+
+
+def _last(facts: Facts, stage: str, key: str) -> dict[str, Any]:
+    lines = [line for line in facts.metrics if line.get("stage") == stage and key in line]
+    return lines[-1] if lines else {}
+
+
+def filters(facts: Facts) -> list[tuple[str, str, str]]:
+    """Rows: what is left after each filter, how many images, and the right share of their labels."""
+    part, why = (facts.result or {}).get("trusted"), facts.trusted.get("why")
+    if not part or why is None:
+        return []
+    passed = ~np.isin(why, ("outlier", "low confidence"))
+    agreed = passed & (why != "cluster disagrees")
+    found = [
+        ("All pseudo labels", len(why), "precision_before_filters"),
+        ("Confident", int(passed.sum()), "precision_after_confidence"),
+        ("Confident, and their cluster agrees", int(agreed.sum()), "precision_after_clusters"),
+        ("Trusted", part.get("size"), "precision"),
+        ("By confidence alone, as many of each class", part.get("size"), "confidence_only_precision"),
+    ]
+    rows = [(name, count(size), percent(part[key])) for name, size, key in found if key in part]
+    return rows if len(rows) > 1 else []  # the size alone stands in a sentence
+
+
+def guards(facts: Facts) -> list[str]:
+    """What was found in the unlabeled images that does not belong there."""
+    found = (facts.result or {}).get("data_guards") or {}
+    sentences = []
+    removed, outliers = found.get("duplicates_removed"), found.get("outliers")
+    if removed is not None:
+        images = f"{count(removed)} unlabeled image{'' if removed == 1 else 's'}"
+        sentences.append(
+            f"{images} nearly the same as a validation or test image {'was' if removed == 1 else 'were'} removed."
+            if removed
+            else "No unlabeled image is nearly the same as a validation or test image."
+        )
+    if outliers is not None:
+        images = f"{count(outliers)} unlabeled image{' was' if outliers == 1 else 's were'}"
+        sentences.append(
+            f"{images} found to be of none of the classes, and taught nothing."
+            if outliers
+            else "No unlabeled image was found to be of none of the classes."
+        )
+    return sentences
