@@ -7,18 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["fairness", "labeled_cross_entropy", "log_prior", "masked_cross_entropy", "merge_targets", "pseudo_labels"]
+__all__ = ["fairness", "labeled_cross_entropy", "log_prior", "masked_cross_entropy", "merge_targets"]
 
 _EMPTY = 1e-6  # a class predicted less often than this is one that is not predicted
-
-
-def pseudo_labels(logits_UK: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Label [U] and mask [U] (1.0 where the highest probability reaches `threshold`); no gradient flows back.
-
-    FixMatch, arXiv 2001.07685, eq. 4.
-    """
-    confidence_U, label_U = torch.softmax(logits_UK.detach().float(), dim=1).max(1)
-    return label_U, (confidence_U >= threshold).float()
 
 
 def merge_targets(

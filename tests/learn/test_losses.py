@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdedge.losses.consistency import masked_cross_entropy, merge_targets, pseudo_labels
+from kdedge.losses.consistency import masked_cross_entropy, merge_targets
 from kdedge.losses.kd import kd
 from kdedge.losses.robust import masked_symmetric_cross_entropy, reverse_cross_entropy
 
@@ -19,24 +19,6 @@ def logits() -> Tensor:
 def probs_of(row: Tensor) -> list[float]:
     exps = [math.exp(v) for v in row.tolist()]
     return [e / sum(exps) for e in exps]
-
-
-def test_pseudo_labels_take_the_argmax_where_it_is_confident(logits) -> None:
-    label, mask = pseudo_labels(logits, 0.7)
-    for row, k, kept in zip(logits, label.tolist(), mask.tolist(), strict=True):
-        probs = [math.exp(v - max(row.tolist())) for v in row.tolist()]
-        top = max(probs) / sum(probs)
-        assert k == probs.index(max(probs))
-        assert kept == float(top >= 0.7)
-    assert 0 < mask.sum() < len(mask)
-
-
-def test_no_gradient_flows_through_pseudo_labels(logits) -> None:
-    weak, strong = logits.clone().requires_grad_(), logits.flip(0).clone().requires_grad_()
-    label, mask = pseudo_labels(weak, 0.5)
-    masked_cross_entropy(strong, label, mask).backward()
-    assert weak.grad is None
-    assert float(strong.grad.abs().sum()) > 0
 
 
 def test_masked_cross_entropy_divides_by_all_images(logits) -> None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from kdedge.losses.consistency import fairness
 from kdedge.methods.thresholds import Policy, ThresholdConfig, make_policy
+from kdedge.train.checkpoint import Checkpoints
 
 CLASSES, IMAGES = 3, 12
 Rows = list[list[float]]
@@ -176,12 +177,15 @@ def test_each_policy_is_its_paper_image_by_image_over_steps(config) -> None:
     assert 0 < kept < 9 * 8  # the case says something
 
 
-def test_state_goes_through_a_state_dict_bit_for_bit(config) -> None:
+def test_state_goes_through_a_checkpoint_bit_for_bit(config, tmp_path) -> None:
     whole, first, second = policy_of(config), policy_of(config), policy_of(config)
     data = steps()
     for step in data[:5]:
         whole(*step), first(*step)
-    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    checkpoints = Checkpoints(tmp_path, "outer")
+    checkpoints.save(5, first.state_dict())
+    checkpoint, _ = checkpoints.load()
+    second.load_state_dict(checkpoint.tensors)
     for step in data[5:]:
         a, b = whole(*step), second(*step)
         assert torch.equal(a.weight_U, b.weight_U)
