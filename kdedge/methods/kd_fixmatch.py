@@ -177,7 +177,11 @@ class KDFixMatch(Method):
     def _targets(self, own: PseudoLabels, trusted_U: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.merge == "separate-term":
             return own.label_U, own.weight_U
-        return merge_targets(own.label_U, own.weight_U, trusted_U, outer_first=self.config.merge == "outer-first")
+        # Confident is full weight: SoftMatch gives every label some, and would leave no image to the trusted labels.
+        sure_U = (own.weight_U == 1).float()
+        outer_first = self.config.merge == "outer-first"
+        target_U, weight_U = merge_targets(own.label_U, sure_U, trusted_U, outer_first=outer_first)
+        return target_U, torch.maximum(weight_U, own.weight_U)
 
     def _robust(self, strong_UK: Tensor, target_U: Tensor, weight_U: Tensor) -> Tensor:
         config = self.config
