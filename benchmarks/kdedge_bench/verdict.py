@@ -14,6 +14,7 @@ from typing import Any
 from kdedge import pipeline, recipe_io
 from kdedge.errors import BugError
 from kdedge.recipe import Recipe
+from kdedge.recipe_yaml import Document
 from kdedge.run_folder import check_folder
 from kdedge.runs import write_bytes, write_json
 from kdedge.train.engine import pick_device
@@ -123,8 +124,10 @@ def _recipe(plan: Plan, folder: VerdictFolder, job: Job) -> Recipe:
     own = _own_settings(plan, folder, job)
     if own is None:
         raise BugError(f"{job.name} is made before the runs it needs")
-    words = [f"{key}={value}" for key, value in own.items()]
-    return recipe_io.parse(plan.recipe_text, f"recipe {plan.recipe_name}", Recipe, words)
+    # From the recipe as it was planned, whatever has happened to its file since.
+    document = Document(f"recipe {plan.recipe_name}", plan.recipe.model_dump(mode="json", by_alias=True))
+    recipe_io.override(document, [f"{key}={value}" for key, value in own.items()], Recipe)
+    return recipe_io.validate(document, Recipe)
 
 
 def _write(plan: Plan, folder: VerdictFolder) -> dict[str, Any]:

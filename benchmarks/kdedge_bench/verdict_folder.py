@@ -17,6 +17,7 @@ from kdedge.data import open_source
 from kdedge.data.splits import make_splits
 from kdedge.errors import DataError, RecipeError, RunError
 from kdedge.recipe import Recipe
+from kdedge.recipe_yaml import read_value
 from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, write_json
 from kdedge_bench.verdict_rows import Job, Row, choose
 
@@ -38,13 +39,8 @@ class Plan:
     labels: int | None  # of the set, where none were asked for
 
     @functools.cached_property
-    def recipe_text(self) -> str:
-        """The recipe as YAML: what every run is made from, whatever has happened to its file since."""
-        return recipe_io.dump(self.recipe)
-
-    @functools.cached_property
     def recipe_sha256(self) -> str:
-        return sha256_bytes(self.recipe_text.encode())
+        return sha256_bytes(recipe_io.dump(self.recipe).encode())
 
     @property
     def default_folder(self) -> Path:
@@ -90,6 +86,7 @@ def make_plan(
     if any(setting.partition("=")[0].strip() == "seed" for setting in settings):
         raise RecipeError("--set seed=... fixes the seed that a verdict varies. Use --first-seed and --seeds.")
     chosen = choose(rows)
+    _refuse_rows_that_change_nothing(chosen, recipe)
     root = Path(recipe.data.root) if recipe.data.root else None
     source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=recipe.data.max_unreadable_fraction)
     splits = make_splits(source, recipe.data.labels, seeds[0])
@@ -106,6 +103,22 @@ def make_plan(
         source.fingerprint,
         splits.labels,
     )
+
+
+def _refuse_rows_that_change_nothing(rows: Sequence[Row], recipe: Recipe) -> None:
+    """An ablation of what the recipe does not have would be trained to differ from KD-FixMatch by nothing."""
+    asked = _flat(recipe.model_dump(mode="json"))
+
+    def is_so(setting: str) -> bool:
+        key, _, value = setting.partition("=")
+        return bool(asked[key] == read_value(value, f"--set {setting}", tuple(key.split("."))))
+
+    same = [row.name for row in rows if row.ready_teacher and all(map(is_so, row.settings))]
+    if same:
+        left = ",".join(row.name for row in rows if row.name not in same)
+        raise RecipeError(
+            f"The recipe {recipe.name} is already what {' and '.join(same)} would be. Leave that out: --rows {left}"
+        )
 
 
 @dataclass(frozen=True)

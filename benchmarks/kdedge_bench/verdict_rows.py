@@ -108,19 +108,36 @@ def settings_of(row: Row, recipe: Recipe, *, supervised: bool, teacher: str, ste
     """
     own = dict(setting.split("=", 1) for setting in row.settings)
     own["baseline.enabled"] = "true" if row.name == FIXMATCH and supervised else "false"
-    if row.ready_teacher:
-        if recipe.teacher is not None and recipe.teacher.ready is None:
-            own["teacher.ready"] = teacher
-    elif row.name != FULL and recipe.student.init == "teacher":
-        own["student.init"] = "null"  # FixMatch alone has no outer network to start from
+    if row.ready_teacher and recipe.teacher is not None and recipe.teacher.ready is None:
+        own["teacher.ready"] = teacher
     if steps is not None:
         own["student.optim.total_steps"] = str(steps)
-        own |= {
+    return own | _no_longer_possible(own, recipe)
+
+
+def _no_longer_possible(own: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
+    """What the recipe says and the row cannot mean: set to what the row stands for without it."""
+    student, method = recipe.student, recipe.student.method
+    found: dict[str, str] = {}
+    if "teacher" in own:  # FixMatch alone has no outer network to start from, and learns from labels and its own
+        found |= {"student.init": "null"} if student.init == "teacher" else {}
+        found |= {
+            f"student.method.{name}": "1"
+            for name in ("labeled_weight", "unlabeled_weight")
+            if getattr(method, name) == 0
+        }
+    if own.get("student.method.unlabeled_weight") == "0" and method.thresholds.policy == "freematch":
+        found["student.method.thresholds.fairness_weight"] = "0"  # pseudo labels' too, though no part of their term
+    if own.get("student.method.distill.loss") == "none":
+        found |= {"student.method.distill.mixup": "false"} if method.distill.mixup else {}
+        found |= {"student.method.distill.temperature": "null"} if method.distill.temperature is not None else {}
+    if "student.optim.total_steps" in own:  # a duration has one unit
+        found |= {
             f"student.optim.{unit}": "null"
             for unit in ("total_epochs", "total_images")
-            if getattr(recipe.student.optim, unit) is not None
+            if getattr(student.optim, unit) is not None
         }
-    return own
+    return found
 
 
 def merged(settings: Sequence[str], own: Mapping[str, str]) -> tuple[str, ...]:

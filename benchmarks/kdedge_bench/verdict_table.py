@@ -40,10 +40,16 @@ class Cell:
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Mean, 95 % interval (Student's t) and the word of differences over seeds; no interval for fewer than two."""
+    """Mean, 95 % interval (Student's t) and the word of differences over seeds.
+
+    No interval for fewer than two seeds, nor for equal differences: accuracies come in steps of one test image, so
+    that nothing was learned about their spread, and a width of zero would be a lie.
+    """
     if not differences:
         return {"mean": None, "half_width_95": None, "interval_95": None, "word": NO_EVIDENCE}
     found: dict[str, Any] = dict(mean_and_interval(differences))
+    if max(differences) - min(differences) < 1e-9:
+        found["half_width_95"] = None
     mean, half = found["mean"], found["half_width_95"]
     interval = None if half is None else [mean - half, mean + half]
     word = NO_EVIDENCE
@@ -184,7 +190,7 @@ def _trusted(full: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """
     keys = ("precision", "confidence_only_precision")
     seeds = [
-        {"seed": seed} | {key: result["trusted"][key] for key in keys}
+        {"seed": seed, **{key: result["trusted"].get(key) for key in (*keys, "images_exchanged")}}
         for seed, result in full.items()
         if all(result["trusted"].get(key) is not None for key in keys)
     ]
@@ -193,7 +199,7 @@ def _trusted(full: dict[int, dict[str, Any]]) -> dict[str, Any]:
     alone = means["confidence_only_precision"]
     must_be_better = None if alone is None else alone < PRECISE_ENOUGH
     holds = None
-    if found["interval_95"] is not None:
+    if len(seeds) > 1:
         holds = found["word"] == HELPS if must_be_better else found["word"] != HURTS
     return {"seeds": seeds, **means, "must_be_better": must_be_better, "rule_holds": holds, **found}
 

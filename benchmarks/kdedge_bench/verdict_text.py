@@ -35,7 +35,7 @@ ROWS_HEAD = (
 def markdown(document: dict[str, Any]) -> str:
     """verdict.md: the table, what it says in a sentence, and how it was made."""
     planned = len(document["seeds"])
-    head = ("row", "test accuracy, %", "KD-FixMatch minus row, points", "", "student steps", "training FLOPs",
+    head = ("row", "test accuracy, %", "KD-FixMatch minus row, points", "verdict", "student steps", "training FLOPs",
             "wall time", "seeds")  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
     for name in _present(document):
@@ -89,8 +89,8 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     return [
         *said,
         "helps: the 95 % interval of the difference (Student's t over seeds, paired by seed: the same labels, the "
-        "same test images) lies above zero; hurts: below; no evidence: neither, or one seed alone, which has no "
-        "interval. The comparisons are not corrected for their number.",
+        "same test images) lies above zero; hurts: below; no evidence: neither, or no interval, as for one seed and "
+        "where all differences are equal. The comparisons are not corrected for their number.",
         "Training FLOPs and wall time are of all stages; an outer network that several rows use was trained once, and "
         "is counted in each. Wall times are of a machine that may have been doing other things.",
     ]
@@ -104,7 +104,7 @@ def _trusted(found: dict[str, Any]) -> str:
     rule = {True: "held", False: "not held", None: "open"}[found["rule_holds"]]
     return (
         f"Trusted set, {mean:.2f} % right; confidence alone at the same size and class quota, {alone:.2f} %: "
-        f"difference {_difference(found, 2)} points, {seeds}, {words[found['word']]}. The rule (not worse, and better "
+        f"difference {_difference(found)} points, {seeds}, {words[found['word']]}. The rule (not worse, and better "
         f"where confidence alone is below 97 %) is {rule}."
     )
 
@@ -139,13 +139,13 @@ def _accuracy(found: dict[str, Any] | None) -> str:
     return f"{100 * found['mean']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
-def _difference(found: dict[str, Any] | None, digits: int = 1) -> str:
-    """`+1.2 ± 0.5`, in points."""
+def _difference(found: dict[str, Any] | None) -> str:
+    """`+1.23 ± 0.51`, in points."""
     if found is None or found["mean"] is None:
         return DASH
     half = found["half_width_95"]
-    width = " (one seed: no interval)" if half is None else f" ± {100 * half:.{digits}f}"
-    return f"{100 * found['mean']:+.{digits}f}{width}"
+    width = " (no interval)" if half is None else f" ± {100 * half:.2f}"
+    return f"{100 * found['mean']:+.2f}{width}"
 
 
 def _flops(value: float) -> str:

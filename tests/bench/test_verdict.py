@@ -13,14 +13,12 @@ import pytest
 
 from kdedge import recipe_io
 from kdedge.cli import run as kdedge
-from kdedge.data import make_splits, open_source
 from kdedge.errors import RecipeError, RunError
-from kdedge.recipe import Recipe, resolve
-from kdedge.run_pool import describe
+from kdedge.recipe import Recipe
 from kdedge.runs import Run, read_json, write_bytes, write_json
 from kdedge_bench.verdict import verdict
 from kdedge_bench.verdict_folder import Plan, VerdictFolder, make_plan
-from kdedge_bench.verdict_rows import ROWS, choose, equal_total_steps, jobs
+from kdedge_bench.verdict_rows import ROWS, choose, equal_total_steps, jobs, merged, settings_of
 
 MAIN = ["kd-fixmatch", "fixmatch", "fixmatch-equal-total", "kd-only"]
 ABLATIONS = ["no-clustering", "no-confidence", "no-sce", "no-soft-kd"]
@@ -43,12 +41,13 @@ class FakeTraining:
         run.update_manifest(status="running", **manifest)
         if name == self.stop_at:
             raise KeyboardInterrupt
-        source = open_source(recipe.data.spec)
-        splits = make_splits(source, recipe.data.labels, recipe.seed)
-        resolved = resolve(recipe, describe(recipe, source, splits, {}))
-        write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
-        write_json(run.splits_path, splits.to_json(source))
-        write_json(run.result_path, result(recipe, resolved.student.optim.total_steps or 0))
+        steps = recipe.student.optim.total_steps or 0
+        optim = f"optim: {{total_steps: {steps}}}"
+        text = f"schema: 1\nname: tiny\ndata: {{image_px: 8}}\nstudent: {{{optim}}}\nbaseline: {{{optim}}}\n"
+        run.recipe_path.write_text(text)
+        split = {"labeled": {"sha256": f"{recipe.seed}"}, "test": {"sha256": "the same"}}
+        write_json(run.splits_path, {"splits": split})
+        write_json(run.result_path, result(recipe, steps))
         run.update_manifest(status="finished")
 
 
@@ -151,25 +150,44 @@ def test_the_command_of_a_row_makes_the_row(tmp_path: Path) -> None:
         assert recipe_io.load("tiny", settings, **flags).model_dump(mode="json") == made
 
 
-def test_a_recipe_that_starts_from_the_teacher_starts_fixmatch_from_scratch(tmp_path: Path) -> None:
-    asked = plan("student.init=teacher", "student.optim.total_epochs=2", "student.optim.total_steps=null", seeds=(0,))
-    folder = VerdictFolder(tmp_path / "v")
-    from kdedge_bench.verdict_rows import settings_of
-
-    rows = {row.name: row for row in ROWS}
-    own = settings_of(rows["fixmatch-equal-total"], asked.recipe, supervised=True, teacher="t", steps=9)
-    assert own["student.init"] == "null"
-    assert (own["student.optim.total_steps"], own["student.optim.total_epochs"]) == ("9", "null")
-    assert "student.init" not in settings_of(rows["no-sce"], asked.recipe, supervised=True, teacher="t", steps=None)
-    assert not folder.plan_path.exists()
+def own_settings(row: str, *settings: str, steps: int | None = None) -> dict[str, str]:
+    recipe = plan(*settings, rows=["fixmatch"]).recipe
+    found = next(r for r in ROWS if r.name == row)
+    own = settings_of(found, recipe, supervised=True, teacher="t", steps=steps)
+    words = [*settings, *(f"{key}={value}" for key, value in own.items())]
+    recipe_io.load("tiny", merged(settings, own))  # a recipe that can be trained
+    recipe_io.parse(recipe_io.dump(recipe), "tiny", Recipe, words[len(settings) :])
+    return own
 
 
-def test_a_ready_teacher_of_the_recipe_is_that_of_every_row() -> None:
-    from kdedge_bench.verdict_rows import settings_of
-
-    asked = plan("teacher.ready=mine.safetensors")
-    own = settings_of(choose(["no-sce"])[1], asked.recipe, supervised=True, teacher="other", steps=None)
-    assert "teacher.ready" not in own
+def test_what_a_row_cannot_mean_is_taken_out_of_it() -> None:
+    """FixMatch alone starts from no teacher and learns from its own labels; a duration has one unit; and so on."""
+    ready = {"baseline.enabled": "false", "teacher.ready": "t"}
+    alone = {"teacher": "null", "student.method.robust_loss": "ce", "baseline.enabled": "true"}
+    assert own_settings("fixmatch", "student.init=teacher") == alone | {"student.init": "null"}
+    assert "student.init" not in own_settings("no-sce", "student.init=teacher")
+    assert own_settings("fixmatch", "student.init=w.npz") == alone
+    matching = ["student.method.distill.mixup=true", "student.method.distill.views=same"]
+    weights = ["student.method.labeled_weight=0", "student.method.unlabeled_weight=0"]
+    assert own_settings("fixmatch", *matching, *weights) == alone | dict(
+        w.replace("=0", "=1").split("=") for w in weights
+    )
+    soft = {"student.method.distill.loss": "none"}
+    assert own_settings("no-soft-kd", *matching) == ready | soft | {"student.method.distill.mixup": "false"}
+    assert own_settings("no-soft-kd", "student.method.distill.temperature=4") == ready | soft | {
+        "student.method.distill.temperature": "null"
+    }
+    assert own_settings("kd-only", "student.method.thresholds.policy=freematch") == ready | {
+        "trust.filters": "none",
+        "student.method.unlabeled_weight": "0",
+        "student.method.thresholds.fairness_weight": "0",
+    }
+    longer = own_settings("fixmatch-equal-total", "student.optim={total_epochs: 2}", steps=9)
+    assert (longer["student.optim.total_steps"], longer["student.optim.total_epochs"]) == ("9", "null")
+    assert own_settings("no-sce", "teacher.ready=mine") == {
+        "student.method.robust_loss": "ce",
+        "baseline.enabled": "false",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +263,10 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_written(tmp_path: P
         plan("teacher=null")
     with pytest.raises(RecipeError, match="--first-seed"):
         plan("seed=3")
+    with pytest.raises(
+        RecipeError, match=r"already what no-sce would be. Leave that out: --rows kd-fixmatch,no-soft-kd"
+    ):
+        plan("student.method.robust_loss=ce", rows=["no-sce", "no-soft-kd"])
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it_and_read_afterwards(tmp_path: Path) -> None:
@@ -331,3 +353,45 @@ def test_ctrl_c_is_a_sentence_that_says_how_to_go_on(tmp_path: Path, interrupted
     interrupted("nothing")
     assert kdedge([*shlex.split(again), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "complete"
+
+
+def test_a_real_verdict_of_the_main_rows(tmp_path: Path) -> None:
+    """Trained, at toy size: the teacher once a seed, the same exam for all, and the cost that was promised."""
+    few = ["teacher.optim.total_steps=6", "student.optim.total_steps=3", "baseline.optim.total_steps=2"]
+    asked = plan(*few, "trust.threshold=0.1", rows=[*MAIN, "supervised"])
+    document = verdict(asked, tmp_path / "v")
+    assert document["status"] == "complete"
+    assert all(len(row["seeds"]) == 2 for row in document["rows"].values())
+    for seed in (0, 1):
+        runs = {row: Run(tmp_path / "v" / f"{row}-s{seed}") for row in MAIN}
+        full = read_json(runs["kd-fixmatch"].result_path)
+        cells = {name: row["seeds"][seed] for name, row in document["rows"].items()}
+        assert cells["kd-fixmatch"]["training_flops"] == full["training_flops"]["total"]
+        assert cells["kd-only"]["training_flops"] == full["training_flops"]["total"]  # its outer network is counted
+        step = cells["fixmatch"]["training_flops"] / cells["fixmatch"]["student_steps"]
+        missed = cells["fixmatch-equal-total"]["training_flops"] - full["training_flops"]["total"]
+        assert abs(missed) <= step / 2
+        assert (
+            cells["supervised"]["test_accuracy"] == read_json(runs["fixmatch"].result_path)["baseline"]["test_accuracy"]
+        )
+        assert cells["supervised"]["student_steps"] == 2
+        taught = [read_json(runs[row].result_path)["teacher"]["test_accuracy"] for row in ("kd-fixmatch", "kd-only")]
+        assert taught[0] == taught[1]
+        exams = {read_json(run.splits_path)["splits"]["test"]["sha256"] for run in runs.values()}
+        assert len(exams) == 1
+    trained = [read_json(Run(tmp_path / "v" / f"kd-only-s{s}").result_path)["training_flops"]["outer"] for s in (0, 1)]
+    assert trained == [0, 0]
+
+
+def test_rows_that_were_asked_about_other_images_are_refused(tmp_path: Path) -> None:
+    """Where the outer network's starting weights decide the input, FixMatch alone would see another."""
+
+    class OtherInput(FakeTraining):
+        def __call__(self, recipe: Recipe, out: Path, *, resume: bool, display: Any) -> None:
+            super().__call__(recipe, out, resume=resume, display=display)
+            if recipe.teacher is None:
+                text = Run(out).recipe_path.read_text().replace("image_px: 8", "image_px: 12")
+                write_bytes(Run(out).recipe_path, text.encode())
+
+    with pytest.raises(RunError, match="fixmatch-s0 and kd-fixmatch-s0 cannot be compared: they differ in input"):
+        verdict(plan(rows=["fixmatch"], seeds=(0,)), tmp_path / "v", train=OtherInput())

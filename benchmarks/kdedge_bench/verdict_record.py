@@ -1,0 +1,63 @@
+"""A complete verdict as a record to commit: verdict.json with a title, without this machine's folders.
+
+python -m kdedge_bench.verdict_record runs/verdict-NAME --out benchmarks/results/MACHINE/verdict-SET.json --title digits
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdedge.errors import RunError
+from kdedge.runs import SCHEMA, read_json, write_json
+from kdedge_bench.verdict_folder import VerdictFolder
+from kdedge_bench.verdict_text import summary_row
+
+__all__ = ["main", "make_record", "parser"]
+
+
+def make_record(folder: Path, title: str | None) -> dict[str, Any]:
+    """The record; RunError where the verdict is not complete, since a planned row that is missing is a failure."""
+    document: dict[str, Any] = read_json(VerdictFolder(folder).json_path)
+    if document["schema"] > SCHEMA:
+        raise RunError(f"{folder} has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge.")
+    if document["status"] != "complete":
+        raise RunError(
+            f"The verdict in {folder} is {document['status']}: {document['runs_finished']} of "
+            f"{document['runs_planned']} runs are finished. Go on with it: {document['command']}"
+        )
+    typed = {name: _without_folders(command) for name, command in document["commands"].items()}
+    named = {"title": title or document["data"], "kind": "verdict"}
+    return named | document | {"command": _without_folders(document["command"]), "commands": typed}
+
+
+def _without_folders(command: str) -> str:
+    """The command, without the folders of absolute paths: a record is committed, and says what, not where.
+
+    Of a path into a run folder the last two parts stay: kd-fixmatch-s0/teacher.safetensors.
+    """
+    run_file = r"(^|=)/(?:[^/ ]+/)*([^/ ]+-s\d+/[^/ ]+)$"
+    words = [re.sub(run_file, r"\1\2", word) for word in shlex.split(command)]
+    return shlex.join(re.sub(r"(^|=)/(?:[^/ ]+/)*([^/ ]+)$", r"\1\2", word) for word in words)
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="python -m kdedge_bench.verdict_record", description=__doc__)
+    flags.add_argument("folder", type=Path)
+    flags.add_argument("--out", type=Path, required=True, help="the record")
+    flags.add_argument("--title", help="what the README calls the set; the name of the data unless given")
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the record, and show its row of the README."""
+    options = parser().parse_args(arguments)
+    record = make_record(options.folder, options.title)
+    write_json(options.out, record)
+    print(summary_row(record))
+
+
+if __name__ == "__main__":
+    main()
