@@ -40,6 +40,7 @@ _SURE_Z = 3.0  # standard errors between chance and an alarm
 _TAKES_OVER_AFTER = 0.1  # of the steps of a stage; before, the easy class comes first and means nothing
 _VANISHED_AFTER = 0.5  # a hard class may come late
 _VANISHED_BELOW = 0.1  # of the class's share of the labels
+_ENOUGH = 100  # kept labels for each class there is; with fewer the next look sees these too
 _NAMED = 5  # vanished classes in one sentence
 
 
@@ -57,7 +58,7 @@ def counts_line(counts_4K: Tensor) -> dict[str, Any]:
     Shares of nothing are NaN, logged as null. `pseudo_label_precision` [K] is the right share of the known labels of
     each class, `pseudo_label_known` [K] how many those are; both are None where no truth is known at all.
     """
-    given_K, kept_K, known_K, right_K = counts_4K.cpu()
+    given_K, kept_K, known_K, right_K = counts_4K.to("cpu", copy=True)  # the caller's begin at zero again
     if not given_K.any():
         return {}
     known = bool(known_K.any())
@@ -185,14 +186,18 @@ class Tally:
 
     def line(self) -> dict[str, Any]:
         """What is to be logged of the steps since the last call."""
-        return counts_line(self._taken("logged"))
+        found = counts_line(self.tensors["logged"])
+        self.tensors["logged"].zero_()
+        return found
 
     def alarms(
         self, labeled_K: Tensor, unlabeled_images: int, done_fraction: float, names: Sequence[str] = ()
     ) -> list[Alarm]:
-        """What `collapse` finds in the steps since the last call; a class is told of once."""
-        told = self.alarmed
-        found = collapse(self._taken("watched"), labeled_K, unlabeled_images, done_fraction, names, told)
+        """What `collapse` finds in the steps since the last call that saw enough; a class is told of once."""
+        told, counts_4K = self.alarmed, self.tensors["watched"].cpu()
+        found = collapse(counts_4K, labeled_K, unlabeled_images, done_fraction, names, told)
+        if done_fraction <= _TAKES_OVER_AFTER or float(counts_4K[1].sum()) >= _ENOUGH * counts_4K.shape[1]:
+            self.tensors["watched"].zero_()
         self.alarmed = told + [k for alarm in found for k in alarm.classes]
         return found
 
@@ -200,12 +205,6 @@ class Tally:
         for name, counts_4K in self.tensors.items():
             counts_4K.copy_(tensors[name])
         self.alarmed = list(alarmed)
-
-    def _taken(self, name: str) -> Tensor:
-        """Counts [4, K] on the CPU, which begin at zero again."""
-        counts_4K = self.tensors[name].cpu().clone()
-        self.tensors[name].zero_()
-        return counts_4K
 
 
 def summary(metrics_path: Path) -> dict[str, dict[str, Any]]:

@@ -168,7 +168,7 @@ def test_chance_does_not_alarm() -> None:
 
 def test_a_tally_begins_again_after_each_look_and_is_restored() -> None:
     tally = Tally(10, torch.device("cpu"))
-    logs = {COUNTS: kept_of(800, *[22] * 9).float()}
+    logs = {COUNTS: kept_of(820, *[22] * 9).float()}
     tally.add(logs)
     tally.add({"loss": torch.ones(())})
     copy = Tally(10, torch.device("cpu"))
@@ -180,6 +180,19 @@ def test_a_tally_begins_again_after_each_look_and_is_restored() -> None:
         assert each.alarmed == [0]
         each.add(logs)
         assert each.alarms(EVEN, 10_000, 0.6) == []  # told already
+
+
+def test_few_labels_are_judged_together_with_the_next_ones() -> None:
+    """Thirty kept labels may be chance; sixty of two looks are not."""
+    tally, few = Tally(5, torch.device("cpu")), kept_of(24, 2, 2, 1, 1, given=300).float()
+    labeled = torch.full((5,), 4)
+    said = []
+    for look in range(1, 11):
+        tally.add({COUNTS: few})
+        if tally.alarms(labeled, 10_000, look / 20):
+            said.append(look)
+    assert said == [4]  # the first two are of the first tenth, which is forgotten
+    assert collapse(few, labeled, 10_000, 0.5) == []
 
 
 def test_the_summary_takes_the_last_line_of_each_stage(tmp_path) -> None:
