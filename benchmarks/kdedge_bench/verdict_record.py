@@ -13,7 +13,7 @@ from typing import Any
 from kdedge.errors import RunError
 from kdedge.runs import SCHEMA, read_json, write_json
 from kdedge_bench.verdict_folder import VerdictFolder
-from kdedge_bench.verdict_text import summary_row
+from kdedge_bench.verdict_text import ROWS_HEAD, SUMMARY_HEAD, markdown_rows, summary_row
 
 __all__ = ["main", "make_record", "parser"]
 
@@ -52,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the record, and show its row of the README."""
+    """Write the record, and show what README.md and benchmarks/README.md quote of it."""
     options = parser().parse_args(arguments)
     record = make_record(options.folder, options.title)
     write_json(options.out, record)
-    print(summary_row(record))
+    print(SUMMARY_HEAD, summary_row(record), ROWS_HEAD, *markdown_rows(record), sep="\n")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     if headline and headline["differences"]:
         seeds = _seeds(len(headline["seeds"]))
         said.append(
-            f"At equal total compute KD-FixMatch: **{headline['word']}** ({_difference(headline)} points, {seeds})."
+            f"At equal total compute KD-FixMatch: **{headline['word']}**, {_difference(headline)} points over {seeds}."
         )
     if document["trusted"]["seeds"]:
         said.append(_trusted(document["trusted"]))
@@ -104,7 +104,7 @@ def _trusted(found: dict[str, Any]) -> str:
     rule = {True: "held", False: "not held", None: "open"}[found["rule_holds"]]
     return (
         f"Trusted set, {mean:.2f} % right; confidence alone at the same size and class quota, {alone:.2f} %: "
-        f"difference {_difference(found)} points, {seeds}, {words[found['word']]}. The rule (not worse, and better "
+        f"difference {_difference(found)} points over {seeds}, {words[found['word']]}. The rule (not worse, and better "
         f"where confidence alone is below 97 %) is {rule}."
     )
 

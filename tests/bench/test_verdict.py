@@ -195,6 +195,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return verdict(plan(), tmp_path_factory.mktemp("whole") / "v", train=FakeTraining())
 
 
+def test_each_row_costs_all_that_was_trained_for_it(whole: dict[str, Any]) -> None:
+    """FLOPs and seconds: the outer network in every row that uses it, the baseline in its own alone."""
+    costs = {name: [(c["training_flops"], c["seconds"]) for c in row["seeds"]] for name, row in whole["rows"].items()}
+    assert costs.pop("fixmatch") == [(600, 10.0)] * 2
+    assert costs.pop("supervised") == [(30, 7.0)] * 2
+    assert costs.pop("fixmatch-equal-total") == [(1550, 10.0)] * 2
+    assert set(costs) == {"kd-fixmatch", "kd-only", *ABLATIONS}
+    assert all(cost == [(1550, 30.0)] * 2 for cost in costs.values())
+    differences = {name: found["differences"] for name, found in whole["comparisons"].items()}
+    assert differences["fixmatch"] == pytest.approx([0.02, 0.02])
+    assert differences["supervised"] == pytest.approx([0.4, 0.401])
+    assert differences["teacher"] == pytest.approx([-0.07, -0.069])
+    assert [one["confidence_only_precision"] for one in whole["trusted"]["seeds"]] == pytest.approx([0.96, 0.959])
+
+
 @pytest.mark.parametrize("at", [f"{row}-s1" for row in (*MAIN, *ABLATIONS)])
 def test_a_verdict_stopped_at_any_row_goes_on_there(at: str, whole: dict[str, Any], tmp_path: Path) -> None:
     first, second = FakeTraining(stop_at=at), FakeTraining()

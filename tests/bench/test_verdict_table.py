@@ -106,7 +106,7 @@ def test_a_partial_table_has_dashes_and_says_how_far_it_is() -> None:
     assert "90.5 ± 1.2 | +2.50 ± 6.35 | no evidence | 1,550 | 2.50e15 | 1\N{NO-BREAK SPACE}h 2" in lines["KD only"]
     assert lines["its teacher, for information"].startswith("| its teacher, for information | - | -1.50 ± 6.35 | - |")
     assert "not corrected for their number" in shown
-    assert "At equal total compute KD-FixMatch: **no evidence** (+2.50 ± 6.35 points, 2 seeds)" in shown
+    assert "At equal total compute KD-FixMatch: **no evidence**, +2.50 ± 6.35 points over 2 seeds." in shown
     assert {row.name for row in ROWS} == set(TITLES) - {"teacher"}
 
 
@@ -116,7 +116,8 @@ def test_a_record_says_what_not_where(tmp_path: Path, capsys: pytest.CaptureFixt
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["command"] == "kdedge verdict tiny.yaml --data digits --out v"
     assert record["commands"]["no-sce-s0"].endswith(" --set teacher.ready=kd-fixmatch-s0/teacher.safetensors")
-    assert capsys.readouterr().out.strip() == summary_row(record)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [SUMMARY_HEAD, summary_row(record), ROWS_HEAD, *markdown_rows(record)]
     assert summary_row(record).startswith("| small digits, 40 labels, 2 seeds | 90.5 ± 1.2 | 90.5 ± 1.2 |")
     assert summary_row(record).endswith("| +2.50 ± 6.35, no evidence |")
     assert summary_row(record).count("|") == SUMMARY_HEAD.count("|")
