@@ -10,6 +10,7 @@ N unlabeled images, R some of them, F features, J clusters, K classes.
 """
 
 import io
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,21 +106,16 @@ def select_trusted(
     RunError where the features cannot be clustered.
     """
     classes = logits_NK.shape[1]
-    confidence_N, predicted_N = torch.softmax(logits_NK.float(), dim=1).max(1)
+    confidence_N, predicted_N = _confidence(logits_NK)
     outlier_N = np.zeros(len(index_N), dtype=np.bool_) if outlier_N is None else outlier_N
     confident_N = confidence_N >= config.threshold
-    # In the order of the source, so that what is drawn by position is drawn for the image.
-    by_index_N = np.argsort(index_N, kind="stable")
     agrees_N, assignment_N = torch.ones_like(confident_N), torch.full_like(predicted_N, -1)
     if "clusters" in config.filters:
         votes_N = torch.where(confident_N & ~torch.from_numpy(outlier_N), predicted_N, -1)
         votes_N = torch.where(label_N >= 0, label_N, votes_N)
         weight_N = torch.where(label_N >= 0, config.label_weight, confidence_N)
-        scaled, clusters = scaled_features(features_NF), config.clusters or classes
-        start_JF = _start(scaled, label_N, by_index_N, clusters, classes, seed)
-        assignment_N, _ = dec.cluster(scaled, start_JF)
-        mapping_J = dec.map_clusters(assignment_N, votes_N, weight_N, clusters, classes)
-        agrees_N = mapping_J[assignment_N] == predicted_N
+        class_N, assignment_N = _clusters(features_NF, index_N, label_N, votes_N, weight_N, classes, config, seed)
+        agrees_N = class_N == predicted_N
     why = np.full(len(index_N), KEPT, dtype="<U20")
     why[~agrees_N.numpy()] = DISAGREES
     if "confidence" in config.filters:  # written last: the first filter is the reason that is told
@@ -128,10 +124,11 @@ def select_trusted(
         why[:] = UNSURE
     why[outlier_N] = OUTLIER
     label, confidence = predicted_N.numpy().astype(np.int64), confidence_N.numpy().astype(np.float32)
-    if config.quota is not None:
-        kept_K = np.bincount(label[why == KEPT], minlength=classes)
-        quota = config.quota if isinstance(config.quota, int) else int(np.median(kept_K[kept_K > 0]))
-        why[(why == KEPT) & ~_most_confident(label, confidence, index_N, why == KEPT, [quota] * classes, seed)] = QUOTA
+    kept_K = np.bincount(label[why == KEPT], minlength=classes)
+    if config.quota is not None and kept_K.any():
+        quota = int(np.median(kept_K[kept_K > 0])) if config.quota == "balanced" else config.quota
+        within_N = _most_confident(label, confidence, index_N, why == KEPT, np.minimum(kept_K, quota), seed)
+        why[(why == KEPT) & ~within_N] = QUOTA
     return TrustedSet(
         np.asarray(index_N, dtype=np.int64),
         label,
@@ -139,36 +136,65 @@ def select_trusted(
         assignment_N.numpy().astype(np.int64),
         why == KEPT,
         why,
-        logits_NK.numpy().astype(np.float32),
+        logits_NK.numpy().astype(np.float32, copy=False),
     )
 
 
-def _start(
-    scaled: ScaledFeatures,
+def _confidence(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Highest probability and its class, both [N]; probabilities of all images are never in memory at once."""
+    highest = [torch.softmax(logits_CK.float(), dim=1).max(1) for logits_CK in torch.split(logits_NK, 65_536)]
+    return torch.cat([values for values, _ in highest]), torch.cat([classes for _, classes in highest])
+
+
+def _clusters(
+    features_NF: npt.NDArray[Any],
+    index_N: npt.NDArray[np.int64],
     label_N: Tensor,
-    by_index_N: npt.NDArray[np.int64],
-    clusters: int,
+    votes_N: Tensor,
+    weight_N: Tensor,
     classes: int,
+    config: TrustConfig,
     seed: int,
-) -> Tensor:
-    """Centroids [J, F] to start from: class means of labeled images, else k-means with 20 starts."""
-    given_R = by_index_N[(label_N >= 0).numpy()[by_index_N]]
-    given_labels_R = label_N[torch.from_numpy(given_R)]
-    if clusters == classes and len(torch.unique(given_labels_R)) == classes:
-        given_RF = scaled.rows(given_R)
-        return torch.stack([given_RF[given_labels_R == k].mean(0, dtype=torch.float64) for k in range(classes)])
-    if len(scaled) < clusters:
+) -> tuple[Tensor, Tensor]:
+    """The class that the cluster of each image stands for [N] (-1 for none), and the cluster [N]."""
+    features, clusters = scaled_features(features_NF), config.clusters or classes
+    if len(features) < clusters:
         raise RunError(
-            f"{clusters} clusters were asked for (trust.clusters) of {len(scaled)} unlabeled images. "
+            f"{clusters} clusters were asked for (trust.clusters) of {len(features)} unlabeled images. "
             "Set fewer clusters, or trust.filters=confidence."
         )
-    from sklearn.cluster import KMeans
+    # In the order of the source, so that what is drawn by position is drawn for the image.
+    start_JF = _start(features, label_N, np.argsort(index_N, kind="stable"), clusters, classes, seed)
+    assignment_N, _ = dec.cluster(features, start_JF)
+    return dec.map_clusters(assignment_N, votes_N, weight_N, clusters, classes)[assignment_N], assignment_N
 
-    drawn_R = by_index_N
-    if len(scaled) > _KMEANS_IMAGES:  # all 20 starts in memory, instead of 20 times many passes over the file
-        drawn_R = by_index_N[np.random.default_rng(seed).choice(len(scaled), max(_KMEANS_IMAGES, clusters), False)]
-    means = KMeans(clusters, n_init=20, random_state=seed % 2**32).fit(scaled.rows(drawn_R).numpy()).cluster_centers_
-    return torch.from_numpy(means)
+
+def _start(
+    features: ScaledFeatures, label_N: Tensor, order_N: npt.NDArray[np.int64], clusters: int, classes: int, seed: int
+) -> Tensor:
+    """Centroids [J, F] to start from: class means of labeled images, else k-means with 20 starts."""
+    given_R = order_N[label_N.numpy()[order_N] >= 0]
+    given_labels_R = label_N[torch.from_numpy(given_R)]
+    if clusters == classes and len(torch.unique(given_labels_R)) == classes:
+        given_RF = features.rows(given_R)
+        return torch.stack([given_RF[given_labels_R == k].mean(0, dtype=torch.float64) for k in range(classes)])
+    drawn_R = order_N
+    if len(order_N) > _KMEANS_IMAGES:  # all 20 starts in memory, instead of 20 times many passes over the file
+        draw = np.random.default_rng(seed)
+        drawn_R = order_N[draw.choice(len(order_N), max(_KMEANS_IMAGES, clusters), replace=False)]
+    return _kmeans(features.rows(drawn_R), clusters, seed)
+
+
+def _kmeans(features_RF: Tensor, clusters: int, seed: int) -> Tensor:
+    """Means [J, F] of the best of 20 starts. Changes `features_RF`, which is sklearn's price for not copying it."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        # Fewer distinct images than clusters: means coincide, and the clusters of the second ones stay empty.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = KMeans(clusters, n_init=20, random_state=seed % 2**32, copy_x=False).fit(features_RF.numpy())
+    return torch.from_numpy(found.cluster_centers_)
 
 
 def _most_confident(

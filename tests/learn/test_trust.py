@@ -1,16 +1,25 @@
 """Deep embedded clustering and the trusted set."""
 
+import sys
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from toys import toy_network, toy_pool
+
 from kdedge.errors import RunError
+from kdedge.train.engine import EnginePlan
+from kdedge.train.evaluate import predict, predict_with_features
 from kdedge.trust import dec
 from kdedge.trust.select import (
     TrustConfig,
     TrustedSet,
+    compare_with_confidence,
+    confidence_only_like,
     load_trusted,
     save_trusted,
     select_trusted,
@@ -154,3 +163,235 @@ def test_a_trusted_set_survives_the_disk_and_damage_is_told(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RunError, match=r"trusted\.npz cannot be read"):
         load_trusted(path)
+
+
+# ---- streaming
+
+
+def wide(count: int = 150, features: int = 16, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping blobs that lie far from the origin, so that refining moves some images, and their classes."""
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.arange(count) % classes
+    return 2 + torch.eye(features)[truth] + 0.5 * torch.randn(count, features, generator=generator), truth
+
+
+@pytest.mark.parametrize("chunk_images", [7, 64])
+def test_a_chunk_size_changes_nothing(chunk_images) -> None:
+    features, truth = wide()
+    whole, parts = scaled_features(features.numpy(), 150), scaled_features(features.numpy(), chunk_images)
+    assert parts.spread == pytest.approx(whole.spread, rel=1e-6)
+    start = torch.stack([whole.rows(np.arange(150))[truth == k][:5].mean(0) for k in range(3)])
+    expected, expected_centroids = dec.cluster(whole, start)
+    assignment, centroids = dec.cluster(parts, start)
+    assert (expected != dec.soft_assignment(whole.rows(np.arange(150)), start).argmax(1)).any()  # it did something
+    assert torch.equal(assignment, expected)
+    np.testing.assert_allclose(centroids, expected_centroids, rtol=1e-5, atol=1e-6)
+
+
+def test_a_streamed_step_is_the_papers_gradient_in_plain_loops() -> None:
+    """Section 3.1.3, eq. 5 with alpha = 1, over all images, its sign that of a descent."""
+    features, truth = wide(30)
+    stream = scaled_features(features.numpy(), 7)
+    z = stream.rows(np.arange(30)).double()
+    start = torch.stack([z[truth == k][:4].mean(0) for k in range(3)])
+    q = dec.soft_assignment(z, start)
+    p = dec.target_distribution(q)
+    expected = start.clone()
+    for j in range(3):
+        for i in range(30):
+            kernel = 1 / (1 + float(((z[i] - start[j]) ** 2).sum()))
+            expected[j] += 0.5 * 2 * kernel * float(p[i, j] - q[i, j]) * (z[i] - start[j]) / 30
+    _, moved = dec.cluster(stream, start, updates=1, steps_an_update=1)
+    assert float((expected - start).abs().max()) > 1e-3
+    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scaled_features_are_unit_vectors_with_a_mean_squared_distance_of_1() -> None:
+    features, _ = wide()
+    unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
+    spread = np.sqrt(((unit - unit.mean(0)) ** 2).sum(1).mean())
+    stream = scaled_features(features.numpy(), 64)
+    np.testing.assert_allclose(stream.spread, spread, rtol=1e-6)
+    np.testing.assert_allclose(stream.rows(np.array([140, 3, 99])), (unit / spread)[[140, 3, 99]], rtol=1e-5)
+    in_chunks = torch.cat([part for _, part in stream.chunks()])
+    assert torch.equal(in_chunks, stream.rows(np.arange(150)))
+
+
+def test_features_in_a_file_give_the_set_of_features_in_memory(tmp_path) -> None:
+    logits, features, label, truth = noisy_task()
+    half = features.half().numpy()
+    np.save(tmp_path / "features.npy", half)
+    stored = np.load(tmp_path / "features.npy", mmap_mode="r")
+    index = np.arange(len(truth))
+    expected = select_trusted(logits, half, index, label, TrustConfig(), seed=0)
+    found = select_trusted(logits, stored, index, label, TrustConfig(), seed=0)
+    for name in found.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_order_of_the_images_does_not_matter(labels) -> None:
+    logits, features, label, truth = noisy_task()  # most confidences are equal, so the quota cuts through ties
+    label = label if labels else torch.full_like(label, -1)
+    index = np.arange(1000, 1000 + len(truth))
+    config = TrustConfig(quota=20)
+    expected = select(logits, features, index, label, config)
+    order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(5))
+    found = select(logits[order], features[order], index[order], label[order], config)
+    assert expected.kept.sum() == 80
+    np.testing.assert_array_equal(found.index, expected.index[order])
+    np.testing.assert_array_equal(found.why, expected.why[order])
+    np.testing.assert_array_equal(found.cluster, expected.cluster[order])
+
+
+def test_k_means_starts_from_a_seeded_part_of_many_images(monkeypatch) -> None:
+    logits, features, label, truth = noisy_task()
+    monkeypatch.setattr("kdedge.trust.select._KMEANS_IMAGES", 50)
+    none = torch.full_like(label, -1)
+    found = select(logits, features, np.arange(len(truth)), none)
+    assert found.summary(truth.numpy(), 4)["precision"] > 0.97
+    again = select(logits, features, np.arange(len(truth)), none)
+    np.testing.assert_array_equal(found.cluster, again.cluster)
+
+
+# ---- ties, quota, outliers
+
+
+def test_equal_confidence_goes_by_a_seeded_order() -> None:
+    logits, features, label, truth = noisy_task()
+    index, config = np.arange(len(truth)), TrustConfig(filters="confidence", quota=10)
+    first, again, other = (select(logits, features, index, label, config, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.kept, again.kept)
+    assert (first.kept != other.kept).any()
+    assert np.bincount(first.label[first.kept]).tolist() == np.bincount(other.label[other.kept]).tolist() == [10] * 4
+    assert np.flatnonzero(first.kept & (first.label == 0)).max() > 20  # not simply the first
+
+
+def test_a_balanced_quota_cuts_the_head_of_a_long_tail_to_the_median() -> None:
+    said = torch.tensor([0] * 100 + [1] * 30 + [2] * 10)  # class 3 is never said
+    logits = torch.nn.functional.one_hot(said, 4).float() * 10
+    none = torch.full_like(said, -1)
+    config = TrustConfig(filters="confidence", quota="balanced")
+    trusted = select(logits, torch.eye(4)[said], np.arange(140), none, config)
+    assert np.bincount(trusted.label[trusted.kept], minlength=4).tolist() == [30, 30, 10, 0]
+    assert (trusted.why == "quota").sum() == 70
+    nobody = select(logits * 0, torch.eye(4)[said], np.arange(140), none, config)
+    assert nobody.kept.sum() == 0
+
+
+def test_outliers_are_never_kept_and_do_not_vote() -> None:
+    logits, features, label, truth = noisy_task()
+    outlier = np.zeros(len(truth), dtype=bool)
+    outlier[5:15] = True
+    index = np.arange(len(truth))
+    trusted = select(logits, features, index, label, outlier_N=outlier)
+    assert (trusted.why[outlier] == "outlier").all()
+    assert (trusted.why[~outlier] != "outlier").all()
+    # All of class 0 said to be class 1: with their votes its cluster would be class 1's, without them it is not.
+    logits = logits.clone()
+    logits[truth == 0] = torch.tensor([0.0, 12.0, 0.0, 0.0])
+    none = torch.full_like(label, -1)
+    start_of_0 = (truth == 0).numpy()
+    voting = select(logits, features, index, none, TrustConfig(clusters=8))
+    silent = select(logits, features, index, none, TrustConfig(clusters=8), outlier_N=start_of_0)
+    assert voting.kept[start_of_0].mean() > 0.9
+    assert not silent.kept[start_of_0].any()
+
+
+# ---- against confidence alone
+
+
+def test_the_confidence_only_set_has_the_same_classes_and_the_most_confident_of_each() -> None:
+    logits, features, label, truth = noisy_task()
+    logits = logits + torch.rand(logits.shape, generator=torch.Generator().manual_seed(2))
+    index = np.arange(len(truth))
+    outlier = np.arange(len(truth)) % 50 == 3
+    trusted = select(logits, features, index, label, outlier_N=outlier)
+    alone = confidence_only_like(trusted, seed=0)
+    right = known = 0
+    for k in range(4):
+        count = sum(bool(kept) and said == k for kept, said in zip(trusted.kept, trusted.label, strict=True))
+        rows = [i for i in range(len(truth)) if trusted.label[i] == k and not outlier[i]]
+        rows = sorted(rows, key=lambda i: -trusted.confidence[i])[:count]
+        assert sorted(rows) == np.flatnonzero(alone.kept & (alone.label == k)).tolist()
+        right, known = right + sum(int(truth[i]) == k for i in rows), known + count
+    compared = compare_with_confidence(trusted, truth.numpy(), seed=0)
+    assert compared["confidence_only_precision"] == pytest.approx(right / known)
+    assert compared["images_exchanged"] == int((alone.kept & ~trusted.kept).sum()) > 0
+    assert set(np.unique(alone.why)) == {"kept", "outlier", "low confidence"}
+    unknown = compare_with_confidence(trusted, np.full(len(truth), -1), seed=0)
+    assert unknown["confidence_only_precision"] is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_a_noisy_outer_network_clusters_beat_confidence_at_equal_size(seed) -> None:
+    logits, features, label, truth = noisy_task()
+    trusted = select(logits, features, np.arange(len(truth)), label, seed=seed)
+    precision = trusted.summary(truth.numpy(), 4)["precision"]
+    assert precision >= trusted.summary(truth.numpy(), 4)["precision_after_confidence"]
+    assert precision > compare_with_confidence(trusted, truth.numpy(), seed)["confidence_only_precision"] + 0.03
+
+
+# ---- what cannot be clustered, and small pools
+
+
+def test_what_cannot_be_clustered_is_told_in_a_sentence() -> None:
+    logits, features, label, truth = noisy_task()
+    index = np.arange(len(truth))
+    broken = features.clone()
+    broken[17, 2] = torch.nan
+    with pytest.raises(RunError, match=r"unlabeled image 17 are not finite numbers"):
+        select(logits, broken, index, label)
+    with pytest.raises(RunError, match=r"all 240 unlabeled images the same features"):
+        select(logits, torch.full_like(features, 0.3), index, label)
+    with pytest.raises(RunError, match=r"300 clusters were asked for \(trust.clusters\) of 240 unlabeled images"):
+        select(logits, features, index, label, TrustConfig(clusters=300))
+    # None of it matters where clusters are not asked for.
+    assert select(logits, broken, index, label, TrustConfig(filters="confidence")).kept.any()
+
+
+def test_two_hundred_images_and_a_class_without_a_label() -> None:
+    logits, features, label, truth = noisy_task()
+    some = torch.arange(0, 240)[torch.arange(240) % 6 != 5]  # 200 of them
+    label = torch.where(label == 2, -1, label)
+    trusted = select(logits[some], features[some], np.arange(200), label[some])
+    assert trusted.summary(truth[some].numpy(), 4)["precision"] > 0.97
+    assert trusted.kept.mean() > 0.5
+
+
+def test_more_clusters_than_distinct_images_leave_some_empty() -> None:
+    features = torch.eye(4).repeat_interleave(10, 0)
+    truth = torch.arange(4).repeat_interleave(10)
+    logits = torch.nn.functional.one_hot(truth, 4).float() * 10
+    trusted = select(logits, features, np.arange(40), torch.full((40,), -1), TrustConfig(clusters=9))
+    assert trusted.kept.all()
+    assert len(np.unique(trusted.cluster)) < 9
+
+
+# ---- predicting
+
+
+def test_features_are_written_while_predicting(tmp_path) -> None:
+    network, pool, plan = toy_network(), toy_pool(300), EnginePlan()
+    path = tmp_path / "made" / "features.npy"
+    network.train()
+    logits, features = predict_with_features(network, pool.images, pool.mean, pool.std, plan, path)
+    assert network.training
+    assert torch.equal(logits, predict(network, pool.images, pool.mean, pool.std, plan))
+    assert isinstance(features, np.memmap)
+    assert features.dtype == np.float16
+    network.eval()
+    with torch.no_grad():
+        embedded = network.embed((pool.images.float() / 255 - pool.mean) / pool.std)
+    np.testing.assert_allclose(features, embedded.numpy(), rtol=2e-3, atol=1e-4)
+    np.testing.assert_array_equal(features, np.load(path))
+    none_logits, none = predict_with_features(network, pool.images[:0], pool.mean, pool.std, plan, path)
+    assert none_logits.shape == (0, 3)
+    assert none.shape == (0, features.shape[1])
+
+
+def test_features_that_cannot_be_written_are_told(tmp_path) -> None:
+    network, pool = toy_network(), toy_pool()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"Cannot write the features of 60 images .* --resume"):
+        predict_with_features(network, pool.images, pool.mean, pool.std, EnginePlan(), tmp_path / "file" / "f.npy")
