@@ -1,0 +1,175 @@
+"""How well each family of the zoo takes INT8: its speed beside FP32, and how far the logits move, as one record.
+
+python -m kdedge_bench.int8_families --out benchmarks/results/NAME/int8-families.json
+
+The weights are random (batch normalisation has seen images, nothing has learned): speed does not depend on them, and
+the distances compare families with each other, not with trained networks, which round far better.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from kdedge import __version__
+from kdedge.models.zoo import ARCHITECTURES, ModelSpec, architecture, build
+from kdedge.runs import write_json
+from kdedge_device.preprocess import Preprocess
+from kdedge_device.record import load_average, machine, now
+from kdedge_device.runners import OrtRunner
+from kdedge_export.calibrate import calibrate
+from kdedge_export.graph import Graph
+from kdedge_export.lint import lint_float, lint_int8, require_clean
+from kdedge_export.onnx_export import export_float
+from kdedge_export.plan import make_plan
+from kdedge_export.qdq import write_int8
+from kdedge_export.ranges import choose_ranges
+
+__all__ = ["main", "measure_family", "smooth_images", "speed_ratio"]
+
+CLASSES = 1000
+IMAGES = 32  # to settle batch normalisation, again to calibrate, and others to compare
+SETTLE_S = 2.0  # of work before anything is timed: a cold core is not yet at its speed
+
+
+def smooth_images(count: int, px: int, seed: int) -> npt.NDArray[np.uint8]:
+    """uint8 [count, px, px, 3]: noise of three scales, each as strong, drawn large: edges and shades, no classes."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for cells in (4, 16, max(px // 4, 4)):
+        noise = torch.rand(count, 3, cells, cells, generator=generator)
+        layers.append(nn.functional.interpolate(noise, (px, px), mode="bilinear", align_corners=False))
+    mixed = torch.stack(layers).mean(0)
+    low, high = mixed.amin((1, 2, 3), keepdim=True), mixed.amax((1, 2, 3), keepdim=True)
+    return np.asarray(((mixed - low) / (high - low) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def measure_family(arch: str, px: int, *, rounds: int, queries: int) -> dict[str, Any]:
+    """One family at its standard strides: FP32 and INT8 files made as `kdedge export` makes them (min-max), timed in
+    turn in this process on one thread, batch 1, and compared on images that calibration has not seen.
+
+    Each of `rounds` times both, `queries` times each; a round's ratio is that of its two medians.
+    """
+    preprocess = Preprocess(px, px, 3, "squash", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    seen, others = smooth_images(IMAGES, px, seed=0), smooth_images(IMAGES, px, seed=1)
+    torch.manual_seed(0)
+    network = _settled(build(ModelSpec(arch, CLASSES, halvings=architecture(arch).halvings)), preprocess, seen)
+    model = export_float(network, preprocess, [str(k) for k in range(CLASSES)])
+    require_clean(lint_float(model), f"{arch} in FP32")
+    plan = make_plan(model)
+    measured = [name for name in plan.tensors if name not in plan.same_scale]
+    ranges = choose_ranges("minmax", plan, Graph(model), calibrate(model, measured, seen, preprocess))
+    int8 = write_int8(model, plan, ranges)
+    require_clean(lint_int8(int8, frozenset(plan.kept_float)), f"{arch} in INT8")
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in ("fp32", "int8")}
+        for file, made in zip(files.values(), (model, int8), strict=True):
+            file.write_bytes(made.SerializeToString())
+        with OrtRunner(files["fp32"]) as fp32_runner, OrtRunner(files["int8"]) as int8_runner:
+            batch = preprocess.normalize(others)
+            fp32, found = (np.concatenate([r.run(x[None]) for x in batch]) for r in (fp32_runner, int8_runner))
+            times = _times_ms({"fp32": fp32_runner, "int8": int8_runner}, batch, rounds, queries)
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+    return {
+        "latency_ms": {name: float(np.median(values)) for name, values in times.items()},
+        "speedup": speed_ratio(times),
+        "same_class": float((fp32.argmax(1) == found.argmax(1)).mean()),
+        "relative_rms": float(np.sqrt(np.mean((found - fp32) ** 2)) / fp32.std()),
+        "bytes": sizes,
+        "left_in_float": sorted({node.op_type for node in model.graph.node if node.name in plan.kept_float}),
+    }
+
+
+def speed_ratio(times_ms: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
+    """FP32 over INT8 from times [rounds, queries]: the median over rounds of the ratio of medians, and its extremes."""
+    ratios = np.median(times_ms["fp32"], 1) / np.median(times_ms["int8"], 1)
+    return {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())}
+
+
+@torch.no_grad()
+def _settled(network: nn.Module, preprocess: Preprocess, images: npt.NDArray[np.uint8]) -> nn.Module:
+    """In eval mode, its batch normalisation set by `images`, and nothing dropped."""
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain average
+            module.reset_running_stats()
+            module.train()
+    for start in range(0, len(images), 8):
+        network(torch.from_numpy(preprocess.normalize(images[start : start + 8])))
+    return network.eval()
+
+
+def _times_ms(
+    runners: Mapping[str, OrtRunner], batch: npt.NDArray[np.float32], rounds: int, queries: int
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Milliseconds [rounds, queries] of each runner. In turns, so that whatever slows the machine slows both."""
+    until = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < until:
+        for runner in runners.values():
+            runner.run(batch[:1])
+    times = {name: np.zeros((rounds, queries)) for name in runners}
+    for round_ in range(rounds):
+        for name, runner in runners.items():
+            runner.run(batch[:1])  # the other one's weights leave the cache
+            for query in range(queries):
+                image = batch[query % len(batch)][None]
+                begin = time.perf_counter_ns()
+                runner.run(image)
+                times[name][round_, query] = (time.perf_counter_ns() - begin) / 1e6
+    return times
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="python -m kdedge_bench.int8_families", description=__doc__)
+    flags.add_argument("--families", nargs="+", default=list(ARCHITECTURES), help="all of the zoo unless given")
+    flags.add_argument("--px", type=int, default=224)
+    flags.add_argument("--rounds", type=int, default=9)
+    flags.add_argument("--queries", type=int, default=30)
+    flags.add_argument("--out", type=Path, required=True, help="the record")
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every family and write the record; the machine should do nothing else meanwhile."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    before, families = load_average(), {}
+    for arch in options.families:
+        found = measure_family(arch, options.px, rounds=options.rounds, queries=options.queries)
+        print(
+            f"{arch}: INT8 {found['speedup']['median']:.2f} times as fast as FP32, {found}", file=sys.stderr, flush=True
+        )
+        families[arch] = found
+    record = {
+        "schema": 1,
+        "command": " ".join(["python", "-m", "kdedge_bench.int8_families", *arguments]),
+        "date": now(),
+        "machine": machine(),
+        "kdedge": __version__,
+        "conditions": {
+            "px": options.px,
+            "threads": 1,
+            "batch": 1,
+            "rounds": options.rounds,
+            "queries": options.queries,
+            "weights": "random",
+            "load_average": {"before": before, "after": load_average()},
+        },
+        "families": families,
+    }
+    write_json(options.out, record)
+
+
+if __name__ == "__main__":
+    main()
