@@ -59,6 +59,7 @@ from kdedge.train.evaluate import accuracy, predict
 from kdedge.train.loop import fit
 from kdedge.train.metrics import Display, MetricsLog, SilentDisplay
 from kdedge.train.optim import OptimConfig
+from kdedge.train.probe import fit_head
 from kdedge.trust.outliers import outlier_mask
 from kdedge.trust.select import OUTLIER, compare_with_confidence, load_trusted, save_trusted, select_trusted
 from kdedge_device.preprocess import Preprocess
@@ -208,6 +209,11 @@ class _Stages:
             start_from(network, self.starting[who])
         return network
 
+    def _probes(self, who: str) -> bool:
+        """Whether the network's head begins as a linear probe; a resume then reads it from the checkpoint."""
+        config = self.recipe.teacher if who == "teacher" else self.recipe.student
+        return who in self.starting and config is not None and config.head == "probe"
+
     def _load(self, indices: Any, preprocess: Preprocess | None = None) -> _Images:
         images = self.source.load(indices, preprocess or self.preprocess)
         labels = torch.from_numpy(self.source.labels[indices])
@@ -293,6 +299,9 @@ class _Stages:
             stage=stage,
         )
         plan = self._plan(stage, method, batches)
+        if self._probes(who):
+            pool = self.pool
+            fit_head(method.network, pool.images[pool.labeled], pool.labels, pool.mean, pool.std, plan)
         checkpoints = Checkpoints(self.run.checkpoint_path, stage)
         average, elapsed_s = fit(
             method,

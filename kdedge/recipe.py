@@ -90,6 +90,10 @@ def _known_architecture(name: str) -> str:
 Arch = Annotated[str, AfterValidator(_known_architecture)]
 
 
+Head = Literal["probe", "fresh"]
+"""Where there are starting weights: the head begins as a linear probe of the labeled images, or at random."""
+
+
 class TeacherConfig(Config):
     """The outer network, trained by FixMatch; or, with `ready`, one that is trained already."""
 
@@ -98,6 +102,7 @@ class TeacherConfig(Config):
     width: Annotated[float, Field(gt=0)] = 1.0
     halvings: Annotated[int, Field(ge=0)] | None = None  # how often the image is halved on its way
     init: str | None = None  # a file, "pretrained", or torchvision's name of the weights
+    head: Head = "probe"
     settings: Settings = "fixmatch.short"
     method: FixMatchConfig = FixMatchConfig()
     optim: OptimConfig = OptimConfig()
@@ -110,6 +115,7 @@ class StudentConfig(Config):
     width: Annotated[float, Field(gt=0)] | None = None
     halvings: Annotated[int, Field(ge=0)] | None = None
     init: str | None = None  # as the teacher's, or "teacher": the outer network's own weights (same architecture)
+    head: Head = "probe"
     settings: Settings = "fixmatch.short"
     method: KDFixMatchConfig = KDFixMatchConfig()
     optim: OptimConfig = OptimConfig()

@@ -15,7 +15,7 @@ from kdedge.errors import RunError
 from kdedge.models.zoo import Network
 from kdedge.train.engine import EnginePlan, prepare, using
 
-__all__ = ["accuracy", "predict", "predict_with_features"]
+__all__ = ["accuracy", "features", "predict", "predict_with_features"]
 
 _BATCH = 256
 
@@ -41,6 +41,11 @@ def predict(network: Network, images_u8: Tensor, mean: Tensor, std: Tensor, plan
     """Logits [N, K], float32 on the CPU, of uint8 images [N, C, H, W] without views."""
     logits = [logits_BK for logits_BK, _ in _outputs(network, images_u8, mean, std, plan)]
     return torch.cat([torch.zeros(0, network.head.out_features), *logits])
+
+
+def features(network: Network, images_u8: Tensor, mean: Tensor, std: Tensor, plan: EnginePlan) -> Tensor:
+    """Pooled features [N, F], float32 on the CPU: for the few labeled images."""
+    return torch.cat([features_BF for _, features_BF in _outputs(network, images_u8, mean, std, plan)])
 
 
 def predict_with_features(
