@@ -186,11 +186,15 @@ class _FlexMatch(Policy):
     """
 
     chosen_N: Tensor
+    counts: Tensor
 
     def __init__(self, config: ThresholdConfig, classes: int, unlabeled_images: int) -> None:
         super().__init__()
-        self.config, self.classes = config, classes
+        self.config = config
         self.alignment = _Alignment(config, classes) if config.aligns else None
+        counts = torch.zeros(classes + 1, dtype=torch.long)
+        counts[0] = unlabeled_images
+        self.register_buffer("counts", counts)  # of each value of chosen, from -1 on
         self.register_buffer("chosen_N", torch.full((unlabeled_images,), -1))  # latest confident prediction, -1: none
 
     @torch.no_grad()
@@ -206,16 +210,20 @@ class _FlexMatch(Policy):
 
     def thresholds(self) -> Tensor:
         """The threshold of each class [K], as the next step will use it."""
-        counts = torch.zeros(self.classes + 1, dtype=torch.long, device=self.chosen_N.device)
-        counts.scatter_add_(0, self.chosen_N + 1, torch.ones_like(self.chosen_N))  # counts[0]: images never used
-        beta_K = counts[1:] / counts.max()
+        beta_K = self.counts[1:] / self.counts.max()
         return self.config.threshold * beta_K / (2 - beta_K)
 
     def _note(self, position_U: Tensor, label_U: Tensor, confident_U: Tensor) -> None:
-        """Where an image is twice in a batch the later one counts; plain indexing would leave that to chance."""
-        order_U = torch.where(confident_U, torch.arange(len(label_U), device=label_U.device), -1)
-        latest_N = torch.full_like(self.chosen_N, -1).scatter_reduce_(0, position_U, order_U, "amax")
-        self.chosen_N.copy_(torch.where(latest_N >= 0, label_U[latest_N.clamp(min=0)], self.chosen_N))
+        """Where an image is twice in a batch the later one counts; plain indexing would leave that to chance.
+
+        Sums of whole numbers, with 0 for what changes nothing: exact in any order, and nothing of length N is read.
+        """
+        same_UU = (position_U.unsqueeze(1) == position_U) & confident_U
+        noted_U = confident_U & ~same_UU.triu(1).any(1)
+        before_U = self.chosen_N[position_U]
+        self.counts.index_add_(0, before_U + 1, -noted_U.long())
+        self.counts.index_add_(0, label_U + 1, noted_U.long())
+        self.chosen_N.index_add_(0, position_U, (label_U - before_U) * noted_U)
 
 
 @final

@@ -248,6 +248,7 @@ def test_flexmatch_takes_the_later_of_two_predictions_for_one_image() -> None:
     logits = torch.cat([logits_for([0, 1, 2]), torch.zeros(1, 3)])  # the last one is unsure and counts for nothing
     policy(torch.zeros(1, CLASSES), logits, torch.tensor([5, 5, 7, 5]))
     assert policy.chosen_N.tolist() == [-1] * 5 + [1, -1, 2] + [-1] * 4
+    assert policy.counts.tolist() == [10, 0, 1, 1]
 
 
 # ---- running averages
