@@ -43,13 +43,13 @@ def log_prior(labels_N: Tensor, classes: int) -> Tensor:
 def labeled_cross_entropy(logits_BK: Tensor, labels_B: Tensor, log_prior_K: Tensor | None = None) -> Tensor:
     """mean_B H(y, logits + log_prior): with a prior, logits learn what they would from evenly many labels of a class.
 
-    Logit adjustment for long-tailed labels, Menon et al., arXiv 2007.07314, eq. 10; the prior is already scaled.
+    Logit adjustment for long-tailed labels, Menon et al., arXiv 2007.07314; the prior is already scaled.
     """
     return functional.cross_entropy(logits_BK if log_prior_K is None else logits_BK + log_prior_K, labels_B)
 
 
 def fairness(strong_UK: Tensor, weight_U: Tensor, mean_K: Tensor, share_K: Tensor) -> Tensor:
-    """sum_k P_k log Q_k, the negative cross entropy of two normalised ratios, to be descended. FreeMatch, eq. 11.
+    """sum_k P_k log Q_k, the negative cross entropy of two normalised ratios, to be descended. FreeMatch, arXiv 2205.07246.
 
     P is from `mean` probability over `share` of predictions in the run so far, Q from the kept strong views of this
     step; the gradient goes through the mean probability of Q alone. The ratio is high where a class is predicted

@@ -131,8 +131,8 @@ def _average(pairs: list[tuple[Tensor, Tensor]], updates: Tensor, config: Thresh
 class _Alignment(nn.Module):
     """p <- normalise(p * target / running mean of p): predicted classes take the shares of the target.
 
-    Distribution alignment, ReMixMatch (arXiv 1911.09785, section 3.1). The target is even, or the running mean of the
-    predictions on labeled images (AdaMatch, arXiv 2106.04732, section 3.3).
+    Distribution alignment, ReMixMatch (arXiv 1911.09785). The target is even, or the running mean of the
+    predictions on labeled images (AdaMatch, arXiv 2106.04732).
     """
 
     model_K: Tensor
@@ -178,7 +178,7 @@ class _Fixed(Policy):
 
 @final
 class _FlexMatch(Policy):
-    """Weight 1 where max q >= threshold * M(beta_c) for the predicted class c (arXiv 2110.08263, eq. 5 to 12).
+    """Weight 1 where max q >= threshold * M(beta_c) for the predicted class c (arXiv 2110.08263).
 
     sigma_c is the number of images whose latest prediction of at least `threshold` was c, beta_c = sigma_c /
     max(max sigma, number of images without such a prediction), and M(x) = x / (2 - x). As in the authors' code, a step
@@ -228,7 +228,7 @@ class _FlexMatch(Policy):
 
 @final
 class _FreeMatch(Policy):
-    """Weight 1 where max q >= tau * p_c / max p for the predicted class c (arXiv 2205.07246, eq. 5 to 9).
+    """Weight 1 where max q >= tau * p_c / max p for the predicted class c (arXiv 2205.07246).
 
     tau, p and h are running averages of the mean confidence, of the mean probability of each class and of the shares
     of the predicted classes, all started at 1 / K; the step itself is in them. `extra_loss` is the fairness term.
@@ -270,7 +270,7 @@ class _FreeMatch(Policy):
 
 @final
 class _SoftMatch(Policy):
-    """Weight exp(-min(c - mu, 0)^2 / (2 sigma^2 / n^2)) of the confidence c (SoftMatch, arXiv 2301.10921, eq. 7 to 9).
+    """Weight exp(-min(c - mu, 0)^2 / (2 sigma^2 / n^2)) of the confidence c (SoftMatch, arXiv 2301.10921).
 
     mu and sigma^2 are running averages of mean and variance of c, started at 1 / K and 1; the step itself is in them.
     c, and so mu and sigma, are those of the aligned probabilities, as in the authors' code; labels are the plain ones.
@@ -304,7 +304,7 @@ class _SoftMatch(Policy):
 
 @final
 class _AdaMatch(Policy):
-    """Weight 1 where max q >= threshold * mean confidence on the labeled images (arXiv 2106.04732, section 3.3)."""
+    """Weight 1 where max q >= threshold * mean confidence on the labeled images (arXiv 2106.04732)."""
 
     def __init__(self, config: ThresholdConfig, classes: int) -> None:
         super().__init__()

@@ -111,7 +111,7 @@ def test_logit_adjustment_image_by_image(batch) -> None:
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).tolist()
     labels = [0, 2, 1, 2, 0]
     share, expected = [8 / 12, 3 / 12, 1 / 12], 0.0
-    for z, y in zip(logits, labels, strict=True):  # arXiv 2007.07314, eq. 10 with tau 1
+    for z, y in zip(logits, labels, strict=True):  # arXiv 2007.07314 with tau 1
         expected += math.log(1 + sum(share[k] / share[y] * math.exp(z[k] - z[y]) for k in range(3) if k != y)) / 5
     ours = labeled_cross_entropy(torch.tensor(logits), torch.tensor(labels), prior)
     assert ours.item() == pytest.approx(expected, rel=1e-5)
