@@ -49,7 +49,7 @@ def labeled_cross_entropy(logits_BK: Tensor, labels_B: Tensor, log_prior_K: Tens
 
 
 def fairness(strong_UK: Tensor, weight_U: Tensor, mean_K: Tensor, share_K: Tensor) -> Tensor:
-    """sum_k P_k log Q_k, the negative cross entropy of two normalised ratios, to be descended. FreeMatch, arXiv 2205.07246.
+    """sum_k P_k log Q_k, the negative cross entropy of two normalised ratios, to be descended (arXiv 2205.07246).
 
     P is from `mean` probability over `share` of predictions in the run so far, Q from the kept strong views of this
     step; the gradient goes through the mean probability of Q alone. The ratio is high where a class is predicted
