@@ -142,10 +142,12 @@ class VerdictFolder:
 
     def begin(self, plan: Plan) -> None:
         """Write the plan, or hold it against the one there is; RunError with every difference."""
+        used = self.path.exists() and (not self.path.is_dir() or any(p.name != ".locks" for p in self.path.iterdir()))
+        # Asked in this order: what another process writes here comes after its plan.
+        if used and not self.plan_path.is_file():
+            raise RunError(f"{self.path} exists and is no verdict. It was not touched; choose another --out.")
         with self.lock("plan"):
             if not self.plan_path.is_file():
-                if any(path.name != ".locks" for path in self.path.iterdir()):
-                    raise RunError(f"{self.path} exists and is no verdict. It was not touched; choose another --out.")
                 write_json(self.plan_path, plan.to_json())
                 return
         before, now = _flat(read_json(self.plan_path)), _flat(plan.to_json())
