@@ -13,6 +13,7 @@ from torch.nn import functional
 __all__ = ["WideResNet"]
 
 _SLOPE = 0.1  # leaky ReLU, google-research/fixmatch
+_EPSILON = 1e-3  # of batch norm there: Keras's, not torch's 1e-5
 
 
 @final
@@ -21,9 +22,9 @@ class _Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, activate_before_residual: bool) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
+        self.bn1 = nn.BatchNorm2d(inputs, eps=_EPSILON)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = nn.BatchNorm2d(outputs, eps=_EPSILON)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         changes = inputs != outputs or stride != 1
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
@@ -62,7 +63,7 @@ class WideResNet(nn.Module):
                 layers.append(_Block(inputs, outputs, stride if first else 1, first and group == 0))
                 inputs = outputs
         self.blocks = nn.Sequential(*layers)
-        self.bn = nn.BatchNorm2d(inputs)
+        self.bn = nn.BatchNorm2d(inputs, eps=_EPSILON)
         self.num_features = inputs
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

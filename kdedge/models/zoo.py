@@ -165,7 +165,10 @@ def _wide_resnet(depth: int, width: int, spec: ModelSpec) -> Network:
 
     strides = (2 if spec.halvings > 2 else 1, 2 if spec.halvings > 1 else 1, 2 if spec.halvings > 0 else 1)
     backbone = WideResNet(depth, width, spec.channels, strides)
-    return Network(backbone, nn.Linear(backbone.num_features, spec.classes))
+    head = nn.Linear(backbone.num_features, spec.classes)
+    nn.init.xavier_normal_(head.weight)  # google-research/fixmatch, libml/models.py
+    nn.init.zeros_(head.bias)
+    return Network(backbone, head)
 
 
 def _timm_backbone(spec: ModelSpec) -> tuple[nn.Module, int]:
@@ -185,32 +188,41 @@ def _timm_backbone(spec: ModelSpec) -> tuple[nn.Module, int]:
 def _torchvision_backbone(known: Architecture, width: float) -> nn.Module:
     """torchvision's network under torchvision's names, so that its weights fit; still with its last linear layer."""
     from torchvision import models
-    from torchvision.models import mobilenetv3
 
     if known.name == "efficientnet-lite0":
         return _efficientnet_lite0()
     if known.name.startswith("regnet"):
         return _regnet_400mf(known.name)
-    if known.name == "mobilenet-v2" and width != 1.0:
-        return models.MobileNetV2(width_mult=width)
-    if known.any_width and width != 1.0:  # torchvision's V3 builders take no width; its configuration helper does
-        return models.MobileNetV3(*mobilenetv3._mobilenet_v3_conf(known.builders[1.0], width_mult=width))
-    backbone: nn.Module = models.get_model_builder(known.builders[width])()
+    if known.any_width and width != 1.0:
+        return _thinner_mobilenet(known, width)
+    made = models.get_model_builder(known.builders[width])()
     if known.name == "squeezenet":
         # The published head is a 1 x 1 convolution, ReLU, then the mean. Ours is linear after the mean, without the
         # ReLU: as many weights, logits of either sign, and pooled features that clustering can read.
-        return _pooled(features=backbone.features, classifier=nn.Linear(512, 1000))
+        return _pooled("features", made.features, "classifier", nn.Linear(512, 1000))
     if known.name == "mnasnet":
         # torchvision's class refuses every state_dict without its own version mark, which .safetensors cannot carry.
-        return _pooled(layers=backbone.layers, classifier=backbone.classifier)
+        return _pooled("layers", made.layers, "classifier", made.classifier)
+    backbone: nn.Module = made
     return backbone
 
 
-def _pooled(**parts: nn.Module) -> nn.Module:
-    """A part that gives maps, their mean, and a part that reads it, under the names given."""
-    (maps, made), (head, reads) = parts.items()
-    pooled = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
-    return nn.Sequential(OrderedDict([(maps, made), *pooled, (head, reads)]))
+def _thinner_mobilenet(known: Architecture, width: float) -> nn.Module:
+    from torchvision import models
+    from torchvision.models import mobilenetv3
+
+    backbone: nn.Module
+    if known.name == "mobilenet-v2":
+        backbone = models.MobileNetV2(width_mult=width)
+    else:  # torchvision's V3 builders take no width; its configuration helper does
+        backbone = models.MobileNetV3(*mobilenetv3._mobilenet_v3_conf(known.builders[1.0], width_mult=width))
+    return backbone
+
+
+def _pooled(name: str, maps: nn.Module, head_name: str, head: nn.Module) -> nn.Module:
+    """Maps, their mean, and the head that reads it; the names are torchvision's."""
+    mean: list[tuple[str, nn.Module]] = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+    return nn.Sequential(OrderedDict([(name, maps), *mean, (head_name, head)]))
 
 
 def _efficientnet_lite0() -> nn.Module:
@@ -286,7 +298,7 @@ def _keep_last_halvings(backbone: nn.Module, keep: int, arch: str) -> None:
             module.stride = (1, 1)
             if module.kernel_size == (3, 3):
                 module.padding = (1, 1)  # SqueezeNet's stem has none and would eat a border of each small image
-        else:
+        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             module.stride, module.kernel_size, module.padding = 1, 1, 0  # an identity, as in ResNets for CIFAR
 
 
