@@ -27,7 +27,7 @@ class OutlierConfig(Config):
     """Which unlabeled images the inner network does not learn from."""
 
     score: Literal["none", "energy", "max-logit", "distance"] = "none"
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.95  # share of images of the known classes that should stay
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of images of the known classes that should stay
 
 
 def outlier_mask(
@@ -43,12 +43,13 @@ def outlier_mask(
 
     The line: a score is an outlier's where its conformal p-value among the R labeled images' scores,
     (1 + labeled images that score as high) / (R + 1), is at most 1 - keep (Bates et al. 2023, arXiv 2104.08279). With
-    fewer than keep / (1 - keep) labeled images (19 at 0.95) no p-value is so small, and nothing is called an outlier.
+    fewer than keep / (1 - keep) labeled images (9 at 0.9) no p-value is so small, and nothing is called an outlier.
 
     The share that stays is `keep` only if labeled images score like other images of their classes. They do not quite,
     since the network was trained on them: that is why "distance" leaves each out of its own score, which mends it
-    roughly, and why energy and max-logit, which cannot, drop more than they say (measured on digits with 24 labels
-    and keep 0.95: 11 % of the images of known classes by distance, 21 % by energy).
+    roughly, and why energy and max-logit, which cannot, drop more than they say. Measured on digits 0 to 5 with 24
+    labels, 6 to 9 mixed in (4 seeds, keep 0.9): distance has an AUROC of 0.92 and drops 13 % of the known and 81 % of
+    the foreign images; energy 0.85, 26 % and 81 %.
 
     Features are an array or a memory map, and are read in chunks. A labeled image is never an outlier. RunError where
     a logit or feature is not a finite number.

@@ -71,9 +71,9 @@ def test_scores_and_line_written_out() -> None:
 def test_few_labels_prove_nothing(score) -> None:
     logits, features, label, _ = planted(labels_a_class=5)
     label[np.flatnonzero(label.numpy() >= 0)[:2]] = -1  # 18 of the 19 that 0.95 needs
-    mask, _ = outlier_mask(logits, features, label, OutlierConfig(score=score))
+    mask, _ = outlier_mask(logits, features, label, OutlierConfig(score=score, keep=0.95))
     assert not mask.any()
-    mask, _ = outlier_mask(logits, features, label, OutlierConfig(score=score, keep=0.9))
+    mask, _ = outlier_mask(logits, features, label, OutlierConfig(score=score))
     assert mask.any()
 
 
