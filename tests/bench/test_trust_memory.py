@@ -28,3 +28,15 @@ def test_a_record_has_every_size_and_leaves_no_features_behind(tmp_path, monkeyp
     assert record["command"].endswith("--images 20000 --features 16 --classes 4 --out record.json")
     assert record["features_bytes_an_image"] == 32
     assert list(scratch.iterdir()) == []
+
+
+def test_the_committed_record_is_flat_to_a_million_images() -> None:
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*/trust-memory.json")]
+    assert found
+    for record in found:
+        tenth, whole = record["sizes"][-2:]
+        assert (whole["images"], record["features"]) == (1_000_000, 512)
+        grown_mib = whole["peak_above_start_mib"] - tenth["peak_above_start_mib"]
+        # What the answer itself takes (label, confidence, cluster, reason of each image), not the features.
+        assert grown_mib < 0.15 * (whole["features_mib"] - tenth["features_mib"])
+        assert whole["precision"] > whole["precision_after_confidence"]
