@@ -30,6 +30,7 @@ from kdedge.trust import dec
 from kdedge.trust.stream import ScaledFeatures, scaled_features
 
 __all__ = [
+    "OUTLIER",
     "TrustConfig",
     "TrustedSet",
     "compare_with_confidence",
