@@ -55,8 +55,8 @@ def fit(
     device = next(method.parameters()).device
 
     # ---- set up
-    set_batch_norm_momentum(method.network, _resolved(optim.batch_norm_momentum))
     as_planned(method, plan).train()
+    set_batch_norm_momentum(method.network, _resolved(optim.batch_norm_momentum))
     optimizer = make_optimizer(
         method, _resolved(optim.learning_rate), _resolved(optim.momentum), _resolved(optim.weight_decay)
     )

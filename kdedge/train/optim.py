@@ -29,7 +29,7 @@ class OptimConfig(Config):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None  # on kernels only, never on biases and batch norms
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None  # ceiling; see kdedge.models.ema.ema_decay
-    batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # torch's convention: share of the new batch
+    batch_norm_momentum: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the new batch; 0: statistics stay
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -52,7 +52,15 @@ def make_optimizer(network: nn.Module, peak: float, momentum: float, weight_deca
 
 
 def set_batch_norm_momentum(network: nn.Module, momentum: float) -> None:
-    """Share of the new batch in the running statistics. 0.001 (the paper's) needs very long runs."""
+    """Share of the new batch in the running statistics. 0.001 (the paper's) needs very long runs.
+
+    0 is for starting weights: in training too, batch norm then uses the statistics they came with. Those of a small
+    batch, half of it strong views, are of other images than the weights, and the head fitted to them, have seen. To be
+    called after `network.train()`.
+    """
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
+            if momentum:
+                module.momentum = momentum
+            else:
+                module.eval()

@@ -335,3 +335,26 @@ def test_one_channel_really_becomes_channels_last() -> None:
     out = torch.nn.Conv2d(1, 8, 3)(x)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert not out.is_contiguous()
+
+
+def test_with_momentum_0_statistics_stay_as_they_came(tmp_path) -> None:
+    """In training too: the loss of a step is that of the network in eval mode, and no statistic moves."""
+    from torch import nn
+
+    from kdedge.train.optim import set_batch_norm_momentum
+
+    network = toy_network().train()
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms]
+    x = toy_pool().images[:12].float()
+    moving = network(x)
+    for module, mean in zip(norms, before, strict=True):
+        module.running_mean.copy_(mean)
+        module.running_var.fill_(1.0)
+    set_batch_norm_momentum(network.train(), 0.0)
+    still = network(x)
+    assert all(torch.equal(m.running_mean, mean) for m, mean in zip(norms, before, strict=True))
+    assert torch.equal(still, network.eval()(x))
+    assert not torch.allclose(still, moving)
+    set_batch_norm_momentum(network.train(), 0.1)
+    assert all(m.training and m.momentum == 0.1 for m in norms)

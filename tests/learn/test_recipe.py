@@ -106,9 +106,9 @@ def test_only_the_network_that_starts_from_weights_is_fine_tuned() -> None:
     assert student.teacher.optim == scratch.teacher.optim
     assert teacher.student.optim == scratch.student.optim
     for tuned, part in ((student.student, scratch.student), (teacher.teacher, scratch.teacher)):
-        assert tuned.optim.learning_rate == 0.003
+        assert (tuned.optim.learning_rate, tuned.optim.batch_norm_momentum) == (0.0001, 0.0)
         assert tuned.optim.total_steps < part.optim.total_steps
-    assert student.baseline.optim.learning_rate == 0.003  # the same network, the same start
+    assert student.baseline.optim.learning_rate == 0.0001  # the same network, the same start
 
 
 def test_a_family_without_widths_needs_none() -> None:
