@@ -86,7 +86,7 @@ def test_the_papers_setting_is_the_papers_table() -> None:
         "batch_norm_momentum": 0.001,
     }
     method = recipe().teacher.method
-    assert (method.threshold, method.unlabeled_weight) == (0.95, 1.0)
+    assert (method.thresholds.threshold, method.unlabeled_weight) == (0.95, 1.0)
 
 
 def test_starting_weights_bring_size_strides_and_normalisation() -> None:
