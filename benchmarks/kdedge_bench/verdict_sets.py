@@ -95,9 +95,7 @@ def cifar10(source: Path, out: Path) -> None:
         classes = sorted({name[1] for name in names})
         labels = np.array([classes.index(name[1]) for name in names])
         rows = _kept(labels) if part == "train" else np.arange(len(labels))
-        _write(
-            out / part, ((np.asarray(Image.open(io.BytesIO(content[names[i]]))), names[i][1], int(i)) for i in rows)
-        )
+        _write(out / part, ((np.asarray(Image.open(io.BytesIO(content[names[i]]))), names[i][1], int(i)) for i in rows))
 
 
 def flowers5(source: Path, out: Path) -> None:

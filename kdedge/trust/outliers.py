@@ -51,6 +51,9 @@ def outlier_mask(
     labels, 6 to 9 mixed in (4 seeds, keep 0.9): distance has an AUROC of 0.92 and drops 13 % of the known and 81 % of
     the foreign images; energy 0.85, 26 % and 81 %.
 
+    What it cannot do: the outer network has learned from the outliers already, and is surer of them than one that never
+    saw them. A student loses points to them that this does not bring back (benchmarks/results, guards-ood).
+
     Features are an array or a memory map, and are read in chunks. A labeled image is never an outlier. RunError where
     a logit or feature is not a finite number.
     """

