@@ -19,6 +19,7 @@ from torch import Tensor
 from kdedge import recipe_io
 from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.batches import Batches, Pool, step_seed
+from kdedge.data.duplicates import HASHABLE_PX
 from kdedge.data.leaks import without_leaks
 from kdedge.errors import DeviceError, RecipeError, RunError
 from kdedge.losses.consistency import log_prior
@@ -49,7 +50,7 @@ from kdedge.run_teacher import (
     nothing_trusted,
     outer_answers,
     read_ready_teacher,
-    refuse_other_spec,
+    refuse_other_start,
     targets,
 )
 from kdedge.runs import SCHEMA, Run, read_json, sha256_file, write_bytes, write_json
@@ -178,6 +179,8 @@ class _Stages:
         stages._refuse_what_does_not_fit()  # before anything is written or trained
         # The manifest first: with it, a run that is killed right here can be resumed.
         begin_manifest(run, recipe, source, device, display)
+        if resolved.teacher is not None and resolved.teacher.ready is not None:
+            stages._note_ready_teacher(resolved.teacher.ready)
         if not run.recipe_path.is_file():
             write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
         if not run.splits_path.is_file():
@@ -191,16 +194,35 @@ class _Stages:
             if from_teacher:
                 raise RecipeError("student.init is 'teacher', but the recipe has none (teacher is null).")
             return
+        reads = None
         if teacher.ready is not None:
-            spec = self._ready_teacher(teacher.ready).spec
+            ready = self._ready_teacher(teacher.ready)
+            spec, reads = ready.spec, ready.preprocess
         else:
             spec = self._teacher_spec(teacher)
             self._network(spec, "teacher")
         if from_teacher:
-            refuse_other_spec(self._student_spec(), spec)
+            refuse_other_start(self._student_spec(), spec, self.preprocess, reads)
 
     def _ready_teacher(self, ready: str) -> LoadedModel:
-        return read_ready_teacher(Path(ready).expanduser(), self.source.classes, self.preprocess.channels)
+        """The file that the recipe names, or the run's copy, once there is one."""
+        begun = self.run.manifest_path.is_file()
+        path = self.run.teacher_path if begun and "outer" in self._done() else Path(ready).expanduser()
+        return read_ready_teacher(path, self.source.classes, self.preprocess.channels)
+
+    def _note_ready_teacher(self, ready: str) -> None:
+        """A run is of one teacher: another file under the same name is refused."""
+        manifest, path = self.run.read_manifest(), Path(ready).expanduser()
+        known = manifest.get("ready_sha256")
+        if "outer" in self._done():
+            return
+        found = sha256_file(path)
+        if known is not None and known != found:
+            raise RunError(
+                f"The teacher {path} is not the one that the run in {self.run.path} was started with (sha256 "
+                f"{found[:12]}, {known[:12]} was expected). Restore it, or choose another --out."
+            )
+        self.run.update_manifest(ready_sha256=found)
 
     def _network(self, spec: ModelSpec, who: str) -> Network:
         """A fresh network, from its starting weights where there are some."""
@@ -209,9 +231,11 @@ class _Stages:
             start_from(network, self.starting[who])
         return network
 
-    def _probes(self, who: str) -> bool:
-        """Whether the network's head begins as a linear probe; a resume then reads it from the checkpoint."""
+    def _probes(self, stage: str, who: str) -> bool:
+        """Whether the network's head begins as a linear probe."""
         config = self.recipe.teacher if who == "teacher" else self.recipe.student
+        if stage == "inner" and self.recipe.student.init == TEACHERS_WEIGHTS:
+            return False  # it has the teacher's head
         return who in self.starting and config is not None and config.head == "probe"
 
     def _load(self, indices: Any, preprocess: Preprocess | None = None) -> _Images:
@@ -299,10 +323,11 @@ class _Stages:
             stage=stage,
         )
         plan = self._plan(stage, method, batches)
-        if self._probes(who):
-            pool = self.pool
-            fit_head(method.network, pool.images[pool.labeled], pool.labels, pool.mean, pool.std, plan)
         checkpoints = Checkpoints(self.run.checkpoint_path, stage)
+        if self._probes(stage, who) and checkpoints.load()[0] is None:
+            pool = self.pool
+            self.display.say(f"{stage}: the head begins as a linear probe of {len(pool.labels)} labeled images.")
+            fit_head(method.network, pool.images[pool.labeled], pool.labels, pool.mean, pool.std, plan)
         average, elapsed_s = fit(
             method,
             batches,
@@ -469,8 +494,10 @@ class _Stages:
         ):
             if stage in stages:
                 result[name], logits[name] = self._score(path, stage, test, stages[stage]["seconds"])
-        guards: dict[str, int | None] = {
-            "duplicates_removed": sum(not leak["labeled"] for leak in self.splits.leaks),
+        looked = self.recipe.data.remove_leaks
+        guards: dict[str, int | bool | None] = {
+            "duplicates_removed": sum(not leak["labeled"] for leak in self.splits.leaks) if looked else None,
+            "near_duplicates_looked_for": looked and min(self.source.native_px) >= HASHABLE_PX,
             "outliers": None,
         }
         if "trusted" in stages:

@@ -165,11 +165,12 @@ class DataDescription:
     unlabeled_images: int
     teacher_weights: StartingWeights | None = None
     student_weights: StartingWeights | None = None
+    ready: StartingWeights | None = None  # of the ready teacher that the student, but not its baseline, starts from
 
     @property
     def weights(self) -> StartingWeights | None:
         """Those that say what the input is; the student's where both networks start from some."""
-        return self.student_weights or self.teacher_weights
+        return self.student_weights or self.teacher_weights or self.ready
 
 
 Some = TypeVar("Some", bound=Config)
@@ -227,10 +228,10 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
     student = recipe.student
     student_values: dict[str, object] = {
         "width": _student_width(student, data),
-        "halvings": _halvings(student.halvings, student.arch, px, data.student_weights, "student"),
-        "optim": _optim(student.optim, student.settings, data, "student"),
+        "halvings": _halvings(student.halvings, student.arch, px, data.student_weights or data.ready, "student"),
+        "optim": _optim(student.optim, student.settings, student.arch, data, "student"),
     }
-    baseline_optim = _optim(recipe.baseline.optim, "fixmatch.short", data, "baseline")
+    baseline_optim = _optim(recipe.baseline.optim, "fixmatch.short", student.arch, data, "baseline")
     return recipe.model_copy(
         update={
             "data": _filled(recipe.data, **input_values),
@@ -256,7 +257,7 @@ def _teacher(recipe: Recipe, px: int, data: DataDescription) -> TeacherConfig | 
     values: dict[str, object] = {
         "arch": arch,
         "halvings": _halvings(teacher.halvings, arch, px, data.teacher_weights, "teacher"),
-        "optim": _optim(teacher.optim, teacher.settings, data, "teacher"),
+        "optim": _optim(teacher.optim, teacher.settings, arch, data, "teacher"),
     }
     return teacher.model_copy(update=values)
 
@@ -274,6 +275,8 @@ def _views(given: ViewConfig, data: DataDescription) -> ViewConfig:
 
 def _image_px(data: DataDescription) -> int:
     """Small images as they are; photographs at 160 to 224 px, or the size of the starting weights if smaller."""
+    if data.ready is not None:
+        return data.ready.px
     if data.kind != "photo":
         return data.shorter_px
     px = min(max(data.shorter_px, 160), 224) // 32 * 32
@@ -284,8 +287,8 @@ def _student_width(student: StudentConfig, data: DataDescription) -> float:
     """The recipe's, else that of the starting weights, else half for digits where the family has widths."""
     if student.width is not None:
         return student.width
-    if data.student_weights is not None:
-        return data.student_weights.width or 1.0
+    if (known := data.student_weights or data.ready) is not None:
+        return known.width or 1.0
     return 0.5 if data.kind == "digits" and architecture(student.arch).scalable else 1.0
 
 
@@ -310,11 +313,13 @@ def _halvings(given: int | None, arch: str, px: int, weights: StartingWeights | 
     return chosen
 
 
-def _optim(given: OptimConfig, settings: Settings, data: DataDescription, who: Who) -> OptimConfig:
+def _optim(given: OptimConfig, settings: Settings, arch: str, data: DataDescription, who: Who) -> OptimConfig:
     """The named settings with what the recipe says on top, the duration in steps. The baseline sees labels only."""
-    named = SETTINGS[settings]
+    named, rate = SETTINGS[settings], architecture(arch).learning_rate
     defaults = named.model_dump(exclude={"total_steps", "total_epochs", "total_images"})
+    defaults |= {"learning_rate": rate} if rate else {}
     weights = data.teacher_weights if who == "teacher" else data.student_weights
+    weights = weights or (data.ready if who == "student" else None)
     if settings == "fixmatch.short":
         defaults |= {"labeled_batch": _PHOTO_BATCH} if data.kind == "photo" else {}
         defaults |= _FROM_WEIGHTS if weights else {}

@@ -19,13 +19,22 @@ TEACHERS_WEIGHTS = "teacher"
 
 
 def read_starting(recipe: Recipe, kind: str) -> dict[str, StartingWeights]:
-    """The starting weights that the recipe names, for "teacher" and "student"."""
-    wanted: list[tuple[str, str | None, str]] = []
-    if recipe.teacher is not None and recipe.teacher.ready is None:
-        wanted.append(("teacher", recipe.teacher.init, resolved_teacher_arch(recipe.teacher, kind)))
-    if recipe.student.init != TEACHERS_WEIGHTS:
-        wanted.append(("student", recipe.student.init, recipe.student.arch))
-    return {who: read_starting_weights(init, arch) for who, init, arch in wanted if init is not None}
+    """The starting weights that the recipe names, for "teacher" and "student".
+
+    A student that starts from its teacher has the teacher's own: its baseline, which may not have what the teacher
+    learned, starts from those. "ready" is a ready teacher that the student starts from: it says what the input is.
+    """
+    teacher, student, starting = recipe.teacher, recipe.student, dict[str, StartingWeights]()
+    if teacher is not None and teacher.ready is None and teacher.init is not None:
+        starting["teacher"] = read_starting_weights(teacher.init, resolved_teacher_arch(teacher, kind))
+    if student.init is not None and student.init != TEACHERS_WEIGHTS:
+        starting["student"] = read_starting_weights(student.init, student.arch)
+    elif student.init == TEACHERS_WEIGHTS and teacher is not None:
+        if teacher.ready is not None:
+            starting["ready"] = read_starting_weights(teacher.ready, student.arch)
+        elif "teacher" in starting:
+            starting["student"] = starting["teacher"]
+    return starting
 
 
 def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str, StartingWeights]) -> DataDescription:
@@ -45,6 +54,7 @@ def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str,
         unlabeled_images=len(splits.unlabeled),
         teacher_weights=starting.get("teacher"),
         student_weights=starting.get("student"),
+        ready=starting.get("ready"),
     )
 
 

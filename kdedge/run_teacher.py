@@ -29,7 +29,7 @@ __all__ = [
     "nothing_trusted",
     "outer_answers",
     "read_ready_teacher",
-    "refuse_other_spec",
+    "refuse_other_start",
     "targets",
 ]
 
@@ -60,12 +60,18 @@ def read_ready_teacher(path: Path, classes: tuple[str, ...], channels: int) -> L
     return LoadedModel(loaded.module, loaded.spec, classes, loaded.preprocess)
 
 
-def refuse_other_spec(student: ModelSpec, teacher: ModelSpec) -> None:
-    """RecipeError where the student cannot start from the teacher's weights."""
+def refuse_other_start(student: ModelSpec, teacher: ModelSpec, reads: Preprocess, ready: Preprocess | None) -> None:
+    """RecipeError where the student, which `reads` images so, cannot start from the teacher's weights."""
     if student != teacher:
         raise RecipeError(
             f"student.init is 'teacher', but the student is {_named(student)} and the teacher {_named(teacher)}. "
             "Give both the same architecture, width and halvings, or leave student.init out."
+        )
+    if ready is not None and ready != reads:
+        raise RecipeError(
+            f"student.init is 'teacher', and the ready teacher reads images of {ready.height} px with mean "
+            f"{ready.mean} and std {ready.std}; the recipe asks for {reads.height} px, {reads.mean} and {reads.std}. "
+            "Leave data.image_px, data.mean and data.std out, or student.init."
         )
 
 

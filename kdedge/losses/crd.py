@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["crd", "log_normalizer", "remembered"]
+__all__ = ["crd", "log_normalizer", "remember_"]
 
 
 def crd(
@@ -42,12 +42,12 @@ def log_normalizer(anchor_MD: Tensor, bank_ND: Tensor, negative_J: Tensor, tempe
     return products_MJ.logsumexp((0, 1)) - math.log(products_MJ.numel()) + math.log(len(bank_ND))
 
 
-def remembered(bank_ND: Tensor, embedding_MD: Tensor, position_M: Tensor, momentum: float) -> Tensor:
-    """`bank` after a step: own rows become momentum * old + (1 - momentum) * new, of length 1.
+def remember_(bank_ND: Tensor, embedding_MD: Tensor, position_M: Tensor, momentum: float) -> None:
+    """Change `bank` after a step: own rows become momentum * old + (1 - momentum) * new, of length 1.
 
-    Of several views of one image the first one counts.
+    Of several views of one image the first one counts. In place: the bank has a row for each image of the run.
     """
     first_M = (position_M[:, None] == position_M[None, :]).byte().argmax(1)
     new_MD = momentum * bank_ND[position_M] + (1 - momentum) * embedding_MD.detach()[first_M]
     # Rows of the same place carry the same value, so that the order of writing, open on a GPU, does not matter.
-    return bank_ND.index_put((position_M,), functional.normalize(new_MD))
+    bank_ND.index_put_((position_M,), functional.normalize(new_MD))

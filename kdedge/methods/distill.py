@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kdedge.config import Config
 from kdedge.errors import BugError
-from kdedge.losses.crd import crd, log_normalizer, remembered
+from kdedge.losses.crd import crd, log_normalizer, remember_
 from kdedge.losses.dist import dist
 from kdedge.losses.dkd import dkd
 from kdedge.losses.fitnets import fitnets
@@ -79,8 +79,8 @@ class DistillConfig(Config):
 
     @property
     def resolved_weight(self) -> float:
-        """`weight`, or the loss's default."""
-        return _WEIGHT[self.loss] if self.weight is None else self.weight
+        """`weight`, or the loss's default; 0 without a loss, whatever its weight."""
+        return _WEIGHT[self.loss] if self.weight is None or self.loss == "none" else self.weight
 
 
 @final
@@ -179,7 +179,7 @@ class Distiller(nn.Module):
                 normalizer.copy_(now)
         if self.training:
             for bank_ND, embedding_MD in ((self.student_bank_ND, student_MD), (self.teacher_bank_ND, teacher_MD)):
-                bank_ND.copy_(remembered(bank_ND, embedding_MD, position_M, config.crd_momentum))
+                remember_(bank_ND, embedding_MD, position_M, config.crd_momentum)
         return loss
 
 

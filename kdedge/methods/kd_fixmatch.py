@@ -6,7 +6,6 @@ network's answers (`distill`) is our extension for compact students.
 B labeled images, U unlabeled images, M = B + 2 U rows of a pass, N all unlabeled images of the run, K classes.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, final
@@ -154,8 +153,7 @@ class KDFixMatch(Method):
         unlabeled = len(batch.position_U)
         labeled_BK, weak_UK, strong_UK = torch.split(logits_MK, [len(batch.labels_B), unlabeled, unlabeled])
         trusted_U = self.trusted_label_N[batch.position_U]
-        own = self.policy(labeled_BK, weak_UK, batch.position_U)
-        own = dataclasses.replace(own, weight_U=own.weight_U * self.usable_N[batch.position_U])
+        own = self._own_labels(labeled_BK, weak_UK, batch.position_U)
         target_U, weight_U = self._targets(own, trusted_U)
         loss_labeled = labeled_cross_entropy(labeled_BK, batch.labels_B, self.scaled_prior_K)
         loss_unlabeled = self._robust(strong_UK, target_U, weight_U)
@@ -173,6 +171,19 @@ class KDFixMatch(Method):
             loss = loss + config.trusted_weight * loss_trusted
             logs["loss_trusted"] = loss_trusted.detach()
         return loss, logs | pseudo_label_logs(target_U, weight_U, batch.truth_U, labeled_BK.shape[1])
+
+    def _own_labels(self, labeled_BK: Tensor, weak_UK: Tensor, position_U: Tensor) -> PseudoLabels:
+        """What the policy says of the usable images; it does not see the others, which would steer its thresholds."""
+        if self._all_usable:
+            everywhere: PseudoLabels = self.policy(labeled_BK, weak_UK, position_U)
+            return everywhere
+        label_U = torch.zeros_like(position_U)
+        weight_U, probs_UK = torch.zeros_like(weak_UK[:, 0]), torch.zeros_like(weak_UK)
+        rows = self.usable_N[position_U].nonzero().squeeze(1)
+        if len(rows):
+            own = self.policy(labeled_BK, weak_UK[rows], position_U[rows])
+            label_U[rows], weight_U[rows], probs_UK[rows] = own.label_U, own.weight_U, own.probs_UK
+        return PseudoLabels(label_U, weight_U.detach(), probs_UK.detach())
 
     def _targets(self, own: PseudoLabels, trusted_U: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.merge == "separate-term":

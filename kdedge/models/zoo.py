@@ -42,6 +42,7 @@ class Architecture:
     builders: Mapping[float, str]  # width -> torchvision's builder, whose name is also that of its weights
     any_width: bool  # other widths too
     int8_note: str
+    learning_rate: float | None = None  # from scratch, where FixMatch's is too high
 
     @property
     def scalable(self) -> bool:
@@ -68,7 +69,7 @@ ARCHITECTURES = {
         Architecture("efficientnet-lite0", 5, 224, {}, False, _EASY),
         Architecture("shufflenet-v2", 5, 224, _SHUFFLE_WIDTHS, False, _SHUFFLE),
         Architecture("mnasnet", 5, 224, _MNASNET_WIDTHS, False, _EASY),
-        Architecture("squeezenet", 4, 224, {1.0: "squeezenet1_1"}, False, _EASY),
+        Architecture("squeezenet", 4, 224, {1.0: "squeezenet1_1"}, False, _EASY, 0.01),  # it has no batch norm
         Architecture("regnet-x-400mf", 5, 224, {1.0: "regnet_x_400mf"}, False, _EASY),
         Architecture("regnet-y-400mf", 5, 224, {1.0: "regnet_y_400mf"}, False, _GATED),
         Architecture("resnet18", 5, 224, {1.0: "resnet18"}, False, _EASY),

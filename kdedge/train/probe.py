@@ -21,6 +21,7 @@ __all__ = ["fit_head"]
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # sklearn's C; features have unit variance
 _FOLDS = 5
+_JUDGED_IMAGES = 2000  # enough to choose the strength by
 _FALLBACK = 1e-2  # for one label a class, which leaves nothing to judge by
 
 
@@ -69,6 +70,12 @@ def _strength(scaled_NF: npt.NDArray[np.float64], labels: npt.NDArray[np.int64])
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
+    if len(labels) > _JUDGED_IMAGES:
+        from sklearn.model_selection import train_test_split
+
+        scaled_NF, _, labels, _ = train_test_split(
+            scaled_NF, labels, train_size=_JUDGED_IMAGES, random_state=0, stratify=_or_none(labels)
+        )
     folds = min(_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
     if folds < 2:
         return _FALLBACK
@@ -78,3 +85,8 @@ def _strength(scaled_NF: npt.NDArray[np.float64], labels: npt.NDArray[np.int64])
         for c in _STRENGTHS
     ]
     return _STRENGTHS[int(np.argmax([score.mean() for score in scores]))]
+
+
+def _or_none(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+    """What to draw evenly by; nothing where a class has one image, which cannot be parted."""
+    return labels if np.unique(labels, return_counts=True)[1].min() > 1 else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import toy_network, toy_pool
 
-from kdedge.losses.crd import crd, log_normalizer, remembered
+from kdedge.losses.crd import crd, log_normalizer, remember_
 from kdedge.losses.dist import dist
 from kdedge.losses.dkd import dkd, non_target_kd, target_kd
 from kdedge.losses.fitnets import fitnets
@@ -204,7 +204,8 @@ def test_the_normalizer_is_n_times_the_mean() -> None:
 
 def test_the_memory_moves_towards_the_first_view_of_each_image() -> None:
     bank, new = unit(6, 3), unit(4, 3, seed=1)
-    after = remembered(bank, new, torch.tensor([4, 1, 4, 1]), 0.25)
+    after = bank.clone()
+    remember_(after, new, torch.tensor([4, 1, 4, 1]), 0.25)
     for place, view in ((4, 0), (1, 1)):
         moved = 0.25 * bank[place] + 0.75 * new[view]
         torch.testing.assert_close(after[place], moved / moved.norm())

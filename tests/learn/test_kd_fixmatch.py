@@ -370,3 +370,28 @@ def test_a_teacher_that_does_not_fit_the_settings_is_a_bug() -> None:
         inner(teacher=live())
     with pytest.raises(BugError, match="needs features"):
         inner(teacher=StoredTeacher(torch.zeros(60, 3)), distill=DistillConfig(loss="rkd"))
+
+
+@pytest.mark.parametrize("policy", ["flexmatch", "freematch", "softmatch", "adamatch"])
+def test_outliers_do_not_steer_the_thresholds(policy, batch) -> None:
+    """The policy's state after a step is that of a batch without them."""
+    usable = (torch.arange(60) % 3 > 0).float()
+    kept = usable[batch.position_U] > 0
+    method = inner(usable=usable, thresholds=ThresholdConfig(policy=policy))
+    labeled, weak, _ = views(method, batch)
+    alone = make_policy(ThresholdConfig(policy=policy), 3, 60).train()
+    expected = alone(labeled, weak[kept], batch.position_U[kept])
+    method(batch)
+    for name, state in alone.state_dict().items():
+        assert torch.equal(method.policy.state_dict()[name], state), name
+    again = inner(usable=usable, thresholds=ThresholdConfig(policy=policy))._own_labels(labeled, weak, batch.position_U)
+    assert torch.equal(again.weight_U[kept], expected.weight_U)
+    assert not again.weight_U[~kept].any()
+    nobody = inner(usable=torch.zeros(60), thresholds=ThresholdConfig(policy=policy))
+    assert torch.isfinite(nobody(batch).loss)
+
+
+def test_no_loss_has_no_weight_and_asks_no_teacher() -> None:
+    config = DistillConfig(loss="none", weight=3.0, views="same")
+    assert config.resolved_weight == 0
+    assert inner(teacher=live(), distill=config).teacher is None

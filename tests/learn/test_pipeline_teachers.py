@@ -1,5 +1,6 @@
 """Runs without an outer network, with one that is trained already, and with one that sees what the student sees."""
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -142,4 +143,65 @@ def test_outliers_are_noted_and_teach_nothing(whole, tmp_path) -> None:
     assert 0 < result["data_guards"]["outliers"] == (trusted.why == "outlier").sum() < len(trusted.why)
     assert not trusted.kept[trusted.why == "outlier"].any()
     assert sha256_file(run.student_path) != sha256_file(whole.student_path)
-    assert read_json(whole.result_path)["data_guards"] == {"duplicates_removed": 0, "outliers": None}
+    assert read_json(whole.result_path)["data_guards"] == {
+        "duplicates_removed": 0,
+        "near_duplicates_looked_for": False,  # 8 px
+        "outliers": None,
+    }
+    _, unguarded = pipeline.train(tiny("data.remove_leaks=false", "teacher=null"), tmp_path / "unguarded")
+    assert unguarded["data_guards"]["duplicates_removed"] is None
+
+
+def test_a_run_is_of_one_ready_teacher(whole, tmp_path, monkeypatch) -> None:
+    """Another file under the same name is refused; once the run has its copy, the file may go."""
+    ready = tmp_path / "ready.safetensors"
+    shutil.copy(whole.teacher_path, ready)
+    asked = tiny(f"teacher.ready={ready}")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the plug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Stages, "_outer", stop)
+        with pytest.raises(RuntimeError, match="the plug"):
+            pipeline.train(asked, tmp_path / "run")
+    loaded = load_model(ready)
+    with torch.no_grad():
+        loaded.module.head.bias.add_(1.0)
+    save_model(ready, loaded.module, loaded.spec, loaded.classes, loaded.preprocess)
+    with pytest.raises(RunError, match="is not the one that the run"):
+        pipeline.train(asked, tmp_path / "run", resume=True)
+    shutil.copy(whole.teacher_path, ready)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Stages, "_select", stop)
+        with pytest.raises(RuntimeError, match="the plug"):
+            pipeline.train(asked, tmp_path / "run", resume=True)
+    ready.unlink()
+    run, _ = pipeline.train(asked, tmp_path / "run", resume=True)
+    assert sha256_file(run.student_path) == sha256_file(whole.student_path)
+
+
+def test_what_starts_from_a_tuned_teacher_is_tuned_and_its_baseline_from_the_same_weights(whole, tmp_path) -> None:
+    """Chained fine-tuning keeps what the weights know; the baseline may not have the teacher's pseudo labels."""
+    same = ["teacher.arch=wide-resnet-10-1", f"teacher.init={whole.teacher_path}", "student.init=teacher"]
+    settings = ["teacher.optim.total_steps=3", "student.optim.total_steps=2", "baseline.optim.total_steps=2"]
+    run, _ = pipeline.train(
+        recipe_io.load("tiny", [*settings, "student.arch=wide-resnet-10-1", "student.width=1.0", *same[1:]]),
+        tmp_path / "run",
+    )
+    resolved = recipe_io.load(str(run.recipe_path))
+    rates = {part.optim.learning_rate for part in (resolved.teacher, resolved.student, resolved.baseline)}
+    assert rates == {0.0001}
+    # After two steps at that rate all three are still near the weights they started from.
+    start = load_model(whole.teacher_path).module.backbone.state_dict()["stem.weight"]
+    for path in (run.teacher_path, run.student_path, run.baseline_path):
+        assert torch.allclose(load_model(path).module.backbone.state_dict()["stem.weight"], start, atol=1e-2)
+
+
+def test_a_student_reads_images_as_the_ready_teacher_it_starts_from(whole, tmp_path) -> None:
+    settings = [f"teacher.ready={whole.teacher_path}", "student.init=teacher"]
+    run, _ = pipeline.train(tiny(*settings, seed=1), tmp_path / "run")  # another seed would measure another mean
+    assert load_model(run.student_path).preprocess == load_model(whole.teacher_path).preprocess
+    assert recipe_io.load(str(run.recipe_path)).student.optim.learning_rate == 0.0001
+    with pytest.raises(RecipeError, match=r"the recipe asks for 8 px, \(0.5,\)"):
+        pipeline.train(tiny(*settings, "data.mean=[0.5]", "data.std=[0.1]"), tmp_path / "other")

@@ -142,3 +142,10 @@ def test_strides_that_leave_nothing_are_refused() -> None:
         resolve(recipe("student.halvings=3"), DIGITS)
     with pytest.raises(RecipeError, match="at most 3 times"):
         resolve(recipe("teacher.halvings=4"), CIFAR)
+
+
+def test_a_network_without_batch_norm_has_a_lower_rate_everywhere() -> None:
+    resolved = resolve(recipe("student.arch=squeezenet", "teacher.arch=squeezenet", "data.image_px=32"), PHOTOS)
+    assert {part.optim.learning_rate for part in (resolved.teacher, resolved.student, resolved.baseline)} == {0.01}
+    tuned = resolve(recipe("student.arch=squeezenet", "data.image_px=32"), PRETRAINED)
+    assert tuned.student.optim.learning_rate == tuned.baseline.optim.learning_rate == 0.0001
