@@ -95,7 +95,7 @@ def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[s
         "seed": seed,
         "test_accuracy": rows,
         "int8_drop_points": 100 * (rows["fp32"] - rows["int8"]),
-        "trusted": {key: result["trusted"][key] for key in ("size", "coverage")},
+        "trusted": result["trusted"] and {key: result["trusted"][key] for key in ("size", "coverage")},
         "seconds": result["seconds"],
         "gate": gate,
     }

@@ -45,6 +45,35 @@ def test_the_readme_quotes_every_record_and_only_records() -> None:
     assert sorted(rows) == sorted(markdown_row(record) for record in records())
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_recipe_without_a_teacher_has_a_record_too(
+    taught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--set teacher=null`: nothing is trusted, and the rest is said. Only the two commands are replaced."""
+    network = {"arch": "a", "params": 1, "test_accuracy": 0.9}
+    trusted = {"size": 5, "coverage": 0.5, "precision": 1.0} if taught else None
+    result = {"baseline": network, "teacher": network if taught else None, "student": network, "trusted": trusted}
+    result |= {"seconds": 1.0, "data": "digits", "labels": 40, "test_images": 10, "input": [1, 8, 8]}
+    artifacts = {key: {"accuracy": 0.9} for key in ("fp32", "int8")}
+
+    def commands(*words: str) -> None:
+        run = tmp_path / "runs" / "s0"
+        (run / "bundle").mkdir(parents=True, exist_ok=True)
+        for name, content in {"manifest": {"artifacts": artifacts}, "gate": {"passed": True}}.items():
+            (run / "bundle" / f"{name}.json").write_text(json.dumps(content))
+        (run / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(seeds, "_kdedge", commands)
+    out = tmp_path / "record.json"
+    words = ["--seeds", "0", "--runs", str(tmp_path / "runs"), "--out", str(out), "--set", "teacher=null"]
+    seeds.main(words)
+    record = json.loads(out.read_text())
+    assert record["seeds"][0]["trusted"] == ({"size": 5, "coverage": 0.5} if taught else None)
+    assert set(record["networks"]) == {"baseline", "student"} | ({"teacher"} if taught else set())
+    assert ("teacher" in record["test_accuracy"]) is taught
+    assert markdown_row(record).count(" - ") == (0 if taught else 1)
+
+
 def test_the_records_add_up() -> None:
     assert len(records()) >= 3
     for record in records():
