@@ -19,7 +19,7 @@ from kdedge.errors import DataError, RecipeError, RunError
 from kdedge.recipe import Recipe
 from kdedge.recipe_yaml import read_value
 from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, write_json
-from kdedge_bench.verdict_rows import Job, Row, choose
+from kdedge_bench.verdict_rows import EQUAL_TOTAL, Job, Row, choose
 
 __all__ = ["Plan", "VerdictFolder", "make_plan"]
 
@@ -87,6 +87,7 @@ def make_plan(
         raise RecipeError("--set seed=... fixes the seed that a verdict varies. Use --first-seed and --seeds.")
     chosen = choose(rows)
     _refuse_rows_that_change_nothing(chosen, recipe)
+    _refuse_an_unknown_budget(chosen, recipe)
     root = Path(recipe.data.root) if recipe.data.root else None
     source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=recipe.data.max_unreadable_fraction)
     splits = make_splits(source, recipe.data.labels, seeds[0])
@@ -118,6 +119,17 @@ def _refuse_rows_that_change_nothing(rows: Sequence[Row], recipe: Recipe) -> Non
         left = ",".join(row.name for row in rows if row.name not in same)
         raise RecipeError(
             f"The recipe {recipe.name} is already what {' and '.join(same)} would be. Leave that out: --rows {left}"
+        )
+
+
+def _refuse_an_unknown_budget(rows: Sequence[Row], recipe: Recipe) -> None:
+    """What the training of the recipe's own ready teacher cost is unknown, so nothing can cost as much."""
+    names = [row.name for row in rows]
+    if recipe.teacher is not None and recipe.teacher.ready is not None and EQUAL_TOTAL in names:
+        left = ",".join(name for name in names if name != EQUAL_TOTAL)
+        raise RecipeError(
+            f"The recipe {recipe.name} has a teacher.ready, and what its training cost is unknown, so there is no "
+            f"equal total compute. Leave teacher.ready out, or name the other rows: --rows {left}"
         )
 
 

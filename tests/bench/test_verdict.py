@@ -284,6 +284,18 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_written(tmp_path: P
         plan("student.method.robust_loss=ce", rows=["no-sce", "no-soft-kd"])
 
 
+def test_no_budget_is_called_equal_to_one_that_is_unknown() -> None:
+    """What the training of the recipe's own ready teacher cost, nobody says."""
+    with pytest.raises(
+        RecipeError,
+        match=r"no equal total compute.*: --rows kd-fixmatch,fixmatch,supervised,kd-only,no-clustering,.*kd$",
+    ):
+        plan("teacher.ready=mine", "student.method.robust_loss=sce")
+    with pytest.raises(RecipeError, match=r"no equal total compute.*: --rows kd-fixmatch,fixmatch$"):
+        plan("teacher.ready=mine", rows=["fixmatch-equal-total"])
+    assert plan("teacher.ready=mine", rows=["fixmatch", "kd-only"])
+
+
 def test_a_run_that_another_process_is_at_is_left_to_it_and_read_afterwards(tmp_path: Path) -> None:
     folder, other, mine = VerdictFolder(tmp_path / "v"), FakeTraining(), FakeTraining()
     asked = plan(rows=MAIN, seeds=(0, 1))
