@@ -18,8 +18,9 @@ from kdedge.data.splits import make_splits
 from kdedge.errors import DataError, RecipeError, RunError
 from kdedge.recipe import Recipe
 from kdedge.recipe_yaml import read_value
+from kdedge.run_pool import TEACHERS_WEIGHTS
 from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, write_json
-from kdedge_bench.verdict_rows import EQUAL_TOTAL, Job, Row, choose
+from kdedge_bench.verdict_rows import EQUAL_TOTAL, FULL, Job, Row, choose
 
 __all__ = ["Plan", "VerdictFolder", "make_plan"]
 
@@ -88,6 +89,7 @@ def make_plan(
     chosen = choose(rows)
     _refuse_rows_that_change_nothing(chosen, recipe)
     _refuse_an_unknown_budget(chosen, recipe)
+    _refuse_different_inputs(chosen, recipe)
     root = Path(recipe.data.root) if recipe.data.root else None
     source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=recipe.data.max_unreadable_fraction)
     splits = make_splits(source, recipe.data.labels, seeds[0])
@@ -130,6 +132,29 @@ def _refuse_an_unknown_budget(rows: Sequence[Row], recipe: Recipe) -> None:
         raise RecipeError(
             f"The recipe {recipe.name} has a teacher.ready, and what its training cost is unknown, so there is no "
             f"equal total compute. Leave teacher.ready out, or name the other rows: --rows {left}"
+        )
+
+
+def _refuse_different_inputs(rows: Sequence[Row], recipe: Recipe) -> None:
+    """Where the outer network alone decides the input, the rows that do not start it would be given another.
+
+    It does where it starts from weights of its own and the student from none, and where the student starts from a
+    ready one.
+    """
+    teacher, student = recipe.teacher, recipe.student
+    if teacher is None or all(row.name == FULL for row in rows):
+        return
+    if teacher.ready is None:
+        decides = teacher.init is not None and student.init in {None, TEACHERS_WEIGHTS}
+    else:
+        decides = student.init == TEACHERS_WEIGHTS
+    missing = [f"data.{key}" for key in ("mean", "std", "image_px", "channels") if getattr(recipe.data, key) is None]
+    if decides and missing:
+        *others, last = missing
+        keys = f"{', '.join(others)} and {last}" if others else last
+        raise RecipeError(
+            f"In the recipe {recipe.name} the teacher's weights alone say what the input is, so that rows without "
+            f"them would see other images and could not be compared. Write {keys} into the recipe."
         )
 
 

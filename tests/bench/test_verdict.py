@@ -296,6 +296,36 @@ def test_no_budget_is_called_equal_to_one_that_is_unknown() -> None:
     assert plan("teacher.ready=mine", rows=["fixmatch", "kd-only"])
 
 
+INPUT = {"mean": "[0.5]", "std": "[0.2]", "image_px": "8", "channels": "1"}
+
+
+@pytest.mark.parametrize("student", ["null", "teacher"])
+@pytest.mark.parametrize("row", ["fixmatch", "supervised", "kd-only", "no-sce"])
+def test_a_teacher_that_alone_decides_the_input_is_refused_until_the_recipe_says_it(student: str, row: str) -> None:
+    """Else each row would be trained, and then none could be compared with another."""
+    init = ["student.method.robust_loss=sce", "teacher.init=w.npz", f"student.init={student}"]
+    init += ["data.image_px=null"]  # tiny's is 8
+    told = {key: f"data.{key}={value}" for key, value in INPUT.items()}
+    with pytest.raises(
+        RecipeError, match=r"compared\. Write data.mean, data.std, data.image_px and data.channels into"
+    ):
+        plan(*init, rows=[row])
+    init.pop()
+    for key in INPUT:
+        with pytest.raises(RecipeError, match=rf"Write data\.{key} into the recipe"):
+            plan(*init, *(told | {key: f"data.{key}=null"}).values(), rows=[row])
+    assert plan(*init, *told.values(), rows=[row])
+    assert plan(*init, rows=["kd-fixmatch"])  # nothing to compare it with
+
+
+def test_an_input_that_all_rows_share_is_not_refused() -> None:
+    assert plan("teacher.init=w.npz", "student.init=w.npz", rows=["fixmatch"])  # FixMatch's too
+    assert plan("student.init=w.npz", rows=["fixmatch"])
+    assert plan("teacher.ready=mine", "teacher.init=w.npz", rows=["fixmatch"])  # it is not read
+    with pytest.raises(RecipeError, match="could not be compared"):  # the ready one's weights say it
+        plan("teacher.ready=mine", "student.init=teacher", rows=["fixmatch"])
+
+
 def test_a_run_that_another_process_is_at_is_left_to_it_and_read_afterwards(tmp_path: Path) -> None:
     folder, other, mine = VerdictFolder(tmp_path / "v"), FakeTraining(), FakeTraining()
     asked = plan(rows=MAIN, seeds=(0, 1))
