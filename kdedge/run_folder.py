@@ -12,7 +12,7 @@ from kdedge import __version__, recipe_io
 from kdedge.data import Source, Splits
 from kdedge.errors import RunError
 from kdedge.recipe import Recipe
-from kdedge.runs import Run, read_json, sha256_bytes
+from kdedge.runs import Run, read_json, sha256_bytes, sha256_file
 from kdedge.train.metrics import Display
 
 __all__ = ["begin_manifest", "check_folder", "run_folder"]
@@ -40,6 +40,7 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
         hint = "Choose another --seed or --out, or remove it." if status == "finished" else again
         raise RunError(f"The run in {run.path} {detail}. It was not touched. {hint}")
     differences = _differences(manifest.get("recipe", {}), recipe.model_dump(mode="json"))
+    differences += _other_teacher(manifest, recipe)
     if differences:
         raise RunError(
             f"The run in {run.path} was started with another recipe: {'; '.join(differences)}. "
@@ -57,6 +58,9 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
     return None
 
 
+_MAY_CHANGE = {"engine.checkpoint_every_s", "engine.keep_checkpoints"}
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old, now new` for each value that differs. Where the run computes may change; what it computes may not."""
     found = []
@@ -64,9 +68,21 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{name}.")
-        elif old != new and name not in {"engine.checkpoint_every_s", "engine.keep_checkpoints"}:
+        elif old != new and name not in _MAY_CHANGE and not (name == "teacher.ready" and old and new):
             found.append(f"{name} was {old!r}, now {new!r}")
     return found
+
+
+def _other_teacher(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    """A ready teacher is the file's content: its folder may be moved, or be typed otherwise, and it may be gone."""
+    before = (manifest.get("recipe", {}).get("teacher") or {}).get("ready")
+    now, known = recipe.teacher and recipe.teacher.ready, manifest.get("ready_sha256")
+    if not before or not now or before == now or known is None or not Path(now).expanduser().is_file():
+        return []
+    found = sha256_file(Path(now).expanduser())
+    if found == known:
+        return []
+    return [f"teacher.ready was {before!r} (sha256 {known[:12]}), now {now!r} ({found[:12]})"]
 
 
 def begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.device, display: Display) -> None:

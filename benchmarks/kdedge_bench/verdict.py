@@ -24,6 +24,7 @@ from kdedge_bench.verdict_rows import (
     EQUAL_TOTAL,
     FIXMATCH,
     FULL,
+    READY,
     SUPERVISED,
     Job,
     equal_total_steps,
@@ -114,10 +115,9 @@ def _own_settings(plan: Plan, folder: VerdictFolder, job: Job) -> dict[str, str]
             return None
         total, inner = full_result["training_flops"]["total"], alone_result["training_flops"]["inner"]
         steps = equal_total_steps(total, inner, steps_of(alone))
-    teacher = str(folder.run(run_name(FULL, job.seed)).teacher_path)
-    return settings_of(job.row, plan.recipe, supervised=plan.has_row(SUPERVISED), teacher=teacher, steps=steps) | {
-        "seed": str(job.seed)
-    }
+    teacher, supervised = _teacher_file(folder, job), plan.has_row(SUPERVISED)
+    own = settings_of(job.row, plan.recipe, supervised=supervised, teacher=teacher, steps=steps)
+    return own | {"seed": str(job.seed)}
 
 
 def _recipe(plan: Plan, folder: VerdictFolder, job: Job) -> Recipe:
@@ -126,8 +126,15 @@ def _recipe(plan: Plan, folder: VerdictFolder, job: Job) -> Recipe:
         raise BugError(f"{job.name} is made before the runs it needs")
     # From the recipe as it was planned, whatever has happened to its file since.
     document = Document(f"recipe {plan.recipe_name}", plan.recipe.model_dump(mode="json", by_alias=True))
-    recipe_io.override(document, [f"{key}={value}" for key, value in own.items()], Recipe)
+    recipe_io.override(document, [f"{key}={value}" for key, value in own.items() if key != READY], Recipe)
+    if READY in own:  # a folder may be called what YAML cannot say
+        document.data["teacher"]["ready"] = _teacher_file(folder, job)
     return recipe_io.validate(document, Recipe)
+
+
+def _teacher_file(folder: VerdictFolder, job: Job) -> str:
+    """The outer network of the job's seed."""
+    return str(folder.run(run_name(FULL, job.seed)).teacher_path)
 
 
 def _write(plan: Plan, folder: VerdictFolder) -> dict[str, Any]:

@@ -4,16 +4,19 @@ The rows are the ablation grid that the natural questions ask for: what do label
 what the outer network, and what each part of KD-FixMatch.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdedge.errors import RecipeError, did_you_mean
 from kdedge.recipe import Recipe
+from kdedge.recipe_yaml import read_value
 
 __all__ = [
     "EQUAL_TOTAL",
     "FIXMATCH",
     "FULL",
+    "READY",
     "ROWS",
     "SUPERVISED",
     "Job",
@@ -27,6 +30,7 @@ __all__ = [
 ]
 
 FULL, SUPERVISED, FIXMATCH, EQUAL_TOTAL = "kd-fixmatch", "supervised", "fixmatch", "fixmatch-equal-total"
+READY = "teacher.ready"
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,19 @@ def settings_of(row: Row, recipe: Recipe, *, supervised: bool, teacher: str, ste
     own = dict(setting.split("=", 1) for setting in row.settings)
     own["baseline.enabled"] = "true" if row.name == FIXMATCH and supervised else "false"
     if row.ready_teacher and recipe.teacher is not None and recipe.teacher.ready is None:
-        own["teacher.ready"] = teacher
+        own[READY] = _as_yaml(teacher)
     if steps is not None:
         own["student.optim.total_steps"] = str(steps)
     return own | _no_longer_possible(own, recipe)
+
+
+def _as_yaml(text: str) -> str:
+    """`text` as it is written after --set KEY=: in quotes where YAML would read anything else."""
+    try:
+        understood = read_value(text, "--set") == text
+    except RecipeError:
+        understood = False
+    return text if understood else json.dumps(text, ensure_ascii=False)
 
 
 def _no_longer_possible(own: Mapping[str, str], recipe: Recipe) -> dict[str, str]:

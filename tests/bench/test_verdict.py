@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kdedge import recipe_io
 from kdedge.cli import run as kdedge
 from kdedge.errors import RecipeError, RunError
 from kdedge.recipe import Recipe
-from kdedge.runs import Run, read_json, write_bytes, write_json
+from kdedge.run_folder import check_folder
+from kdedge.runs import Run, read_json, sha256_file, write_bytes, write_json
 from kdedge_bench.verdict import verdict
 from kdedge_bench.verdict_folder import Plan, VerdictFolder, make_plan
 from kdedge_bench.verdict_rows import ROWS, choose, equal_total_steps, jobs, merged, settings_of
@@ -234,6 +236,52 @@ def test_a_finished_verdict_trains_nothing(tmp_path: Path) -> None:
     again = FakeTraining()
     assert verdict(plan(), tmp_path / "v", train=again)["status"] == "complete"
     assert again.made == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v", "v #2", "a: b", "[x]", "- v", "{v}", "null", "it's", 'the "new" one', "ä 🌷", "*v", "%v", "!v", "v\\n"],
+)
+def test_a_folder_may_have_any_name_however_it_is_typed_and_be_moved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of one seed share an outer network: the file in this folder, wherever that is now."""
+    monkeypatch.chdir(tmp_path)
+    asked = plan(rows=["kd-only"], seeds=(0,))
+    document = verdict(asked, Path(name), train=FakeTraining())
+    made = Run(Path(name) / "kd-only-s0").read_manifest()["recipe"]
+    assert made["teacher"]["ready"] == f"{name}/kd-fixmatch-s0/teacher.safetensors"
+    words = shlex.split(document["commands"]["kd-only-s0"])
+    settings = [value for word, value in itertools.pairwise(words) if word == "--set"]
+    assert recipe_io.load("tiny", settings, labels=40).model_dump(mode="json") == made
+    again = FakeTraining()
+    assert verdict(asked, tmp_path / name, train=again)["status"] == "complete"
+    (tmp_path / name).rename(tmp_path / "moved")
+    assert verdict(asked, Path("moved"), train=again)["status"] == "complete"
+    assert again.made == []
+
+
+def test_a_run_is_of_its_ready_teachers_content_not_of_its_path(tmp_path: Path) -> None:
+    def asked(ready: str) -> Recipe:
+        return recipe_io.load("tiny", [f"teacher.ready={ready}"])
+
+    run, cpu = Run(tmp_path / "run"), torch.device("cpu")
+    for name, content in {"mine": b"1", "copied": b"1", "other": b"2"}.items():
+        write_bytes(tmp_path / f"{name}.safetensors", content)
+    mine, copied, other, gone = (str(tmp_path / f"{n}.safetensors") for n in ("mine", "copied", "other", "gone"))
+    write_json(run.result_path, {"a": 1})
+    begun = {"status": "finished", "recipe": asked(mine).model_dump(mode="json")}
+    run.update_manifest(**begun, ready_sha256=sha256_file(Path(mine)))
+    for same in (mine, copied, gone):
+        assert check_folder(run, asked(same), cpu, resume=True) == {"a": 1}
+    with pytest.raises(
+        RunError, match=r"another recipe: teacher.ready was '.*mine.*' \(sha256 6b86.*now '.*other.*d473"
+    ):
+        check_folder(run, asked(other), cpu, resume=True)
+    with pytest.raises(RunError, match=r"another recipe: teacher.ready was '.*mine.*', now None"):
+        check_folder(run, recipe_io.load("tiny"), cpu, resume=True)
+    with pytest.raises(RunError, match=r"another recipe: teacher was .*, now None"):
+        check_folder(run, recipe_io.load("tiny", ["teacher=null"]), cpu, resume=True)
 
 
 def test_another_recipe_data_or_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
