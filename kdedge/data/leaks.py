@@ -20,9 +20,10 @@ from kdedge.data.splits import Splits
 from kdedge.data.words import counted, first_few
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 
-__all__ = ["without_leaks"]
+__all__ = ["looks_for_near", "without_leaks"]
 
 _CHUNK = 8192  # images whose thumbnails are in memory at a time, beside those of val and test
+_ACCIDENTS = 0.05  # of the unlabeled images: more near ones are how these pictures look, not copies
 _THUMBNAIL = Preprocess(height=32, width=32, channels=1, resize="squash", mean=(0.0,), std=(1.0,))
 _Looks = tuple[list[bytes], Shapes | None]  # what the same bytes share; None for images too small to be near
 
@@ -31,9 +32,11 @@ def without_leaks(source: Source, splits: Splits) -> Splits:
     """`splits` without the unlabeled images that are, exactly or nearly, in val or test; `leaks` lists what was found.
 
     Exactly: the same file, or the same pixels of images below 32 px and of arrays. Nearly: the same picture in another
-    encoding, size, brightness or contrast (`near_pairs`), for images of 32 px and more. A wrong match costs one
-    training image of many. A labeled image stays, since the user chose it; it is listed and told as a warning.
-    calibration and gate lose what unlabeled loses. Reads every image once; thumbnails of unlabeled ones are not kept.
+    encoding, size, brightness or contrast (`near_pairs`), where `looks_for_near`. Simple pictures (letters, icons) are
+    near others by chance, and more so in simple classes: what is left out of them is not drawn evenly. Near ones are
+    therefore left in, and counted as `lookalikes`, where they are more than a twentieth of the unlabeled images.
+    A labeled image stays, since the user chose it; it is listed and told as a warning. calibration and gate lose what
+    unlabeled loses. Reads every image once; thumbnails of unlabeled ones are not kept.
     """
     held = np.union1d(splits.val, splits.test)
     if not len(held):
@@ -50,7 +53,17 @@ def without_leaks(source: Source, splits: Splits) -> Splits:
             match = np.where(exact, match, nearest(shapes, known_shapes)[0])
         for row in np.flatnonzero(match >= 0):
             leaks.append(_leak(source, splits, int(asked[row]), int(held[match[row]]), bool(exact[row])))
+    near = [leak for leak in leaks if not leak["exact"]]
+    if len(near) > _ACCIDENTS * len(splits.unlabeled):
+        leaks = [leak for leak in leaks if leak["exact"]]
+        sentence = _lookalike_sentence(near, len(splits.unlabeled))
+        splits = replace(splits, lookalikes=len(near), warnings=(*splits.warnings, sentence))
     return _leave_out(source, splits, leaks) if leaks else splits
+
+
+def looks_for_near(source: Source) -> bool:
+    """Whether `without_leaks` looks for near duplicates too: not in images too small to tell."""
+    return min(source.native_px) >= HASHABLE_PX
 
 
 def _leak(source: Source, splits: Splits, index: int, like: int, exact: bool) -> dict[str, Any]:
@@ -88,16 +101,27 @@ def _sentences(leaks: Sequence[dict[str, Any]]) -> list[str]:
         found = [leak for leak in leaks if leak["labeled"] == labeled]
         if not found:
             continue
-        where = " and ".join(split for split in ("val", "test") if any(leak["split"] == split for leak in found))
         pairs = first_few([f"{leak['id']} is {leak['like']}" for leak in found])
         verb = "is" if len(found) == 1 else "are"
-        sentences.append(f"{counted(len(found), f'{kind} image')} {verb} (nearly) in {where} too: {what} ({pairs}).")
+        sentences.append(
+            f"{counted(len(found), f'{kind} image')} {verb} (nearly) in {_where(found)} too: {what} ({pairs})."
+        )
     return sentences
+
+
+def _lookalike_sentence(near: Sequence[dict[str, Any]], unlabeled: int) -> str:
+    images = f"{counted(len(near), 'image')} of the {unlabeled:,} unlabeled ones ({len(near) / unlabeled:.1%})"
+    pairs = first_few([f"{leak['id']} and {leak['like']}" for leak in near])
+    return f"{images} look nearly like one of {_where(near)}: left in, too many to be accidental copies ({pairs})."
+
+
+def _where(leaks: Sequence[dict[str, Any]]) -> str:
+    return " and ".join(split for split in ("val", "test") if any(leak["split"] == split for leak in leaks))
 
 
 def _look(source: Source, indices: Indices) -> _Looks:
     """Digests and shapes of some images. A file that cannot be decoded is like no other."""
-    small = min(source.native_px) < HASHABLE_PX
+    small = not looks_for_near(source)
     if isinstance(source.images, ArrayImages):
         pixels = source.images.rows(indices)
         return [hashlib.sha256(image.data).digest() for image in pixels], None if small else Shapes.of(shrunk(pixels))

@@ -33,7 +33,8 @@ class Splits:
     labeled <= unlabeled (FixMatch learns from both views of a labelled image too). calibration and gate are drawn from
     unlabeled and share no image; val and test share none with any other. `truth` [N] is for reports only: nothing may
     learn from truth of images that are not in labeled. `labels` is the N asked for (val included), None for all.
-    `leaks` are the images of unlabeled that val or test has too (`leaks.without_leaks`).
+    `leaks` are the images of unlabeled that val or test has too; `lookalikes` counts those that are nearly there and
+    were left in, being too many for accidents (`leaks.without_leaks`).
     """
 
     labeled: Indices
@@ -48,6 +49,7 @@ class Splits:
     test_is_val: bool = False
     warnings: tuple[str, ...] = ()
     leaks: tuple[dict[str, Any], ...] = ()
+    lookalikes: int = 0
 
     def indices(self) -> dict[str, Indices]:
         """Split name -> indices."""
@@ -71,6 +73,7 @@ class Splits:
             "unreadable": [identity for identity, _ in source.unreadable],
             "warnings": list(self.warnings),
             "leaks": list(self.leaks),
+            "lookalikes": self.lookalikes,
             "left_out": [source.ids[i] for i in left_out],
             "splits": {name: _split_json(source, indices) for name, indices in self.indices().items()},
         }
@@ -90,6 +93,7 @@ class Splits:
             test_is_val=document["test_is_val"],
             warnings=tuple(document["warnings"]),
             leaks=tuple(document.get("leaks", ())),  # runs of 0.1.0 have none
+            lookalikes=document.get("lookalikes", 0),
         )
 
 

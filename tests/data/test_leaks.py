@@ -1,5 +1,6 @@
 """Images of val and test among the unlabeled ones: found, left out, and the same after a resume."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from kdedge.data import Source, Splits, leaks, make_splits, open_source
-from kdedge.data.leaks import without_leaks
+from kdedge.data.duplicates import Shapes, nearest
+from kdedge.data.leaks import looks_for_near, without_leaks
 from kdedge.data.source import ArrayImages
 from kdedge.errors import DataError
 
@@ -24,12 +27,14 @@ def _photo(path: Path, number: int, size: tuple[int, int] = (60, 50), **how: int
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """8 labeled, 24 unlabeled and 8 test images, no two alike."""
+    """8 labeled, 72 unlabeled and 8 test images, no two alike."""
     number = 0
     for folder, count in (("labeled/cat", 4), ("labeled/dog", 4), ("unlabeled", 24), ("test/cat", 4), ("test/dog", 4)):
         for i in range(count):
             _photo(tmp_path / folder / f"{i:02d}.png", number)
             number += 1
+    for i in range(100, 148):
+        _photo(tmp_path / f"unlabeled/{i}.png", i)
     return tmp_path
 
 
@@ -144,6 +149,60 @@ def _arrays(px: int, channels: int) -> Source:
         images=ArrayImages((pixels[:30], pixels[30:])),
         fingerprint="f" * 64,
     )
+
+
+def test_simple_pictures_are_not_near_by_chance_and_their_copies_are() -> None:
+    """Handwritten digits, enlarged: none was written twice."""
+    data = sklearn.datasets.load_digits()
+    small = (data.images * (255 / 16)).astype(np.uint8)
+    digits = np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in small])
+    known = Shapes.of(digits[1400:])
+    flagged = nearest(Shapes.of(digits[:1400]), known)[0] >= 0
+    assert flagged.mean() < 0.02
+    assert max(flagged[data.target[:1400] == label].mean() for label in range(10)) < 0.05
+    match, _ = nearest(Shapes.of(np.stack([_recoded(image) for image in digits[1400:]])), known)
+    assert (match == np.arange(len(match))).mean() > 0.99
+
+
+def _recoded(image: np.ndarray) -> np.ndarray:
+    """Twice as large, paler, as JPEG, and back."""
+    content = io.BytesIO()
+    large = np.asarray(Image.fromarray(image).resize((64, 64)))
+    Image.fromarray((large * 0.8 + 20).astype(np.uint8)).save(content, "JPEG", quality=70)
+    return np.asarray(Image.open(content).resize((32, 32)))
+
+
+@pytest.mark.parametrize(("near", "left_in"), [(4, 0), (5, 5)])
+def test_more_near_images_than_accidents_make_are_left_in_and_told(near: int, left_in: int) -> None:
+    """A twentieth of 80 is 4; image 7, the same as image 95, goes anyway."""
+    source = _arrays(32, 1)
+    assert isinstance(source.images, ArrayImages)
+    pixels = np.concatenate(source.images.blocks)
+    for copy in range(10, 9 + near):  # with image 9
+        pixels[copy] = pixels[copy + 70] // 2 + 60
+    source = replace(source, images=ArrayImages((pixels,)))
+    splits = replace(make_splits(source, 2), labeled=np.array([0, 9]))
+    cleaned = without_leaks(source, splits)
+    gone = [7] if left_in else [7, *range(10, 9 + near)]  # 9 is labeled and stays
+    assert sorted(set(splits.unlabeled) - set(cleaned.unlabeled)) == gone
+    assert cleaned.lookalikes == left_in
+    assert [leak["id"] for leak in cleaned.leaks if not leak["labeled"]] == [f"made/{i:03d}" for i in gone]
+    told = [sentence for sentence in cleaned.warnings if "left in" in sentence]
+    assert told == (
+        [
+            "5 images of the 80 unlabeled ones (6.2%) look nearly like one of test: left in, too many to be accidental "
+            "copies (made/009 and made/090, made/010 and made/080, made/011 and made/081, and 2 more)."
+        ]
+        if left_in
+        else []
+    )
+    again = Splits.from_json(json.loads(json.dumps(cleaned.to_json(source))), source)
+    assert (again.lookalikes, again.leaks) == (cleaned.lookalikes, cleaned.leaks)
+
+
+@pytest.mark.parametrize(("px", "looks"), [((31, 400), False), ((32, 32), True)])
+def test_near_ones_are_looked_for_in_images_large_enough(px: tuple[int, int], looks: bool) -> None:
+    assert looks_for_near(replace(_arrays(8, 1), native_px=px)) is looks
 
 
 @pytest.mark.parametrize(("px", "channels", "found"), [(8, 1, [7]), (32, 1, [7, 9]), (32, 3, [7, 9]), (64, 3, [7, 9])])

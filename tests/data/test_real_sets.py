@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kdedge.data import check, make_splits, open_source
+from kdedge.data.duplicates import Shapes, nearest, shrunk
 from kdedge.data.formats import read_cifar
 from kdedge.data.unpickle import read_pickle
 from kdedge.errors import DataError
@@ -39,6 +40,21 @@ def test_mnist(shared_data: Path, tmp_path: Path) -> None:
     unpacked = raw / "t10k-images-idx3-ubyte"
     unpacked.write_bytes(gzip.decompress((raw / "t10k-images-idx3-ubyte.gz").read_bytes()))
     assert open_source("mnist", root=tmp_path).fingerprint == source.fingerprint
+
+
+def test_different_digits_of_32_px_are_not_near(shared_data: Path) -> None:
+    """Ones are the simplest, so a few of these are near another by chance, as of no other digit."""
+
+    def large(part: str, images: int) -> Shapes:
+        content = gzip.decompress((shared_data / "mnist" / f"{part}-images-idx3-ubyte.gz").read_bytes())
+        return Shapes.of(shrunk(np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28, 1)[:images]))
+
+    labels = gzip.decompress((shared_data / "mnist" / "train-labels-idx1-ubyte.gz").read_bytes())
+    flagged = nearest(large("train", 2000), large("t10k", 10_000))[0] >= 0
+    ones = np.frombuffer(labels, np.uint8, offset=8)[:2000] == 1
+    assert flagged.mean() < 0.03
+    assert flagged[~ones].mean() < 0.001
+    assert flagged[ones].mean() < 0.25
 
 
 def test_cifar10_batches(shared_data: Path, tmp_path: Path) -> None:
