@@ -69,13 +69,18 @@ def guards(facts: Facts) -> list[str]:
     found = (facts.result or {}).get("data_guards") or {}
     sentences = []
     removed, outliers = found.get("duplicates_removed"), found.get("outliers")
-    if removed is not None:
+    looked = found.get("near_duplicates_looked_for")  # not written before; a zero then says nothing, not even "exactly"
+    lookalikes = (facts.splits or {}).get("lookalikes") or 0
+    alike = "exactly" if looked is False or lookalikes else "nearly"
+    if removed:
         images = f"{count(removed)} unlabeled image{'' if removed == 1 else 's'}"
-        sentences.append(
-            f"{images} nearly the same as a validation or test image {'was' if removed == 1 else 'were'} removed."
-            if removed
-            else "No unlabeled image is nearly the same as a validation or test image."
-        )
+        were = "was" if removed == 1 else "were"
+        sentences.append(f"{images} {alike} the same as a validation or test image {were} removed.")
+    elif removed == 0 and looked is not None:
+        sentences.append(f"No unlabeled image is {alike} the same as a validation or test image.")
+    if lookalikes:
+        images = f"{count(lookalikes)} unlabeled image{' looks' if lookalikes == 1 else 's look'}"
+        sentences.append(f"{images} nearly like a validation or test image: left in, too many to be accidental copies.")
     if outliers is not None:
         images = f"{count(outliers)} unlabeled image{' was' if outliers == 1 else 's were'}"
         sentences.append(

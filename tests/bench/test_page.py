@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from kdedge.errors import DataError, RunError
-from kdedge_bench import report
-from kdedge_bench.facts import Facts
+from kdedge.runs import Run
+from kdedge_bench import pseudo, report
+from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.formats import confidence
 from kdedge_bench.pictures import pick, probabilities
 
@@ -350,6 +351,38 @@ def test_a_run_from_before_pseudo_labels_were_watched(page: Page) -> None:
     assert page.table("At the end of")[1] == ["Inner network (student)", "90.0 %", "96.0 %", "–", "–"]
     assert not any(table[0][0] == "Unlabeled images" for table in page.tables)
     assert "nearly the same" not in page.text
+
+
+EXACTLY = "No unlabeled image is exactly the same as a validation or test image."
+NEARLY = "No unlabeled image is nearly the same as a validation or test image."
+
+
+@pytest.mark.parametrize(
+    ("removed", "looked", "lookalikes", "sentences"),
+    [
+        (0, True, 0, [NEARLY]),
+        (0, False, 0, [EXACTLY]),
+        (2, False, 0, ["2 unlabeled images exactly the same as a validation or test image were removed."]),
+        (None, True, 0, []),  # data.remove_leaks=false
+        (None, None, 0, []),
+        (0, None, 0, []),  # a result of before: nobody wrote down whether, and how, they were looked for
+        (1, None, 0, ["1 unlabeled image nearly the same as a validation or test image was removed."]),
+        (0, True, 9, [EXACTLY, "9 unlabeled images look nearly like a validation or test image: left in, too many to "
+                               "be accidental copies."]),
+    ],
+)  # fmt: skip
+def test_duplicates_are_told_as_they_were_looked_for(
+    make_run: MakeRun, removed: int | None, looked: bool | None, lookalikes: int, sentences: list[str]
+) -> None:
+    run = make_run()
+    guards = {"duplicates_removed": removed} | ({} if looked is None else {"near_duplicates_looked_for": looked})
+    edit(run / "result.json", lambda result: result.update(data_guards=guards))
+    if lookalikes:
+        edit(run / "splits.json", lambda splits: splits.update(lookalikes=lookalikes))
+    assert pseudo.guards(read_facts(Run(run))) == sentences
+    page = Page(report([run], load=digits))
+    assert all(sentence in page.text for sentence in sentences)
+    assert sentences or "the same as a validation" not in page.text
 
 
 def test_a_student_trained_alone_has_no_teacher_and_no_trusted_set(make_run: MakeRun) -> None:
