@@ -19,8 +19,7 @@ from torch import Tensor
 from kdedge import recipe_io
 from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.batches import Batches, Pool, step_seed
-from kdedge.data.duplicates import HASHABLE_PX
-from kdedge.data.leaks import without_leaks
+from kdedge.data.leaks import looks_for_near, without_leaks
 from kdedge.errors import DeviceError, RecipeError, RunError
 from kdedge.losses.consistency import log_prior
 from kdedge.methods.fixmatch import FixMatch
@@ -33,10 +32,9 @@ from kdedge.methods.thresholds import Policy, ThresholdConfig, make_policy
 from kdedge.models.weights import LoadedModel, StartingWeights, load_model, save_model, start_from
 from kdedge.models.zoo import ModelSpec, Network, build, count_macs, num_params
 from kdedge.predictions import add_predictions
-from kdedge.recipe import Recipe, TeacherConfig, resolve
+from kdedge.recipe import TEACHERS_WEIGHTS, Recipe, TeacherConfig, resolve
 from kdedge.run_folder import begin_manifest, check_folder, run_folder
 from kdedge.run_pool import (
-    TEACHERS_WEIGHTS,
     describe,
     held_back_truth,
     make_pool,
@@ -497,7 +495,7 @@ class _Stages:
         looked = self.recipe.data.remove_leaks
         guards: dict[str, int | bool | None] = {
             "duplicates_removed": sum(not leak["labeled"] for leak in self.splits.leaks) if looked else None,
-            "near_duplicates_looked_for": looked and min(self.source.native_px) >= HASHABLE_PX,
+            "near_duplicates_looked_for": looked and looks_for_near(self.source),
             "outliers": None,
         }
         if "trusted" in stages:

@@ -25,6 +25,7 @@ from kdedge.trust.select import TrustConfig
 
 __all__ = [
     "SETTINGS",
+    "TEACHERS_WEIGHTS",
     "BaselineConfig",
     "DataConfig",
     "DataDescription",
@@ -34,6 +35,9 @@ __all__ = [
     "resolve",
     "resolved_teacher_arch",
 ]
+
+TEACHERS_WEIGHTS = "teacher"
+"""`student.init` with this value starts the inner network from the outer one's weights."""
 
 Settings = Literal["fixmatch.paper", "fixmatch.short"]
 
@@ -225,11 +229,11 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
         "mean": known.mean if known else None,
         "std": known.std if known else None,
     }
-    student = recipe.student
+    student, from_teacher = recipe.student, recipe.student.init == TEACHERS_WEIGHTS
     student_values: dict[str, object] = {
         "width": _student_width(student, data),
         "halvings": _halvings(student.halvings, student.arch, px, data.student_weights or data.ready, "student"),
-        "optim": _optim(student.optim, student.settings, student.arch, data, "student"),
+        "optim": _optim(student.optim, student.settings, student.arch, data, "student", from_teacher),
     }
     baseline_optim = _optim(recipe.baseline.optim, "fixmatch.short", student.arch, data, "baseline")
     return recipe.model_copy(
@@ -313,21 +317,31 @@ def _halvings(given: int | None, arch: str, px: int, weights: StartingWeights | 
     return chosen
 
 
-def _optim(given: OptimConfig, settings: Settings, arch: str, data: DataDescription, who: Who) -> OptimConfig:
-    """The named settings with what the recipe says on top, the duration in steps. The baseline sees labels only."""
+def _optim(
+    given: OptimConfig,
+    settings: Settings,
+    arch: str,
+    data: DataDescription,
+    who: Who,
+    from_teacher: bool = False,
+) -> OptimConfig:
+    """The named settings with what the recipe says on top, the duration in steps. The baseline sees labels only.
+
+    What starts from weights, its teacher's too, is tuned: trained less, and with care for what the weights know.
+    """
     named, rate = SETTINGS[settings], architecture(arch).learning_rate
     defaults = named.model_dump(exclude={"total_steps", "total_epochs", "total_images"})
     defaults |= {"learning_rate": rate} if rate else {}
     weights = data.teacher_weights if who == "teacher" else data.student_weights
-    weights = weights or (data.ready if who == "student" else None)
+    tuned = weights is not None or from_teacher
     if settings == "fixmatch.short":
         defaults |= {"labeled_batch": _PHOTO_BATCH} if data.kind == "photo" else {}
-        defaults |= _FROM_WEIGHTS if weights else {}
+        defaults |= _FROM_WEIGHTS if tuned else {}
     filled = _filled(given, **defaults)
     ratio, batch = filled.unlabeled_ratio, filled.labeled_batch
     if ratio is None or batch is None:
         raise BugError(f"the settings {settings} leave the batch open")
-    steps = (_STEPS_FROM_WEIGHTS if weights else _STEPS[data.kind])[_WHO.index(who)]
+    steps = (_STEPS_FROM_WEIGHTS if tuned else _STEPS[data.kind])[_WHO.index(who)]
     epoch = (data.labeled_images, batch) if who == "baseline" else (data.unlabeled_images, ratio * batch)
     return _in_steps(filled, named.total_steps or steps, images_an_epoch=epoch[0], batch_of_epoch=epoch[1])
 

@@ -9,13 +9,10 @@ from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
 from kdedge.errors import RecipeError
 from kdedge.models.weights import StartingWeights, read_starting_weights
-from kdedge.recipe import DataDescription, Recipe, resolved_teacher_arch
+from kdedge.recipe import TEACHERS_WEIGHTS, DataDescription, Recipe, resolved_teacher_arch
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["TEACHERS_WEIGHTS", "describe", "held_back_truth", "make_pool", "pixel_statistics", "read_starting"]
-
-TEACHERS_WEIGHTS = "teacher"
-"""`student.init` with this value starts the inner network from the outer one's weights."""
+__all__ = ["describe", "held_back_truth", "make_pool", "pixel_statistics", "read_starting"]
 
 
 def read_starting(recipe: Recipe, kind: str) -> dict[str, StartingWeights]:

@@ -16,9 +16,8 @@ from kdedge import recipe_io
 from kdedge.data import open_source
 from kdedge.data.splits import make_splits
 from kdedge.errors import DataError, RecipeError, RunError
-from kdedge.recipe import Recipe
+from kdedge.recipe import TEACHERS_WEIGHTS, Recipe
 from kdedge.recipe_yaml import read_value
-from kdedge.run_pool import TEACHERS_WEIGHTS
 from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, write_json
 from kdedge_bench.verdict_rows import EQUAL_TOTAL, FULL, Job, Row, choose
 

@@ -21,8 +21,9 @@ __all__ = [
 HASHABLE_PX = 32  # shorter side from which a perceptual hash says something
 _HASH_DISTANCE = 8  # of 64 bits: candidates
 # Of the 32x32 thumbnails: neither brightness nor contrast makes another image of one. At 0.9 a third of MNIST is near
-# another digit, at 0.98 a fiftieth (ones above all); JPEG, half the size and half the contrast of a photograph pass.
-_CORRELATION = 0.98
+# another digit (ones above all), at 0.98 a fiftieth; at 0.99 one in 2,000, and JPEG, half the size and half the
+# contrast of a photograph still pass.
+_CORRELATION = 0.99
 _FLAT = 1.0  # of 255: standard deviation of a thumbnail
 MOST_PAIRS = 100_000
 _BLOCK = 1024  # images; a block of pairs stays within the processor's cache

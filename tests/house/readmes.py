@@ -58,6 +58,9 @@ def tiny(command: str) -> str:
         return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("python -m kdedge_bench.seeds"):
         return re.sub(r"--seeds( \d+)+", "--seeds 0", re.sub(r"--recipe \S+", "--recipe tiny", command))
+    if command.startswith("kdedge verdict"):
+        shrunk = re.sub(r"--seeds \d+", "--seeds 1", re.sub(r"^(kdedge verdict) \S+", r"\1 tiny", command))
+        return shrunk + " --rows kd-fixmatch,fixmatch"
     if command.startswith("kdedge bench"):
         return re.sub(r" --effort \S+", "", command) + " --effort quick"
     return command.replace("runs/mobilenet-", "runs/tiny-")

@@ -149,3 +149,13 @@ def test_a_network_without_batch_norm_has_a_lower_rate_everywhere() -> None:
     assert {part.optim.learning_rate for part in (resolved.teacher, resolved.student, resolved.baseline)} == {0.01}
     tuned = resolve(recipe("student.arch=squeezenet", "data.image_px=32"), PRETRAINED)
     assert tuned.student.optim.learning_rate == tuned.baseline.optim.learning_rate == 0.0001
+
+
+def test_a_student_that_starts_from_its_teacher_is_tuned_whoever_trained_that() -> None:
+    here = resolve(recipe("student.init=teacher"), DIGITS)
+    ready = resolve(
+        recipe("student.init=teacher", "teacher.ready=t.safetensors"), dataclasses.replace(DIGITS, ready=WEIGHTS)
+    )
+    assert here.student.optim == ready.student.optim
+    assert (here.student.optim.learning_rate, here.student.optim.batch_norm_momentum) == (0.0001, 0.0)
+    assert here.baseline.optim.learning_rate == here.teacher.optim.learning_rate == 0.03
