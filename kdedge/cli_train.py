@@ -40,7 +40,7 @@ def train_recipe(
 ) -> Reply:
     """Train a teacher and a student.
 
-    RECIPE is a name (mobilenet, tiny) or a .yaml file.
+    RECIPE is a name (kdedge recipes list) or a .yaml file.
     """
     from kdedge import recipe_io
 

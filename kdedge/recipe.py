@@ -300,7 +300,7 @@ def _halvings(given: int | None, arch: str, px: int, weights: StartingWeights | 
     """As many halvings as leave a map of some size; starting weights keep the strides they were trained with."""
     known = architecture(arch)
     most = 3 if arch.startswith("wide-resnet") else known.halvings
-    if weights is not None or arch.startswith("timm/"):
+    if weights is not None:
         fitting = (weights.halvings if weights else None) or known.halvings
     elif px <= 16:
         fitting = 2  # 8 px end at 2 x 2
