@@ -160,7 +160,13 @@ def test_stopped_in_the_middle_and_resumed_it_ends_the_same(tmp_path, how) -> No
     ]
     settings += ["--set", "teacher.optim.total_steps=60", "--set", "student.optim.total_steps=10"]
     command = [sys.executable, "-m", "kdedge", "train-recipe", "tiny", *settings, "--out", "stopped"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def hear_ctrl_c() -> None:  # a shell's background jobs ignore it, and their children with them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_ctrl_c
+    )
     metrics, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") > 5):
         assert process.poll() is None
