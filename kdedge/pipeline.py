@@ -20,6 +20,7 @@ from kdedge import recipe_io
 from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.batches import Batches, Pool, step_seed
 from kdedge.data.leaks import looks_for_near, without_leaks
+from kdedge.data.views import columns
 from kdedge.errors import DeviceError, RecipeError, RunError
 from kdedge.losses.consistency import log_prior
 from kdedge.methods.fixmatch import FixMatch
@@ -42,7 +43,6 @@ from kdedge.run_pool import (
     read_starting,
 )
 from kdedge.run_teacher import (
-    columns,
     copy_weights,
     make_teacher,
     nothing_trusted,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
+from kdedge.data.views import columns
 from kdedge.errors import RecipeError
 from kdedge.models.weights import StartingWeights, read_starting_weights
 from kdedge.recipe import TEACHERS_WEIGHTS, DataDescription, Recipe, resolved_teacher_arch
@@ -77,16 +78,13 @@ def held_back_truth(splits: Splits) -> npt.NDArray[np.int64]:
 
 def make_pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.device) -> Pool:
     labeled = np.searchsorted(splits.unlabeled, splits.labeled)  # labeled is part of unlabeled, and both ascend
-
-    def column(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=device).view(-1, 1, 1)
-
+    mean, std = columns(preprocess, device)
     return Pool(
         images=images.to(device),
         labeled=torch.from_numpy(labeled).to(device),
         labels=torch.from_numpy(splits.truth[splits.labeled]).to(device),
         unlabeled=torch.arange(len(splits.unlabeled), device=device),
         truth=torch.from_numpy(held_back_truth(splits)).to(device),
-        mean=column(preprocess.mean),
-        std=column(preprocess.std),
+        mean=mean,
+        std=std,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
+from kdedge.data.views import columns
 from kdedge.errors import RecipeError, RunError
 from kdedge.methods.distill import DistillConfig
 from kdedge.methods.kd_fixmatch import TrustedTargets
@@ -23,7 +24,6 @@ from kdedge.trust.select import OUTLIER, TrustedSet
 from kdedge_device.preprocess import Preprocess
 
 __all__ = [
-    "columns",
     "copy_weights",
     "make_teacher",
     "nothing_trusted",
@@ -82,12 +82,6 @@ def _named(spec: ModelSpec) -> str:
 def copy_weights(network: Network, teacher_path: Path) -> None:
     """Start `network` from the outer network's weights, head included: the classes are the same."""
     network.load_state_dict(load_model(teacher_path).module.state_dict())
-
-
-def columns(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C, 1, 1] of pixel / 255."""
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    return mean, std
 
 
 def outer_answers(

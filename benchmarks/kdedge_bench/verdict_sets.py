@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kdedge.errors import DataError
+from kdedge.runs import sha256_file
 
 __all__ = ["main", "parser"]
 
 _SHA256 = {
-    "mnist/train-images-idx3-ubyte.gz": None,  # its gzip wrapper differs between mirrors: the content is checked
     "cifar10/cifar10_jpeg.tar.xz": "cadfdcb5ef0cffaeccaeb0e3a37352f96e1e3affc55285a7352920bd840629c2",
     "flowers5/flowers5_160.tar": "6db16514ae91e94b189ddb1041bc05fc376066931a8c0c03a18e5bac3741c3ff",
 }
@@ -35,10 +35,8 @@ def _checked(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise DataError(f"{path} is missing. It was expected in the folder given by --from.")
-    wanted = _SHA256.get(name)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if wanted is not None and found != wanted:
+    wanted = _SHA256.get(name)  # not of MNIST's: gzip wrappers differ between mirrors, so `_idx` checks the content
+    if wanted is not None and (found := sha256_file(path)) != wanted:
         raise DataError(f"{path} has sha256 {found}, but the plan was made with {wanted}. Copy it again.")
     return path
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kdedge.config import Config
 from kdedge.data import augment
+from kdedge_device.preprocess import Preprocess
 
-__all__ = ["OPERATIONS", "ViewConfig", "normalize", "strong", "weak"]
+__all__ = ["OPERATIONS", "ViewConfig", "columns", "normalize", "strong", "weak"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -42,6 +43,12 @@ class ViewConfig(Config):
     operations: Annotated[int, Field(ge=0, le=8)] = 2  # of RandAugment on each image
     fill: Annotated[float, Field(ge=0, le=255)] | None = None  # what moves in from outside, and the hole of Cutout
     geometric_only: bool | None = None  # leave out the colour and histogram operations: images with a few grey levels
+
+
+def columns(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C, 1, 1] of pixel / 255, as `normalize` takes them."""
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    return mean, std
 
 
 def normalize(x_BCHW: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["fairness", "labeled_cross_entropy", "log_prior", "masked_cross_entropy", "merge_targets"]
+from kdedge.errors import BugError
+
+__all__ = ["adjustment", "fairness", "labeled_cross_entropy", "log_prior", "masked_cross_entropy", "merge_targets"]
 
 _EMPTY = 1e-6  # a class predicted less often than this is one that is not predicted
 
@@ -38,6 +40,15 @@ def log_prior(labels_N: Tensor, classes: int) -> Tensor:
     """Log of each class's share [K] of the labels; a class without any counts as one image."""
     counts_K = torch.bincount(labels_N, minlength=classes).clamp(min=1)
     return torch.log(counts_K / counts_K.sum())
+
+
+def adjustment(strength: float, log_prior_K: Tensor | None) -> Tensor | None:
+    """The prior as `labeled_cross_entropy` takes it: `strength` times `log_prior` [K], or None without adjustment."""
+    if not strength:
+        return None
+    if log_prior_K is None:
+        raise BugError(f"logit_adjustment is {strength}, but the labels' log prior was not given")
+    return strength * log_prior_K
 
 
 def labeled_cross_entropy(logits_BK: Tensor, labels_B: Tensor, log_prior_K: Tensor | None = None) -> Tensor:

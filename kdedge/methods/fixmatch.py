@@ -10,8 +10,7 @@ from torch import Tensor
 
 from kdedge.config import Config
 from kdedge.data.batches import Batch
-from kdedge.errors import BugError
-from kdedge.losses.consistency import labeled_cross_entropy, masked_cross_entropy
+from kdedge.losses.consistency import adjustment, labeled_cross_entropy, masked_cross_entropy
 from kdedge.methods.health import pseudo_label_logs
 from kdedge.methods.step import Method, Step
 from kdedge.methods.thresholds import Policy, ThresholdConfig
@@ -54,13 +53,8 @@ class FixMatch(Method):
         super().__init__(network)
         self.config = config
         self.policy = policy
-        if not config.logit_adjustment:
-            scaled_K = None
-        elif log_prior_K is None:
-            raise BugError(f"logit_adjustment is {config.logit_adjustment}, but the labels' log prior was not given")
-        else:
-            scaled_K = config.logit_adjustment * log_prior_K
-        self.register_buffer("scaled_prior_K", scaled_K, persistent=False)  # made again from the labels
+        # Not persistent: it is made again from the labels.
+        self.register_buffer("scaled_prior_K", adjustment(config.logit_adjustment, log_prior_K), persistent=False)
 
     def forward(self, batch: Batch) -> Step:
         labeled_BK, weak_UK, strong_UK = logits_of(self.network, batch)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kdedge.config import Config
 from kdedge.data.batches import Batch
-from kdedge.errors import BugError
-from kdedge.losses.consistency import labeled_cross_entropy, masked_cross_entropy, merge_targets
+from kdedge.losses.consistency import adjustment, labeled_cross_entropy, masked_cross_entropy, merge_targets
 from kdedge.losses.robust import masked_symmetric_cross_entropy
 from kdedge.methods.distill import DistillConfig, Distiller
 from kdedge.methods.health import pseudo_label_logs
@@ -93,10 +92,7 @@ class KDFixMatch(Method):
         label_N = trusted.label_N.masked_fill(trusted.usable_N == 0, -1)
         self.register_buffer("trusted_label_N", label_N, persistent=False)
         self.register_buffer("usable_N", trusted.usable_N.float(), persistent=False)
-        if config.logit_adjustment and log_prior_K is None:
-            raise BugError(f"logit_adjustment is {config.logit_adjustment}, but the labels' log prior was not given")
-        scaled_K = None if log_prior_K is None else config.logit_adjustment * log_prior_K
-        self.register_buffer("scaled_prior_K", scaled_K if config.logit_adjustment else None, persistent=False)
+        self.register_buffer("scaled_prior_K", adjustment(config.logit_adjustment, log_prior_K), persistent=False)
         self._all_usable = bool((trusted.usable_N > 0).all())
         self.teacher = teacher if config.distill.resolved_weight else None
         self.distiller = (

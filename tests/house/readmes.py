@@ -54,8 +54,6 @@ def tiny(command: str) -> str:
         return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("kdedge train-recipe"):
         return re.sub(r"^(kdedge train-recipe) (?!-)(?!\S*\.yaml)\S+", r"\1 tiny", command)
-    if command.startswith("kdedge recipes copy"):  # what is trained afterwards
-        return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("python -m kdedge_bench.seeds"):
         return re.sub(r"--seeds( \d+)+", "--seeds 0", re.sub(r"--recipe \S+", "--recipe tiny", command))
     if command.startswith("kdedge verdict"):
