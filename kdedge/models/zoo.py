@@ -9,7 +9,7 @@ B batch, C channels, H and W pixels, F features, K classes.
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -104,14 +104,17 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        # How the backbone is run in training where that is not plainly at once: in parts, to save memory, or on the
+        # share of this process (kdedge.train). Never part of the weights, and absent from averages and loaded networks.
+        self.compute: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
         """Pooled features [B, F], what the head reads."""
-        features: Tensor = self.backbone(x_BCHW)
+        features: Tensor = self.backbone(x_BCHW) if self.compute is None else self.compute(self.backbone, x_BCHW)
         return features
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(x_BCHW))
+        logits: Tensor = self.head(self.embed(x_BCHW))
         return logits
 
 

@@ -61,11 +61,11 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "flowers5/flowers5_160.tar",
         write_tar(tmp_path / "flowers5/flowers5_160.tar", dict.fromkeys(flowers, picture), "w"),
     )
-    monkeypatch.setattr(verdict_sets, "_A_CLASS", 3)
+    monkeypatch.setattr(verdict_sets, "_A_CLASS", {("mnist", "train"): 3, ("cifar10", "train"): 3, ("cifar10", "test"): 4})
     return tmp_path
 
 
-def test_pools_are_cut_evenly_and_tests_are_whole(sources, tmp_path) -> None:
+def test_pools_are_cut_evenly_and_tests_as_planned(sources, tmp_path) -> None:
     out = tmp_path / "sets"
     verdict_sets.main(["--from", str(sources), "--out", str(out)])
     counts = {
@@ -76,7 +76,7 @@ def test_pools_are_cut_evenly_and_tests_are_whole(sources, tmp_path) -> None:
             ("flowers5", ("train", "val")),
         )
     }
-    assert counts == {"mnist": [6, 4], "cifar10": [6, 10], "flowers5": [6, 6]}
+    assert counts == {"mnist": [6, 4], "cifar10": [6, 8], "flowers5": [6, 6]}
     source = open_source(str(out / "mnist"))
     assert source.classes == ("0", "1")
     assert len(make_splits(source, 2, 0).unlabeled) == 6
