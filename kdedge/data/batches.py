@@ -14,9 +14,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kdedge.data.views import ViewConfig, normalize, strong, weak
+from kdedge.data.views import ViewConfig, normalize, strong, strong_draws, weak, weak_draws
 
-__all__ = ["Batch", "Batches", "Pool", "step_seed"]
+__all__ = ["Batch", "Batches", "Pool", "share_rows", "step_seed"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Batch:
 
     They are one tensor because they pass through the network together. `position_B` and `position_U` are the places of
     the images in `Pool.unlabeled`: where the outer network's answers are found.
+
+    Where several processes share a step, `images` are the rows of this one (`share_rows`), everything else is whole.
     """
 
     images: Tensor
@@ -74,33 +76,59 @@ def _draw(count: int, batch: int, step: int, *key: int | str) -> Tensor:
     return torch.cat(parts)
 
 
+def share_rows(count: int, rank: int, world: int) -> slice:
+    """The rows of process `rank` of `world`: chunks in order, the first `count % world` of them one longer."""
+    each, longer = divmod(count, world)
+    start = rank * each + min(rank, longer)
+    return slice(start, start + each + (rank < longer))
+
+
 @final
 class Batches:
-    """The batches of one stage. `unlabeled_batch` of 0 gives labels only."""
+    """The batches of one stage. `unlabeled_batch` of 0 gives labels only; `share` is (rank, processes)."""
 
     def __init__(
-        self, pool: Pool, views: ViewConfig, *, labeled_batch: int, unlabeled_batch: int, seed: int, stage: str
+        self,
+        pool: Pool,
+        views: ViewConfig,
+        *,
+        labeled_batch: int,
+        unlabeled_batch: int,
+        seed: int,
+        stage: str,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.pool, self.views = pool, views
         self.labeled_batch, self.unlabeled_batch = labeled_batch, unlabeled_batch
+        self.share = share
         self._key = (seed, stage)
 
     @property
     def images_per_step(self) -> int:
-        """Images that pass through the network: labeled, weak and strong."""
+        """Images that pass through the network, in all processes together: labeled, weak and strong."""
         return self.labeled_batch + 2 * self.unlabeled_batch
 
     def at(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
         pool, device = self.pool, self.pool.images.device
-        generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
         labeled = _draw(len(pool.labeled), self.labeled_batch, step, *self._key, "labeled").to(device)
         position_B = pool.labeled[labeled]  # Pool.unlabeled counts through Pool.images, so places agree
-        views = [weak(pool.images[position_B], self.views, generator)]
         position_U = labeled[:0]
         if self.unlabeled_batch:
             position_U = _draw(len(pool.unlabeled), self.unlabeled_batch, step, *self._key, "unlabeled").to(device)
-            unlabeled_u8 = pool.images[pool.unlabeled[position_U]]
-            views += [weak(unlabeled_u8, self.views, generator), strong(unlabeled_u8, self.views, generator)]
-        images = normalize(torch.cat(views), pool.mean, pool.std)
+        images = self._images(step, position_B, pool.unlabeled[position_U])
         return Batch(images, pool.labels[labeled], position_B, position_U, pool.truth[pool.unlabeled[position_U]])
+
+    def _images(self, step: int, labeled_B: Tensor, unlabeled_U: Tensor) -> Tensor:
+        """This process's rows of the views, normalised. All draws are made whole, so these are the rows of the whole."""
+        generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
+        weak_DM = torch.cat([weak_draws(len(p), generator) for p in (labeled_B, unlabeled_U)], dim=1)
+        strong_DU = strong_draws(len(unlabeled_U), self.views, generator)
+        weakly_M = torch.cat([labeled_B, unlabeled_U])
+        rows = share_rows(self.images_per_step, *self.share)
+        strongly = slice(max(rows.start - len(weakly_M), 0), max(rows.stop - len(weakly_M), 0))
+        views = [
+            weak(self.pool.images[weakly_M[rows]], self.views, weak_DM[:, rows]),
+            strong(self.pool.images[unlabeled_U[strongly]], self.views, strong_DU[:, strongly]),
+        ]
+        return normalize(torch.cat(views), self.pool.mean, self.pool.std)

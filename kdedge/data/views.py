@@ -4,10 +4,11 @@ Weak: a small shift and, where allowed, a mirror (arXiv 2001.07685, section 2.3)
 Strong: the weak view, then RandAugment with operations and magnitudes drawn anew for each image, then Cutout; the
 form with continuous magnitudes, which does not depend on the resolution (microsoft/Semi-supervised-learning).
 
-Images come as uint8 [B, C, H, W] and leave as float [B, C, H, W] in 0..255. All random numbers come from the
-generator that is passed in, drawn on the CPU in one block, so that a step is the same on every device.
+Images come as uint8 [B, C, H, W] and leave as float [B, C, H, W] in 0..255. All random numbers are drawn on the CPU in
+one block, a column for each image, so that a step is the same on every device and a share of a batch is some of its
+columns.
 
-B batch, C channels, H and W pixels.
+B batch, C channels, H and W pixels, D draws an image.
 """
 
 from typing import Annotated
@@ -20,7 +21,7 @@ from kdedge.config import Config
 from kdedge.data import augment
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["OPERATIONS", "ViewConfig", "columns", "normalize", "strong", "weak"]
+__all__ = ["OPERATIONS", "ViewConfig", "columns", "normalize", "strong", "strong_draws", "weak", "weak_draws"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -29,6 +30,7 @@ OPERATIONS = (
     "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
 _FIRST_GEOMETRIC = OPERATIONS.index("rotate")
+_WEAK = 3  # draws of the weak view
 
 
 class ViewConfig(Config):
@@ -56,11 +58,22 @@ def normalize(x_BCHW: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return torch.sub(x_BCHW, mean * 255).div_(std * 255)
 
 
-def weak(images_BCHW: Tensor, config: ViewConfig, generator: torch.Generator) -> Tensor:
+def weak_draws(count: int, generator: torch.Generator) -> Tensor:
+    """What `weak` needs for `count` images, [D, B] in 0..1: down, right, mirror."""
+    return torch.rand(_WEAK, count, generator=generator)
+
+
+def strong_draws(count: int, config: ViewConfig, generator: torch.Generator) -> Tensor:
+    """What `strong` needs, [D, B] in 0..1: the weak view's, then for each operation which, how far and which way, then
+    the hole's centre and side."""
+    return torch.rand(_WEAK + 3 * config.operations + 3, count, generator=generator)
+
+
+def weak(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     """Shift and, where allowed, mirror."""
-    batch, _, height, width = images_BCHW.shape
+    height, width = images_BCHW.shape[2:]
     most = round(_known(config.shift_fraction) * min(height, width))
-    draws = torch.rand(3, batch, generator=generator).to(images_BCHW.device)
+    draws = draws_DB.to(images_BCHW.device)
     x = images_BCHW.float()
     offsets = (draws[:2].T * (2 * most + 1)).long().clamp_(max=2 * most)
     # Reflection makes no new edges in a photograph; for digits it would double strokes, so the background moves in.
@@ -68,16 +81,16 @@ def weak(images_BCHW: Tensor, config: ViewConfig, generator: torch.Generator) ->
     return augment.flip(x, draws[2] < 0.5) if config.flip else x
 
 
-def strong(images_BCHW: Tensor, config: ViewConfig, generator: torch.Generator) -> Tensor:
+def strong(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     """The weak view, `operations` random operations, Cutout."""
-    x = weak(images_BCHW, config, generator)
-    batch, _, height, width = x.shape
-    draws = torch.rand(config.operations, 3, batch, generator=generator).to(x.device)
+    x = weak(images_BCHW, config, draws_DB[:_WEAK])
+    height, width = x.shape[2:]
+    draws = draws_DB[_WEAK:].to(x.device)
     first = _FIRST_GEOMETRIC if config.geometric_only else 0
-    for choice, magnitude, sign in draws.unbind(0):
+    for choice, magnitude, sign in draws[:-3].reshape(config.operations, 3, len(x)).unbind(0):
         operation = first + (choice * (len(OPERATIONS) - first)).long().clamp_(max=len(OPERATIONS) - first - 1)
         x = _apply(x, operation, magnitude, torch.where(sign < 0.5, -1.0, 1.0), config)
-    hole = torch.rand(3, batch, generator=generator).to(x.device)
+    hole = draws[-3:]
     centre = hole[:2].T * hole.new_tensor([height, width])
     return augment.cutout(x, centre, hole[2] * _known(config.cutout_fraction) * min(height, width), _known(config.fill))
 

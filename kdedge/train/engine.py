@@ -46,6 +46,7 @@ class EnginePlan(Config):
     memory_format: Literal["contiguous", "channels-last"] = "contiguous"
     threads: Annotated[int, Field(gt=0)] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    parts: Annotated[int, Field(gt=0)] = 1  # a batch goes through the network in as many; more where memory is short
     compile: Literal[False] = False  # torch.compile: not used yet; recorded so that a later plan differs visibly
 
 

@@ -1,18 +1,23 @@
 """A batch is a function of (seed, stage, step) alone."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import VIEWS, toy_pool
 
-from kdedge.data.batches import Batches
+from kdedge.data.batches import Batches, share_rows
 
 
-def batches(seed: int = 0, stage: str = "outer", labeled: int = 4, unlabeled: int = 12) -> Batches:
-    return Batches(toy_pool(), VIEWS, labeled_batch=labeled, unlabeled_batch=unlabeled, seed=seed, stage=stage)
+def batches(
+    seed: int = 0, stage: str = "outer", labeled: int = 4, unlabeled: int = 12, share: tuple[int, int] = (0, 1)
+) -> Batches:
+    sizes = {"labeled_batch": labeled, "unlabeled_batch": unlabeled}
+    return Batches(toy_pool(), VIEWS, **sizes, seed=seed, stage=stage, share=share)
 
 
 def test_a_step_can_be_asked_for_in_any_order() -> None:
@@ -60,3 +65,23 @@ def test_labels_only_gives_no_unlabeled_views() -> None:
     assert only.images_per_step == 4
     assert only.at(0).images.shape == (4, 1, 8, 8)
     assert batches().images_per_step == 28 == len(batches().at(0).images)
+
+
+def test_share_rows_are_chunks_in_order_and_even() -> None:
+    for count in (0, 1, 5, 28):
+        for world in (1, 2, 3, 7):
+            shares = [range(count)[share_rows(count, rank, world)] for rank in range(world)]
+            assert [row for share in shares for row in share] == list(range(count))
+            sizes = [len(share) for share in shares]
+            assert sizes == sorted(sizes, reverse=True)
+            assert sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize(("world", "unlabeled"), [(2, 12), (3, 12), (5, 12), (3, 0)])
+def test_processes_that_share_a_step_have_together_what_one_has(world, unlabeled) -> None:
+    whole = batches(unlabeled=unlabeled).at(3)
+    shared = [batches(unlabeled=unlabeled, share=(rank, world)).at(3) for rank in range(world)]
+    assert torch.equal(torch.cat([share.images for share in shared]), whole.images)
+    for share in shared:
+        for field in dataclasses.fields(whole)[1:]:
+            assert torch.equal(getattr(share, field.name), getattr(whole, field.name)), field.name

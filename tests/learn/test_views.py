@@ -3,7 +3,7 @@
 import torch
 
 from kdedge.data.augment import shift
-from kdedge.data.views import OPERATIONS, ViewConfig, normalize, strong, weak
+from kdedge.data.views import OPERATIONS, ViewConfig, normalize, strong, strong_draws, weak, weak_draws
 
 PHOTO = ViewConfig(
     flip=True,
@@ -21,21 +21,32 @@ def images(count: int = 64, channels: int = 3, px: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (count, channels, px, px), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def weakly(images_u8: torch.Tensor, config: ViewConfig, seed: int = 0) -> torch.Tensor:
+    return weak(images_u8, config, weak_draws(len(images_u8), torch.Generator().manual_seed(seed)))
+
+
+def strongly(images_u8: torch.Tensor, config: ViewConfig, seed: int = 0) -> torch.Tensor:
+    return strong(images_u8, config, strong_draws(len(images_u8), config, torch.Generator().manual_seed(seed)))
 
 
 def test_the_same_generator_gives_the_same_views_and_another_gives_others() -> None:
-    for view in (weak, strong):
-        assert torch.equal(view(images(), PHOTO, generator(3)), view(images(), PHOTO, generator(3)))
-        assert not torch.equal(view(images(), PHOTO, generator(3)), view(images(), PHOTO, generator(4)))
+    for view in (weakly, strongly):
+        assert torch.equal(view(images(), PHOTO, 3), view(images(), PHOTO, 3))
+        assert not torch.equal(view(images(), PHOTO, 3), view(images(), PHOTO, 4))
+
+
+def test_a_share_of_a_batch_has_the_rows_of_the_whole() -> None:
+    draws = strong_draws(64, PHOTO, torch.Generator().manual_seed(0))
+    whole = strong(images(), PHOTO, draws)
+    for rows in (slice(0, 21), slice(21, 64), slice(5, 6), slice(7, 7)):
+        assert torch.equal(strong(images()[rows], PHOTO, draws[:, rows]), whole[rows])
 
 
 def test_views_stay_in_range_and_leave_their_input_alone() -> None:
     before = images()
-    for view in (weak, strong):
+    for view in (weakly, strongly):
         given = before.clone()
-        out = view(given, PHOTO, generator())
+        out = view(given, PHOTO)
         assert out.dtype == torch.float32
         assert out.shape == before.shape
         assert 0 <= float(out.min()) <= float(out.max()) <= 255
@@ -46,7 +57,7 @@ def test_a_weak_view_is_one_of_the_shifts_mirrored_or_not() -> None:
     x = images(8, px=16)
     candidates = [shift(x.float(), torch.tensor([[i, j]]).expand(8, 2), 2) for i in range(5) for j in range(5)]
     candidates += [c.flip(3) for c in candidates]
-    out = weak(x, PHOTO, generator())
+    out = weakly(x, PHOTO)
     assert all(any(torch.equal(out[i], c[i]) for c in candidates) for i in range(8))
 
 
@@ -61,7 +72,7 @@ def test_without_freedom_nothing_moves() -> None:
         fill=0.0,
         geometric_only=True,
     )
-    assert torch.equal(strong(images(), still, generator()), images().float())
+    assert torch.equal(strongly(images(), still), images().float())
 
 
 def test_every_operation_is_drawn_equally_often_and_applied_to_its_images(monkeypatch) -> None:
@@ -81,7 +92,7 @@ def test_every_operation_is_drawn_equally_often_and_applied_to_its_images(monkey
 
     monkeypatch.setattr(module, "_photometric", counting)
     monkeypatch.setattr(module, "_matrices", counting_geometric)
-    strong(images(7000, px=8), PHOTO, generator())  # two operations an image
+    strongly(images(7000, px=8), PHOTO)  # two operations an image
     counts["identity"] = 14_000 - sum(counts.values())
     assert len(OPERATIONS) == 14
     assert all(abs(count - 1000) < 130 for count in counts.values()), counts  # four standard deviations
@@ -91,8 +102,8 @@ def test_a_strong_view_differs_more_than_a_weak_one() -> None:
     smooth = torch.nn.functional.interpolate(images(64, px=4).float(), 32, mode="bilinear").to(torch.uint8)
     reference = smooth.float()
     config = PHOTO.model_copy(update={"flip": False})
-    weak_change = (weak(smooth, config, generator()) - reference).abs().mean()
-    strong_change = (strong(smooth, config, generator()) - reference).abs().mean()
+    weak_change = (weakly(smooth, config) - reference).abs().mean()
+    strong_change = (strongly(smooth, config) - reference).abs().mean()
     assert strong_change > 1.5 * weak_change
 
 
