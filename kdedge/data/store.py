@@ -1,0 +1,125 @@
+"""The images of a run where the training finds them: on its device, or read from a file ahead of each step.
+
+Both stores answer alike, so that no stage knows which one it has. N images, n of them, C channels, H and W pixels.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeAlias, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Pixels", "Resident", "Store", "Streamed"]
+
+_AHEAD = 4  # batches read before they are asked for: the labeled and the unlabeled images of two steps
+_Shape: TypeAlias = tuple[int, int, int, int]
+
+
+class Pixels(Protocol):
+    """Images uint8 [N, C, H, W] that lie somewhere else."""
+
+    @property
+    def shape(self) -> _Shape: ...
+
+    def read_into(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Write image rows[i] into out[i]; `out` is uint8 [n, C, H, W]. Called by one thread at a time."""
+
+
+@final
+class Resident:
+    """All images in the memory of the device that trains: the fastest, where they fit."""
+
+    waited_s = 0.0
+
+    def __init__(self, images_u8: Tensor) -> None:
+        self.images_u8 = images_u8
+
+    def __len__(self) -> int:
+        return len(self.images_u8)
+
+    @property
+    def shape(self) -> _Shape:
+        count, channels, height, width = self.images_u8.shape
+        return count, channels, height, width
+
+    @property
+    def device(self) -> torch.device:
+        return self.images_u8.device
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] of the images at `positions` [n], in the order asked for."""
+        return self.images_u8[positions.to(self.device)]
+
+    def expect(self, positions: Tensor) -> None:
+        """Nothing to do: all images are here."""
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All images in their order, `size` at a time."""
+        yield from torch.split(self.images_u8, size)
+
+
+@final
+class Streamed:
+    """Images read as they are needed; what `expect` names is read by a thread while the device computes.
+
+    One batch and the few expected ones are in memory, however many images there are. `places` [N] are rows of
+    `pixels`, of all of them unless given. `waited_s` is the time that `rows` spent waiting for pixels since the start.
+    """
+
+    def __init__(self, pixels: Pixels, device: torch.device, places: NDArray[np.int64] | None = None) -> None:
+        self._pixels, self._places, self.device = pixels, places, device
+        self.waited_s = 0.0
+        # One thread: what `pixels` has looked at is its own, and a second one would take a core from the training.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdedge-store")
+        self._ahead: dict[bytes, Future[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self._pixels.shape[0] if self._places is None else len(self._places)
+
+    @property
+    def shape(self) -> _Shape:
+        return len(self), *self._pixels.shape[1:]
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """uint8 [n, C, H, W] of the images at `positions` [n], in the order asked for.
+
+        DataError where the file cannot be read or its pixels are not those that were packed.
+        """
+        wanted = positions.cpu().numpy()
+        started_at_s = time.perf_counter()
+        found = (self._ahead.pop(wanted.tobytes(), None) or self._thread.submit(self._read, wanted)).result()
+        self.waited_s += time.perf_counter() - started_at_s
+        return found.to(self.device, non_blocking=True)  # torch keeps pinned memory until it is copied
+
+    def expect(self, positions: Tensor) -> None:
+        """Read the images at `positions` now, since `rows` will be asked for exactly these soon."""
+        wanted = positions.cpu().numpy()
+        key = wanted.tobytes()
+        if key in self._ahead:
+            return
+        while len(self._ahead) >= _AHEAD:  # never asked for: the run skipped a step
+            self._ahead.pop(next(iter(self._ahead))).cancel()
+        self._ahead[key] = self._thread.submit(self._read, wanted)
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """All images in their order, `size` at a time, the next ones read meanwhile."""
+        parts = torch.split(torch.arange(len(self)), size) if len(self) else ()
+        for number, part in enumerate(parts):
+            self.expect(part)
+            if number + 1 < len(parts):
+                self.expect(parts[number + 1])
+            yield self.rows(part)
+
+    def _read(self, wanted: NDArray[np.int64]) -> Tensor:
+        out = torch.empty(
+            (len(wanted), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )
+        self._pixels.read_into(wanted if self._places is None else self._places[wanted], out.numpy())
+        return out
+
+
+Store: TypeAlias = Resident | Streamed

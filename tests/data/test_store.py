@@ -1,0 +1,107 @@
+"""Images on the device and images in a file answer alike."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kdedge.data.store import Resident, Store, Streamed
+from kdedge.errors import DataError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 5), dtype=np.uint8)
+PLACES = np.random.default_rng(1).permutation(50)[:30]
+
+
+class Shelf:
+    """Pixels in an array; notes what is read, and waits for `gate`."""
+
+    def __init__(self, images: NDArray[np.uint8] = IMAGES) -> None:
+        self.images = images
+        self.read: list[list[int]] = []
+        self.gate, self.done = threading.Event(), threading.Semaphore(0)
+        self.gate.set()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.images), 3, 4, 5)
+
+    def read_into(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        assert self.gate.wait(30)
+        self.read.append(rows.tolist())
+        self.done.release()
+        if 13 in rows:
+            raise DataError("image 13 is damaged")
+        out[:] = self.images[rows]
+
+
+def _streamed(shelf: Shelf, places: NDArray[np.int64] | None = None) -> Streamed:
+    return Streamed(shelf, torch.device("cpu"), places)
+
+
+STORES: dict[str, Callable[[], Store]] = {
+    "resident": lambda: Resident(torch.from_numpy(IMAGES[PLACES])),
+    "streamed": lambda: _streamed(Shelf(IMAGES[PLACES])),
+    "streamed places": lambda: _streamed(Shelf(), PLACES),
+}
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_both_stores_answer_alike(kind: str) -> None:
+    store, asked = STORES[kind](), torch.tensor([29, 0, 3, 3, 17])
+    store.expect(asked)
+    assert (len(store), store.shape, store.device.type) == (30, (30, 3, 4, 5), "cpu")
+    assert torch.equal(store.rows(asked), torch.from_numpy(IMAGES[PLACES[asked.numpy()]]))
+    assert store.rows(asked[:0]).shape == (0, 3, 4, 5)
+    parts = list(store.chunks(8))
+    assert [len(part) for part in parts] == [8, 8, 8, 6]
+    assert torch.equal(torch.cat(parts), torch.from_numpy(IMAGES[PLACES]))
+
+
+def test_expected_images_are_read_once_and_before_they_are_asked_for() -> None:
+    shelf = Shelf()
+    store = _streamed(shelf)
+    first, second = torch.tensor([1, 2]), torch.tensor([5, 4])
+    store.expect(first)
+    store.expect(first)
+    store.expect(second)
+    assert shelf.done.acquire(timeout=30) and shelf.done.acquire(timeout=30)  # nobody has asked for rows yet
+    assert torch.equal(store.rows(second), torch.from_numpy(IMAGES[[5, 4]]))
+    assert torch.equal(store.rows(first), torch.from_numpy(IMAGES[[1, 2]]))
+    assert shelf.read == [[1, 2], [5, 4]]
+    store.rows(second)
+    assert shelf.read[2:] == [[5, 4]]
+
+
+def test_what_is_never_asked_for_does_not_pile_up() -> None:
+    shelf = Shelf()
+    store = _streamed(shelf)
+    shelf.gate.clear()
+    for start in range(20):
+        store.expect(torch.tensor([start, start]))
+    shelf.gate.set()
+    store.rows(torch.tensor([40]))
+    assert len(shelf.read) <= 6  # the one in flight, the last four, and the one asked for
+
+
+def test_waiting_is_counted() -> None:
+    shelf = Shelf()
+    store = _streamed(shelf)
+    shelf.gate.clear()
+    threading.Timer(0.01, shelf.gate.set).start()
+    store.rows(torch.tensor([1]))
+    waited_s = store.waited_s
+    assert waited_s > 0
+    store.rows(torch.tensor([2]))
+    assert store.waited_s > waited_s
+    assert Resident(torch.from_numpy(IMAGES)).waited_s == 0
+
+
+def test_an_error_of_the_thread_is_raised_where_the_images_are_asked_for() -> None:
+    store = _streamed(Shelf())
+    store.expect(torch.tensor([1, 13]))
+    with pytest.raises(DataError, match="13 is damaged"):
+        store.rows(torch.tensor([1, 13]))
+    assert store.rows(torch.tensor([2])).shape == (1, 3, 4, 5)
