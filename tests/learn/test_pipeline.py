@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kdedge import pipeline, recipe_io
-from kdedge.errors import DataError, RunError
+from kdedge.errors import DataError, DeviceError, RunError
 from kdedge.models.weights import load_model
 from kdedge.predictions import read_predictions
 from kdedge.runs import Run, latest_finished, open_finished, read_json, sha256_file
@@ -236,3 +236,31 @@ def test_starting_weights_change_the_run_and_its_input(tmp_path, whole) -> None:
     assert sha256_file(run.teacher_path) != sha256_file(whole.teacher_path)
     # the normalisation is that of the weights' own images
     assert load_model(run.teacher_path).preprocess == load_model(whole.teacher_path).preprocess
+
+
+def test_where_memory_runs_out_the_stage_goes_on_in_smaller_parts(tmp_path, monkeypatch) -> None:
+    fitted, said = [], []
+    display = SilentDisplay()
+    monkeypatch.setattr(display, "say", said.append)
+
+    def short_of_memory(method, batches, optim, engine, plan, checkpoints, *rest, **more):
+        fitted.append((checkpoints.stage, plan.parts))
+        if checkpoints.stage == "outer" and plan.parts < 4:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return fit(method, batches, optim, engine, plan, checkpoints, *rest, **more)
+
+    fit = pipeline.fit
+    monkeypatch.setattr(pipeline, "fit", short_of_memory)
+    run, _ = pipeline.train(tiny("baseline.enabled=false"), tmp_path / "run", display=display)
+    assert fitted == [("outer", 1), ("outer", 2), ("outer", 4), ("inner", 1)]
+    assert run.read_manifest()["engine_plan"]["outer"]["plan"]["parts"] == 4
+    assert sum("20 GiB" in sentence and "parts" in sentence for sentence in said) == 2
+
+
+def test_memory_that_does_not_suffice_for_one_image_is_an_error(tmp_path, monkeypatch) -> None:
+    def short_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(pipeline, "fit", short_of_memory)
+    with pytest.raises(DeviceError, match="20 GiB"):
+        pipeline.train(tiny(), tmp_path / "run")

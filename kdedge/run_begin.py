@@ -1,0 +1,156 @@
+"""From a recipe, its images and a folder to a run that has begun, or to a sentence why it cannot."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from kdedge import recipe_io
+from kdedge.data import Source, Splits
+from kdedge.data.batches import Pool
+from kdedge.errors import RecipeError, RunError
+from kdedge.models.weights import LoadedModel, StartingWeights, start_from
+from kdedge.models.zoo import ModelSpec, Network, build
+from kdedge.recipe import TEACHERS_WEIGHTS, Recipe, TeacherConfig, resolve
+from kdedge.run_folder import begin_manifest
+from kdedge.run_pool import describe, make_pool, pixel_statistics, read_starting
+from kdedge.run_stages import StageNotes
+from kdedge.run_teacher import read_ready_teacher, refuse_other_start
+from kdedge.runs import Run, sha256_file, write_bytes, write_json
+from kdedge.train.metrics import Display
+from kdedge_device.preprocess import Preprocess
+
+__all__ = ["Begun", "SplitImages", "begin"]
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """uint8 images [N, C, H, W] and known labels [N] of a split."""
+
+    images: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
+class Begun:
+    """A run with its recipe resolved, and its training images on the device."""
+
+    run: Run
+    recipe: Recipe
+    source: Source
+    splits: Splits
+    device: torch.device
+    pool: Pool
+    preprocess: Preprocess
+    starting: dict[str, StartingWeights]
+    display: Display
+
+    @property
+    def notes(self) -> StageNotes:
+        return StageNotes(self.run)
+
+    def student_spec(self) -> ModelSpec:
+        student = self.recipe.student
+        return self._spec(student.arch, student.width or 1.0, student.halvings)
+
+    def teacher_spec(self, teacher: TeacherConfig) -> ModelSpec:
+        return self._spec(teacher.arch or "", teacher.width, teacher.halvings)
+
+    def _spec(self, arch: str, width: float, halvings: int | None) -> ModelSpec:
+        return ModelSpec(arch, len(self.source.classes), self.preprocess.channels, width, halvings or 0)
+
+    def network(self, spec: ModelSpec, who: str) -> Network:
+        """A fresh network, from the starting weights of "teacher" or "student" where there are some."""
+        network = build(spec)
+        if who in self.starting:
+            start_from(network, self.starting[who])
+        return network
+
+    def head_is_probed(self, stage: str, who: str) -> bool:
+        """Whether the network's head begins as a linear probe."""
+        config = self.recipe.teacher if who == "teacher" else self.recipe.student
+        if stage == "inner" and self.recipe.student.init == TEACHERS_WEIGHTS:
+            return False  # it has the teacher's head
+        return who in self.starting and config is not None and config.head == "probe"
+
+    def load(self, indices: Any, preprocess: Preprocess | None = None) -> SplitImages:
+        """Images of the source as the run reads them, or as `preprocess` says."""
+        images = self.source.load(indices, preprocess or self.preprocess)
+        labels = torch.from_numpy(self.source.labels[indices])
+        return SplitImages(images, labels, tuple(self.source.ids[i] for i in indices))
+
+    def ready_teacher(self, ready: str) -> LoadedModel:
+        """The file that the recipe names, or the run's copy, once there is one."""
+        begun = self.run.manifest_path.is_file()
+        path = self.run.teacher_path if begun and "outer" in self.notes.done() else Path(ready).expanduser()
+        return read_ready_teacher(path, self.source.classes, self.preprocess.channels)
+
+
+def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, device: torch.device, display: Display) -> Begun:
+    """Resolve the recipe against the images, load them, and write recipe.yaml, splits.json and the manifest.
+
+    RecipeError, DataError and RunError where something does not fit, before anything is written or trained.
+    """
+    starting = read_starting(recipe, source.kind)
+    resolved = resolve(recipe, describe(recipe, source, splits, starting))
+    resolved = _with_data(resolved, labels=splits.labels)
+    px, channels = resolved.data.image_px or 0, resolved.data.channels or 3
+    plain = Preprocess(px, px, channels, "short-side-crop", (0.0,) * channels, (1.0,) * channels)
+    images = source.load(splits.unlabeled, plain)
+    mean, std = resolved.data.mean, resolved.data.std
+    if mean is None or std is None:
+        measured = pixel_statistics(images)
+        mean, std = mean or measured[0], std or measured[1]
+        resolved = _with_data(resolved, mean=mean, std=std)
+    preprocess = replace(plain, mean=mean, std=std)
+    pool = make_pool(images, splits, preprocess, device)
+    begun = Begun(run, resolved, source, splits, device, pool, preprocess, starting, display)
+    _refuse_what_does_not_fit(begun)
+    # The manifest first: with it, a run that is killed right here can be resumed.
+    begin_manifest(run, recipe, source, device, display)
+    if resolved.teacher is not None and resolved.teacher.ready is not None:
+        _note_ready_teacher(begun, Path(resolved.teacher.ready).expanduser())
+    if not run.recipe_path.is_file():
+        write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
+    if not run.splits_path.is_file():
+        write_json(run.splits_path, splits.to_json(source))
+    return begun
+
+
+def _with_data(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=values)})
+
+
+def _refuse_what_does_not_fit(begun: Begun) -> None:
+    teacher, from_teacher = begun.recipe.teacher, begun.recipe.student.init == TEACHERS_WEIGHTS
+    begun.network(begun.student_spec(), "student")
+    if teacher is None:
+        if from_teacher:
+            raise RecipeError("student.init is 'teacher', but the recipe has none (teacher is null).")
+        return
+    reads = None
+    if teacher.ready is not None:
+        ready = begun.ready_teacher(teacher.ready)
+        spec, reads = ready.spec, ready.preprocess
+    else:
+        spec = begun.teacher_spec(teacher)
+        begun.network(spec, "teacher")
+    if from_teacher:
+        refuse_other_start(begun.student_spec(), spec, begun.preprocess, reads)
+
+
+def _note_ready_teacher(begun: Begun, path: Path) -> None:
+    """A run is of one teacher: another file under the same name is refused."""
+    if "outer" in begun.notes.done():
+        return
+    known, found = begun.run.read_manifest().get("ready_sha256"), sha256_file(path)
+    if known is not None and known != found:
+        raise RunError(
+            f"The teacher {path} is not the one that the run in {begun.run.path} was started with (sha256 "
+            f"{found[:12]}, {known[:12]} was expected). Restore it, or choose another --out."
+        )
+    begun.run.update_manifest(ready_sha256=found)
