@@ -18,8 +18,8 @@ PLACES = np.random.default_rng(1).permutation(50)[:30]
 class Shelf:
     """Pixels in an array; notes what is read, and waits for `gate`."""
 
-    def __init__(self, images: NDArray[np.uint8] = IMAGES) -> None:
-        self.images = images
+    def __init__(self, images: NDArray[np.uint8] = IMAGES, damaged: int = -1) -> None:
+        self.images, self.damaged = images, damaged
         self.read: list[list[int]] = []
         self.gate, self.done = threading.Event(), threading.Semaphore(0)
         self.gate.set()
@@ -32,8 +32,8 @@ class Shelf:
         assert self.gate.wait(30)
         self.read.append(rows.tolist())
         self.done.release()
-        if 13 in rows:
-            raise DataError("image 13 is damaged")
+        if self.damaged in rows:
+            raise DataError(f"image {self.damaged} is damaged")
         out[:] = self.images[rows]
 
 
@@ -67,7 +67,8 @@ def test_expected_images_are_read_once_and_before_they_are_asked_for() -> None:
     store.expect(first)
     store.expect(first)
     store.expect(second)
-    assert shelf.done.acquire(timeout=30) and shelf.done.acquire(timeout=30)  # nobody has asked for rows yet
+    for _ in range(2):
+        assert shelf.done.acquire(timeout=30)  # nobody has asked for rows yet
     assert torch.equal(store.rows(second), torch.from_numpy(IMAGES[[5, 4]]))
     assert torch.equal(store.rows(first), torch.from_numpy(IMAGES[[1, 2]]))
     assert shelf.read == [[1, 2], [5, 4]]
@@ -100,7 +101,7 @@ def test_waiting_is_counted() -> None:
 
 
 def test_an_error_of_the_thread_is_raised_where_the_images_are_asked_for() -> None:
-    store = _streamed(Shelf())
+    store = _streamed(Shelf(damaged=13))
     store.expect(torch.tensor([1, 13]))
     with pytest.raises(DataError, match="13 is damaged"):
         store.rows(torch.tensor([1, 13]))
