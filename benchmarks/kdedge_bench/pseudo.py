@@ -51,7 +51,7 @@ def filters(facts: Facts) -> list[tuple[str, str, str]]:
     part, why = (facts.result or {}).get("trusted"), facts.trusted.get("why")
     if not part or why is None:
         return []
-    passed = ~np.isin(why, ("outlier", "low confidence"))
+    passed = ~np.isin(why, ("outlier", "its label differs", "low confidence"))
     agreed = passed & (why != "cluster disagrees")
     found = [
         ("All pseudo labels", len(why), "precision_before_filters"),

@@ -40,7 +40,9 @@ __all__ = [
     "select_trusted",
 ]
 
-KEPT, OUTLIER, UNSURE, DISAGREES, QUOTA = "kept", "outlier", "low confidence", "cluster disagrees", "quota"
+KEPT, OUTLIER, REFUTED, UNSURE, DISAGREES, QUOTA = (
+    "kept", "outlier", "its label differs", "low confidence", "cluster disagrees", "quota",
+)  # fmt: skip
 """Why an image is kept or dropped: the first filter, in this order, that it does not pass."""
 
 _KMEANS_IMAGES = 20_000  # centroids to start from are means of thousands either way
@@ -77,7 +79,7 @@ class TrustedSet:
 
     def summary(self, truth_N: npt.NDArray[np.int64], classes: int) -> dict[str, Any]:
         """Size, coverage, counts; precision after each filter where the truth is known (for reporting only)."""
-        confident = ~np.isin(self.why, (OUTLIER, UNSURE))
+        confident = ~np.isin(self.why, (OUTLIER, REFUTED, UNSURE))
         return {
             "size": int(self.kept.sum()),
             "coverage": float(self.kept.mean()) if len(self.kept) else 0.0,
@@ -103,7 +105,8 @@ def select_trusted(
     """Filter the unlabeled images. `label` is the given label of those that are also labeled, else -1.
 
     Logits and features are the outer network's in eval mode on images without views; features may be a memory map,
-    which is read in chunks. An image marked in `outlier_N` is not kept, and does not vote for its cluster's class.
+    which is read in chunks. An image marked in `outlier_N` is not kept, and does not vote for its cluster's class;
+    one whose given label is not the outer network's is not kept either, however confident that is.
     RunError where the features cannot be clustered.
     """
     classes = logits_NK.shape[1]
@@ -123,6 +126,8 @@ def select_trusted(
         why[~confident_N.numpy()] = UNSURE
     if config.filters == "none":
         why[:] = UNSURE
+    refuted_N = ((label_N >= 0) & (label_N != predicted_N)).numpy()
+    why[refuted_N] = REFUTED
     why[outlier_N] = OUTLIER
     label, confidence = predicted_N.numpy().astype(np.int64), confidence_N.numpy().astype(np.float32)
     kept_K = np.bincount(label[why == KEPT], minlength=classes)
@@ -219,13 +224,13 @@ def _most_confident(
 def confidence_only_like(trusted: TrustedSet, seed: int) -> TrustedSet:
     """The set that confidence alone would keep, with as many images of each predicted class as `trusted` keeps.
 
-    The most confident of each class, equal confidence by a seeded order; outliers stay out, so that the two sets
-    differ by the clusters alone.
+    The most confident of each class, equal confidence by a seeded order; outliers and images whose label differs stay
+    out, so that the two sets differ by the clusters alone.
     """
-    outlier_N = trusted.why == OUTLIER
+    out_N = np.isin(trusted.why, (OUTLIER, REFUTED))
     count_K = np.bincount(trusted.label[trusted.kept], minlength=trusted.logits.shape[1])
-    kept_N = _most_confident(trusted.label, trusted.confidence, trusted.index, ~outlier_N, count_K, seed)
-    why = np.where(kept_N, KEPT, np.where(outlier_N, OUTLIER, UNSURE)).astype("<U20")
+    kept_N = _most_confident(trusted.label, trusted.confidence, trusted.index, ~out_N, count_K, seed)
+    why = np.where(kept_N, KEPT, np.where(out_N, trusted.why, UNSURE)).astype("<U20")
     return replace(trusted, cluster=np.full_like(trusted.cluster, -1), kept=kept_N, why=why)
 
 

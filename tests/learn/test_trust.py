@@ -111,8 +111,10 @@ def test_clusters_remove_confident_mistakes_and_every_drop_has_its_reason() -> N
     summary = trusted.summary(truth.numpy(), 4)
     assert summary["precision"] == 1.0 > summary["precision_after_confidence"]
     confident = torch.softmax(logits, 1).max(1).values >= 0.95
-    assert set(np.unique(trusted.why)) == {"kept", "low confidence", "cluster disagrees"}
-    np.testing.assert_array_equal(trusted.why == "low confidence", ~confident.numpy())
+    refuted = (label >= 0) & (logits.argmax(1) != label)
+    assert set(np.unique(trusted.why)) <= {"kept", "its label differs", "low confidence", "cluster disagrees"}
+    np.testing.assert_array_equal(trusted.why == "its label differs", refuted.numpy())
+    np.testing.assert_array_equal(trusted.why == "low confidence", ~(confident | refuted).numpy())
     np.testing.assert_array_equal(trusted.kept, trusted.why == "kept")
     assert summary["size"] == trusted.kept.sum() == sum(summary["per_class"])
     assert sum(summary["why"].values()) == len(truth)
@@ -298,6 +300,18 @@ def test_outliers_are_never_kept_and_do_not_vote() -> None:
     assert not silent.kept[start_of_0].any()
 
 
+def test_a_labeled_image_is_never_trusted_to_be_of_another_class() -> None:
+    logits, features, label, truth = noisy_task()
+    label[5] = truth[5]
+    logits[5] = torch.nn.functional.one_hot((truth[5] + 1) % 4, 4) * 12.0  # as sure as can be, and wrong
+    for filters in ("confidence", "clusters", "confidence+clusters"):
+        trusted = select(logits, features, np.arange(len(truth)), label, TrustConfig(filters=filters))
+        labeled = (label >= 0).numpy() & trusted.kept
+        assert (trusted.why[5], labeled.any()) == ("its label differs", True)
+        np.testing.assert_array_equal(trusted.label[labeled], label.numpy()[labeled])
+        assert not confidence_only_like(trusted, seed=0).kept[5]
+
+
 # ---- against confidence alone
 
 
@@ -311,14 +325,15 @@ def test_the_confidence_only_set_has_the_same_classes_and_the_most_confident_of_
     right = known = 0
     for k in range(4):
         count = sum(bool(kept) and said == k for kept, said in zip(trusted.kept, trusted.label, strict=True))
-        rows = [i for i in range(len(truth)) if trusted.label[i] == k and not outlier[i]]
+        refuted = [label[i] >= 0 and label[i] != trusted.label[i] for i in range(len(truth))]
+        rows = [i for i in range(len(truth)) if trusted.label[i] == k and not outlier[i] and not refuted[i]]
         rows = sorted(rows, key=lambda i: -trusted.confidence[i])[:count]
         assert sorted(rows) == np.flatnonzero(alone.kept & (alone.label == k)).tolist()
         right, known = right + sum(int(truth[i]) == k for i in rows), known + count
     compared = compare_with_confidence(trusted, truth.numpy(), seed=0)
     assert compared["confidence_only_precision"] == pytest.approx(right / known)
     assert compared["images_exchanged"] == int((alone.kept & ~trusted.kept).sum()) > 0
-    assert set(np.unique(alone.why)) == {"kept", "outlier", "low confidence"}
+    assert set(np.unique(alone.why)) - {"its label differs"} == {"kept", "outlier", "low confidence"}
     unknown = compare_with_confidence(trusted, np.full(len(truth), -1), seed=0)
     assert unknown["confidence_only_precision"] is None
 
