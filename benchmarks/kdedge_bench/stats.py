@@ -12,25 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdedge import intervals
+
 __all__ = ["PairedDifference", "mcnemar_p", "paired_difference", "tango", "wilson"]
 
 
 def wilson(correct: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval (Wilson 1927) of the share `correct / images`, as fractions.
 
-    Not the textbook p ± 1.96 s: that one has width zero at 100 %, which small test sets do reach.
     Raises ValueError where `images` is not positive or `correct` is not in 0..images.
     """
     if images <= 0 or not 0 <= correct <= images:
         raise ValueError(f"{correct} correct of {images} images is not a share.")
-    z = _z(confidence)
-    share = correct / images
-    middle = (share + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
-    # At the ends the formula gives exactly 0 or 1, less a rounding error.
-    low = 0.0 if correct == 0 else middle - half
-    high = 1.0 if correct == images else middle + half
-    return low, high
+    return intervals.wilson(correct / images, images, _z(confidence))
 
 
 @dataclass(frozen=True)

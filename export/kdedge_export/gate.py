@@ -4,14 +4,15 @@ A point is one image of a hundred. The budget is on disagreement (another class 
 and is never below the loss of accuracy on the same images; where gate images have labels, their loss counts as well.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Agreement", "Decision", "agreement", "decide", "wilson"]
+from kdedge.intervals import wilson
+
+__all__ = ["Agreement", "Decision", "agreement", "decide"]
 
 Logits = npt.NDArray[np.float32]
 MIN_LABELED = 50  # below, one image is more than two points, and a single flip would decide
@@ -26,9 +27,8 @@ class Agreement:
     interval_points: tuple[float, float] | None
     labeled_images: int
     accuracy_drop_points: float | None
-    divergence: (
-        float | None
-    )  # mean KL(FP32 || INT8) in nats: finer than whole classes, it breaks ties between calibrators
+    # Mean KL(FP32 || INT8) in nats: finer than whole classes, it breaks ties between calibrators.
+    divergence: float | None
 
     @property
     def drop_points(self) -> float | None:
@@ -38,22 +38,13 @@ class Agreement:
         return max(self.disagreement_points, self.accuracy_drop_points or 0.0)
 
 
-def wilson(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share in percent points (Wilson 1927), of use for shares near 0 and small totals too."""
-    share = count / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low = 0.0 if count == 0 else centre - half  # exactly 0 and 1 at the ends, whatever rounding says
-    high = 1.0 if count == total else centre + half
-    return 100 * low, 100 * high
-
-
 def agreement(fp32: Logits, int8: Logits, labels: npt.NDArray[np.int64]) -> Agreement:
     """Both logits [N, K]; labels [N] with -1 where the class is not known."""
     if len(fp32) == 0:
         return Agreement(0, None, None, 0, None, None)
     ours, theirs = int8.argmax(1), fp32.argmax(1)
     differ = int((ours != theirs).sum())
+    low, high = wilson(differ / len(fp32), len(fp32))
     known = labels >= 0
     drop = None
     if known.sum() >= MIN_LABELED:
@@ -63,7 +54,7 @@ def agreement(fp32: Logits, int8: Logits, labels: npt.NDArray[np.int64]) -> Agre
     return Agreement(
         images=len(fp32),
         disagreement_points=100 * differ / len(fp32),
-        interval_points=wilson(differ, len(fp32)),
+        interval_points=(100 * low, 100 * high),
         labeled_images=int(known.sum()),
         accuracy_drop_points=drop,
         divergence=divergence,

@@ -12,7 +12,6 @@ K classes.
 """
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from kdedge.intervals import wilson
 
 __all__ = [
     "COUNTS",
@@ -132,7 +133,7 @@ def collapse(
     distinct = kept * min(1.0, unlabeled_images / given)
     taking, vanished = [], []
     for k, (share, prior) in enumerate(zip(share_K, prior_K, strict=True)):
-        low, high = _wilson(share, distinct)
+        low, high = wilson(share, distinct, _SURE_Z)
         if low > (1 + prior) / 2 and done_fraction > _TAKES_OVER_AFTER and k not in told:
             taking.append(k)
         if high < _VANISHED_BELOW * prior and done_fraction > _VANISHED_AFTER and k not in told:
@@ -148,13 +149,6 @@ def collapse(
         several = f"{len(vanished)} classes vanish" if len(vanished) > 1 else "One class vanishes"
         alarms.append(alarm(f"{several} from the pseudo labels", vanished))
     return alarms
-
-
-def _wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's interval of a share of `count` images."""
-    z2 = _SURE_Z**2 / count
-    middle, half = share + z2 / 2, _SURE_Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
 
 
 def _percent(share: float) -> str:
