@@ -208,7 +208,7 @@ class _Stages:
         if self.begun.head_is_probed(stage, who) and checkpoints.load()[0] is None:
             pool = self.pool
             self.begun.display.say(f"{stage}: the head begins as a linear probe of {len(pool.labels)} labeled images.")
-            fit_head(method.network, pool.images[pool.labeled], pool.labels, pool.mean, pool.std, plan)
+            fit_head(method.network, pool.images.rows(pool.labeled), pool.labels, pool.mean, pool.std, plan)
         average, elapsed_s = fit(
             method,
             batches,

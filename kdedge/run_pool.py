@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
+from kdedge.data.store import Resident
 from kdedge.data.views import columns
 from kdedge.errors import RecipeError
 from kdedge.models.weights import StartingWeights, read_starting_weights
@@ -80,7 +81,7 @@ def make_pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: to
     labeled = np.searchsorted(splits.unlabeled, splits.labeled)  # labeled is part of unlabeled, and both ascend
     mean, std = columns(preprocess, device)
     return Pool(
-        images=images.to(device),
+        images=Resident(images.to(device)),
         labeled=torch.from_numpy(labeled).to(device),
         labels=torch.from_numpy(splits.truth[splits.labeled]).to(device),
         unlabeled=torch.arange(len(splits.unlabeled), device=device),

@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from kdedge.data.store import Store
 from kdedge.data.views import ViewConfig, normalize, strong, strong_draws, weak, weak_draws
 
 __all__ = ["Batch", "Batches", "Pool", "share_rows", "step_seed"]
@@ -23,11 +24,11 @@ __all__ = ["Batch", "Batches", "Pool", "share_rows", "step_seed"]
 class Pool:
     """The training images of a run, on the device that trains.
 
-    `images` is uint8 [N, C, H, W]; `labeled` and `unlabeled` are positions in it; `labels` belongs to `labeled`.
+    `images` gives uint8 [n, C, H, W]; `labeled` and `unlabeled` are positions in it; `labels` belongs to `labeled`.
     `truth` [N] is for reporting only (-1 where unknown); no loss reads it.
     """
 
-    images: Tensor
+    images: Store
     labeled: Tensor
     labels: Tensor
     unlabeled: Tensor
@@ -101,6 +102,7 @@ class Batches:
         self.pool, self.views = pool, views
         self.labeled_batch, self.unlabeled_batch = labeled_batch, unlabeled_batch
         self.share = share
+        self._labeled = pool.labeled.cpu()
         self._key = (seed, stage)
 
     @property
@@ -111,24 +113,48 @@ class Batches:
     def at(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
         pool, device = self.pool, self.pool.images.device
-        labeled = _draw(len(pool.labeled), self.labeled_batch, step, *self._key, "labeled").to(device)
-        position_B = pool.labeled[labeled]  # Pool.unlabeled counts through Pool.images, so places agree
-        position_U = labeled[:0]
-        if self.unlabeled_batch:
-            position_U = _draw(len(pool.unlabeled), self.unlabeled_batch, step, *self._key, "unlabeled").to(device)
-        images = self._images(step, position_B, pool.unlabeled[position_U])
-        return Batch(images, pool.labels[labeled], position_B, position_U, pool.truth[pool.unlabeled[position_U]])
+        labeled, position_M = self._positions(step)
+        images = self._images(step, position_M)
+        pool.images.expect(self._read(self._positions(step + 1)[1]))
+        position_B, position_U = position_M.to(device).tensor_split([self.labeled_batch])
+        labels_B = pool.labels[labeled.to(device)]
+        return Batch(images, labels_B, position_B, position_U, pool.truth[pool.unlabeled[position_U]])
 
-    def _images(self, step: int, labeled_B: Tensor, unlabeled_U: Tensor) -> Tensor:
-        """This process's rows of the views, normalised. All draws are made whole, so these are the rows of the whole."""
-        generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
-        weak_DM = torch.cat([weak_draws(len(p), generator) for p in (labeled_B, unlabeled_U)], dim=1)
-        strong_DU = strong_draws(len(unlabeled_U), self.views, generator)
-        weakly_M = torch.cat([labeled_B, unlabeled_U])
+    def _positions(self, step: int) -> tuple[Tensor, Tensor]:
+        """Which labeled images [B], and the places in the pool of labeled and unlabeled images [B + U]; on the CPU."""
+        labeled = _draw(len(self._labeled), self.labeled_batch, step, *self._key, "labeled")
+        parts = [self._labeled[labeled]]  # Pool.unlabeled counts through Pool.images, so places agree
+        if self.unlabeled_batch:
+            parts.append(_draw(len(self.pool.unlabeled), self.unlabeled_batch, step, *self._key, "unlabeled"))
+        return labeled, torch.cat(parts)
+
+    def _rows(self) -> tuple[slice, slice]:
+        """This process's images among the [B + U] that are viewed weakly, and among the [U] viewed strongly."""
+        weakly = self.labeled_batch + self.unlabeled_batch
         rows = share_rows(self.images_per_step, *self.share)
-        strongly = slice(max(rows.start - len(weakly_M), 0), max(rows.stop - len(weakly_M), 0))
+        return (
+            slice(min(rows.start, weakly), min(rows.stop, weakly)),
+            slice(max(rows.start - weakly, 0), max(rows.stop - weakly, 0)),
+        )
+
+    def _read(self, position_M: Tensor) -> Tensor:
+        """The places [R] that this process reads: each once, though most are viewed twice."""
+        weakly, strongly = self._rows()
+        places: Tensor = torch.unique(torch.cat([position_M[weakly], position_M[self.labeled_batch :][strongly]]))
+        return places
+
+    def _images(self, step: int, position_M: Tensor) -> Tensor:
+        """The rows of this process, normalised. All draws are made whole, so these are rows of the whole."""
+        generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
+        parts = position_M.tensor_split([self.labeled_batch])
+        weak_DM = torch.cat([weak_draws(len(p), generator) for p in parts], dim=1)
+        strong_DU = strong_draws(len(parts[1]), self.views, generator)
+        weakly, strongly = self._rows()
+        read = self._read(position_M)
+        images_R = self.pool.images.rows(read)
+        row_M = torch.searchsorted(read, position_M).clamp_(max=len(read) - 1).to(images_R.device)
         views = [
-            weak(self.pool.images[weakly_M[rows]], self.views, weak_DM[:, rows]),
-            strong(self.pool.images[unlabeled_U[strongly]], self.views, strong_DU[:, strongly]),
+            weak(images_R[row_M[weakly]], self.views, weak_DM[:, weakly]),
+            strong(images_R[row_M[self.labeled_batch :][strongly]], self.views, strong_DU[:, strongly]),
         ]
         return normalize(torch.cat(views), self.pool.mean, self.pool.std)

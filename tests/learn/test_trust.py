@@ -397,10 +397,11 @@ def test_features_are_written_while_predicting(tmp_path) -> None:
     assert features.dtype == np.float16
     network.eval()
     with torch.no_grad():
-        embedded = network.embed((pool.images.float() / 255 - pool.mean) / pool.std)
+        embedded = network.embed((pool.images.images_u8.float() / 255 - pool.mean) / pool.std)
     np.testing.assert_allclose(features, embedded.numpy(), rtol=2e-3, atol=1e-4)
     np.testing.assert_array_equal(features, np.load(path))
-    none_logits, none = predict_with_features(network, pool.images[:0], pool.mean, pool.std, plan, path)
+    nothing = pool.images.rows(torch.arange(0))
+    none_logits, none = predict_with_features(network, nothing, pool.mean, pool.std, plan, path)
     assert none_logits.shape == (0, 3)
     assert none.shape == (0, features.shape[1])
 

@@ -3,6 +3,7 @@
 import torch
 
 from kdedge.data.batches import Pool
+from kdedge.data.store import Resident
 from kdedge.data.views import ViewConfig
 from kdedge.models.zoo import ModelSpec, Network, build
 
@@ -28,7 +29,7 @@ def toy_pool(count: int = 60) -> Pool:
         images[truth == k, :, 3 * k : 3 * k + 2] += 150
     labeled = torch.arange(0, count, 10)
     return Pool(
-        images=images.to(torch.uint8),
+        images=Resident(images.to(torch.uint8)),
         labeled=labeled,
         labels=truth[labeled],
         unlabeled=torch.arange(count),
