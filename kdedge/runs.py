@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,32 +30,34 @@ SCHEMA = 1
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` under `path` so that a reader sees the old file or the new one, never a part.
 
-    Temporary name, fsync, rename. A full disk or a read-only folder raises RunError and leaves the old file.
+    Temporary name, fsync, rename, fsync of the folder. A full disk or a read-only folder raises RunError and leaves the
+    old file.
     """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-    except BaseException:  # Ctrl-C between open and rename leaves nothing behind
-        Path(temporary).unlink(missing_ok=True)
+        temporary.replace(path)
+    except BaseException as error:  # Ctrl-C between open and rename leaves nothing behind either
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
+    _sync_folder(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sync_folder(folder: Path) -> None:
+    """The new name on the disk: a power cut could else bring the old file back."""
+    with contextlib.suppress(OSError):  # some file systems cannot; the file itself is synced
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
@@ -122,6 +124,14 @@ class Run:
     @property
     def baseline_path(self) -> Path:
         return self.path / "baseline.safetensors"
+
+    @property
+    def failure_path(self) -> Path:
+        return self.path / "failure.json"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def trusted_path(self) -> Path:

@@ -1,7 +1,7 @@
 """Checkpoints: tensors in safetensors, the rest as JSON in its header; nothing is unpickled.
 
-A checkpoint is one file, written under a temporary name, synced and renamed; the last two are kept. The header holds
-a hash of the tensors, so that a truncated or altered file is noticed and the one before it is used.
+A checkpoint is one file, written under a temporary name, synced and renamed; the last two are kept. Beside the header
+stands a hash of it and of the tensors, so that a truncated or altered file is noticed and the one before it is used.
 """
 
 import hashlib
@@ -22,13 +22,14 @@ __all__ = ["Checkpoint", "Checkpoints", "read_tensors", "tensors_hash", "tensors
 _KEEP = 2
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
+def tensors_hash(tensors: Mapping[str, Tensor], header: str = "") -> str:
+    """sha256 over the header's text, and names, types, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        # Not a copy: hashing a buffer lets other threads run.
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -37,8 +38,8 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    document = dict(header) | {"sha256": tensors_hash(plain)}
-    content: bytes = save(plain, metadata={"kdedge": json.dumps(document, allow_nan=False)})
+    text = json.dumps(dict(header), allow_nan=False)
+    content: bytes = save(plain, metadata={"kdedge": text, "sha256": tensors_hash(plain, text)})
     return content
 
 
@@ -56,9 +57,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise RunError(f"{path} cannot be read as safetensors: {error}.") from error
     if "kdedge" not in metadata:
         raise RunError(f"{path} has no kdedge header; it was not written by kdedge.")
+    if metadata.get("sha256") != tensors_hash(tensors, metadata["kdedge"]):
+        raise RunError(f"{path} is damaged: its header and tensors do not have the hash that stands beside them.")
     header: dict[str, Any] = json.loads(metadata["kdedge"])
-    if header.get("sha256") != tensors_hash(tensors):
-        raise RunError(f"{path} is damaged: its tensors do not have the hash that its header names.")
     return tensors, header
 
 
@@ -73,21 +74,34 @@ class Checkpoint:
 
 @final
 class Checkpoints:
-    """The checkpoints of one stage: `folder`/`stage`.`step`.safetensors."""
+    """The checkpoints of one stage: `folder`/`stage`.`step`.safetensors.
 
-    def __init__(self, folder: Path, stage: str) -> None:
-        self.folder, self.stage = folder, stage
+    Of many processes that train together one writes; the others have `writes` false and only read.
+    """
+
+    def __init__(self, folder: Path, stage: str, *, writes: bool = True) -> None:
+        self.folder, self.stage, self.writes = folder, stage, writes
 
     def _files(self) -> list[tuple[int, Path]]:
         """(step, file) of each, oldest first. The step in the name is a number, so that 1000 comes after 999."""
         files = self.folder.glob(f"{self.stage}.*.safetensors") if self.folder.is_dir() else []
-        return sorted((int(path.name.split(".")[1]), path) for path in files)
+        steps = ((path.name.split(".")[1], path) for path in files)
+        return sorted((int(step), path) for step, path in steps if step.isdecimal())
 
     def save(self, step: int, tensors: Mapping[str, Tensor], **header: Any) -> None:
+        """Write the state after `step` steps, then remove all but the last two; RunError where it cannot be written."""
+        if not self.writes:
+            return
+        self._sweep()
         content = tensors_to_bytes(tensors, header | {"step": step})
         write_bytes(self.folder / f"{self.stage}.{step}.safetensors", content)
         for _, path in self._files()[:-_KEEP]:
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed writes left half-written; a run has one writer."""
+        for path in self.folder.glob(f".{self.stage}.*.safetensors.*") if self.folder.is_dir() else []:
+            path.unlink(missing_ok=True)
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest sound checkpoint, if any, and a sentence about each damaged one that was passed over."""
@@ -95,6 +109,8 @@ class Checkpoints:
         for step, path in reversed(self._files()):
             try:
                 tensors, header = read_tensors(path)
+                if header.get("step") != step:
+                    raise RunError(f"{path} holds the state after step {header.get('step')}, not {step}.")
             except RunError as error:
                 notes.append(f"{error} The checkpoint before it is used.")
                 continue
@@ -103,5 +119,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished stage."""
+        if not self.writes:
+            return
+        self._sweep()
         for _, path in self._files():
-            path.unlink()
+            path.unlink(missing_ok=True)

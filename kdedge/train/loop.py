@@ -3,27 +3,30 @@
 Rules for how a stage starts: a sound checkpoint of this stage is resumed; a damaged one is passed over for the one
 before it; without any the stage starts at step 0. Everything random in a step follows from (seed, stage, step), so a
 resumed run ends with the same weights, bit for bit, as one that was never stopped.
+
+Rules for how it is left early: SIGTERM and Ctrl-C let the step end and save it; an error saves nothing more. Either
+way what is being written is written to its end.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from kdedge.data.batches import Batches, step_seed
 from kdedge.errors import RunError
-from kdedge.methods.health import COUNTS, SliceHealth, Tally
+from kdedge.methods.health import COUNTS, SliceHealth
 from kdedge.methods.step import Method
-from kdedge.models.ema import Ema
 from kdedge.models.zoo import Network
-from kdedge.train.checkpoint import Checkpoint, Checkpoints
+from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.due import due
-from kdedge.train.engine import EngineConfig, EnginePlan, as_planned, prepare, using
+from kdedge.train.engine import EngineConfig, EnginePlan, prepare, using
 from kdedge.train.metrics import MetricsLog
-from kdedge.train.optim import OptimConfig, learning_rate, make_optimizer, set_batch_norm_momentum
+from kdedge.train.optim import OptimConfig
+from kdedge.train.saving import Saver
+from kdedge.train.state import State
+from kdedge.train.stop import stop_asked
 
 __all__ = ["fit"]
 
@@ -49,35 +52,29 @@ def fit(
     The seconds of a run that was resumed are those of all its parts, up to the checkpoints they left.
 
     With `validate` (on the validation split) the most accurate average seen at an evaluation is returned, otherwise
-    the last one. `class_names` are for what is said only. Raises RunError where the loss is no longer finite.
+    the last one. `class_names` are for what is said only. Raises RunError where the loss is no longer finite or a
+    checkpoint cannot be written, and KeyboardInterrupt, after saving, where SIGTERM or Ctrl-C came.
     """
-    total, stage = _resolved(optim.total_steps), checkpoints.stage
-    device = next(method.parameters()).device
-
     # ---- set up
-    as_planned(method, plan).train()
-    set_batch_norm_momentum(method.network, _resolved(optim.batch_norm_momentum))
-    optimizer = make_optimizer(
-        method, _resolved(optim.learning_rate), _resolved(optim.momentum), _resolved(optim.weight_decay)
-    )
-    ema = Ema(method.network, _resolved(optim.ema_decay))
-    best: dict[str, Any] = {"accuracy": -1.0, "weights": None}
-    tally = Tally(method.network.head.out_features, device)
+    state, stage = State(method, optim, plan), checkpoints.stage
+    total, tally, device = state.total_steps, state.tally, state.device
     labeled_K = torch.bincount(batches.pool.labels.cpu(), minlength=method.network.head.out_features)
 
     # ---- resume
     checkpoint, notes = checkpoints.load()
     for note in notes:
         metrics.display.say(note)
-    first = 0 if checkpoint is None else _restore(checkpoint, method, optimizer, ema, best, tally)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    first = 0 if checkpoint is None else checkpoint.step
     began_at_s = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.header["elapsed_s"])
     metrics.rewind(stage, first)
     metrics.display.stage(stage, total)
-    saved_at_s = logged_at_s = time.perf_counter()
+    logged_at_s = time.perf_counter()
     logged_step, waited_s = first, 0.0
 
     # ---- train
-    with using(plan, device):
+    with stop_asked() as stop, using(plan, device), Saver(checkpoints, engine.checkpoint_every_s) as saver:
         for step in range(first, total):
             torch.manual_seed(step_seed(seed, stage, "network", step))  # dropout
 
@@ -89,29 +86,26 @@ def fit(
 
             # forward, backward
             result = method(batch)
-            optimizer.zero_grad(set_to_none=True)
+            state.optimizer.zero_grad(set_to_none=True)
             result.loss.backward()
 
             # update
-            rate = learning_rate(step, total, _resolved(optim.learning_rate), _resolved(optim.warmup_steps))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            ema.update(step)
+            state.update(step)
             tally.add(result.logs)
             done = step + 1
 
             if due(done, engine.log_every_steps, total):
-                _check_finite(result.loss, stage, step, rate)
+                _check_finite(result.loss, stage, step, state.rate(step))
                 now_s = time.perf_counter()
                 metrics.write(
                     stage,
                     done,
                     total_steps=total,
                     loss=result.loss,
-                    lr=rate,
+                    lr=state.rate(step),
                     images_per_second=batches.images_per_step * (done - logged_step) / (now_s - logged_at_s),
                     loader_wait_fraction=waited_s / (now_s - logged_at_s),
+                    checkpoint_blocked_fraction=saver.blocked_fraction,
                     **{name: value for name, value in result.logs.items() if name != COUNTS},
                     **tally.line(),
                 )
@@ -123,28 +117,21 @@ def fit(
                     metrics.display.say(f"Stage {stage}, step {done} of {total}: {alarm.sentence}")
 
             if validate is not None and due(done, max(total // _EVALUATIONS, 1), total):
-                checked = validate(ema.network)
+                checked = validate(state.ema.network)
                 metrics.write(stage, done, total_steps=total, val_accuracy=checked.accuracy, **checked.logs)
-                if checked.accuracy >= best["accuracy"]:  # of equals the later one: it has seen more
-                    best.update(accuracy=checked.accuracy, weights=_copied(ema.network))
+                state.judge(checked.accuracy)
 
-            if done < total and time.perf_counter() - saved_at_s >= engine.checkpoint_every_s:
-                _check_finite(result.loss, stage, step, rate)
-                _save(checkpoints, done, method, optimizer, ema, best, tally, time.perf_counter() - began_at_s)
-                saved_at_s = time.perf_counter()
+            stopping = stop.asked
+            if stopping or (done < total and saver.due()):
+                _check_finite(result.loss, stage, step, state.rate(step))
+                saver.save(done, state.tensors(), **state.header(), elapsed_s=time.perf_counter() - began_at_s)
+            if stopping:
+                saver.wait()
+                raise KeyboardInterrupt
 
-    if best["weights"] is not None:
-        ema.network.load_state_dict(best["weights"])
-    return ema.network, time.perf_counter() - began_at_s
-
-
-Value = TypeVar("Value")
-
-
-def _resolved(value: Value | None) -> Value:
-    if value is None:
-        raise ValueError("the optimizer's settings have not been resolved (kdedge.recipe.resolve)")
-    return value
+    if state.best_weights:
+        state.ema.network.load_state_dict(state.best_weights)
+    return state.ema.network, time.perf_counter() - began_at_s
 
 
 def _check_finite(loss: torch.Tensor, stage: str, step: int, rate: float) -> None:
@@ -153,50 +140,3 @@ def _check_finite(loss: torch.Tensor, stage: str, step: int, rate: float) -> Non
             f"The loss of stage {stage} became {loss.item()} at step {step} with learning rate {rate:.4g}. "
             "The last checkpoint is kept. Lower the stage's optim.learning_rate."
         )
-
-
-def _copied(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-def _save(
-    checkpoints: Checkpoints,
-    step: int,
-    method: Method,
-    optimizer: torch.optim.SGD,
-    ema: Ema,
-    best: dict[str, Any],
-    tally: Tally,
-    elapsed_s: float,
-) -> None:
-    tensors = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in ema.network.state_dict().items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in (best["weights"] or {}).items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        if state.get("momentum_buffer") is not None:
-            tensors[f"momentum.{index}"] = state["momentum_buffer"]
-    tensors |= {f"tally.{name}": tensor for name, tensor in tally.tensors.items()}
-    checkpoints.save(step, tensors, best_accuracy=best["accuracy"], alarmed=tally.alarmed, elapsed_s=elapsed_s)
-
-
-def _restore(
-    checkpoint: Checkpoint,
-    method: Method,
-    optimizer: torch.optim.SGD,
-    ema: Ema,
-    best: dict[str, Any],
-    tally: Tally,
-) -> int:
-    """Put everything back where it was after `checkpoint.step` steps."""
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
-
-    method.load_state_dict(part("method."))
-    ema.network.load_state_dict(part("ema."))
-    state = optimizer.state_dict()
-    state["state"] = {int(index): {"momentum_buffer": tensor} for index, tensor in part("momentum.").items()}
-    optimizer.load_state_dict(state)
-    best.update(accuracy=checkpoint.header["best_accuracy"], weights=part("best.") or None)
-    tally.restore(part("tally."), checkpoint.header["alarmed"])
-    return checkpoint.step

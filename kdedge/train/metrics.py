@@ -54,14 +54,17 @@ def to_number(value: Any) -> Any:
 
 @final
 class MetricsLog:
-    """Appends to metrics.jsonl. A resume drops the lines that the resumed steps will write again."""
+    """Appends to metrics.jsonl. A resume drops the lines that the resumed steps will write again.
 
-    def __init__(self, path: Path, display: Display) -> None:
-        self.path, self.display = path, display
+    Of many processes that train together one writes; the others have `writes` false.
+    """
+
+    def __init__(self, path: Path, display: Display, *, writes: bool = True) -> None:
+        self.path, self.display, self.writes = path, display, writes
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what was logged of `stage` after `step`, a half-written last line included."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -74,6 +77,8 @@ class MetricsLog:
         write_bytes(self.path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, stage: str, step: int, **values: Any) -> None:
+        if not self.writes:
+            return
         entry = {"stage": stage, "step": step} | {name: to_number(value) for name, value in values.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

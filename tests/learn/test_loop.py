@@ -1,6 +1,8 @@
 """The loop: resume is bit-exact, damage is survived, a lost loss stops the run."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,21 @@ class DiesAt(Method):
         return self.inner[0](batch)
 
 
+class AskedToStopAt(Method):
+    """A method whose process gets a signal in the middle of step `at`, counted over its life."""
+
+    def __init__(self, inner: Method, at: int) -> None:
+        super().__init__(inner.network)
+        self.at, self.count = at, 0
+        self.inner = [inner]
+
+    def forward(self, batch: Batch) -> Step:
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.count += 1
+        return self.inner[0](batch)
+
+
 class Collapsed(Method):
     """Every pseudo label is of class 1, and wrong for two images of three."""
 
@@ -101,6 +118,7 @@ def train(
     inner: Method | None = None,
     display: Any = None,
     every: int = 1,
+    save_s: float = 0,
     **changes: Any,
 ) -> Network:
     inner = inner or fixmatch(spec)
@@ -109,7 +127,7 @@ def train(
         method,
         Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer"),
         OPTIM.model_copy(update=changes),
-        EngineConfig(checkpoint_every_s=0, log_every_steps=every),
+        EngineConfig(checkpoint_every_s=save_s, log_every_steps=every),
         PLAN,
         Checkpoints(folder / "checkpoint", "outer"),
         MetricsLog(folder / "metrics.jsonl", display or SilentDisplay()),
@@ -127,7 +145,7 @@ def weights(network: Network) -> str:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timings = ("images_per_second", "loader_wait_fraction")
+    timings = ("images_per_second", "loader_wait_fraction", "checkpoint_blocked_fraction")
     return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
 
 
@@ -140,6 +158,18 @@ def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path
             train(folder, die=die, spec=spec, every=4)
         assert weights(train(folder, spec=spec, every=4)) == weights(whole)
         assert logged(folder) == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [0, 6, 11], ids=["first", "middle", "last"])
+def test_sigterm_saves_the_step_it_came_in_and_the_resumed_run_ends_the_same(tmp_path, at) -> None:
+    whole = train(tmp_path / "whole", every=4)
+    folder = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, inner=AskedToStopAt(fixmatch(), at), every=4, save_s=3600)
+    assert [path.name for path in (folder / "checkpoint").iterdir()] == [f"outer.{at + 1}.safetensors"]
+    assert weights(train(folder, every=4, save_s=3600)) == weights(whole)
+    assert logged(folder) == logged(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_line_counts_all_steps_since_the_one_before(tmp_path) -> None:
@@ -346,7 +376,7 @@ def test_with_momentum_0_statistics_stay_as_they_came(tmp_path) -> None:
     network = toy_network().train()
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [m.running_mean.clone() for m in norms]
-    x = toy_pool().images[:12].float()
+    x = toy_pool().images.images_u8[:12].float()
     moving = network(x)
     for module, mean in zip(norms, before, strict=True):
         module.running_mean.copy_(mean)
