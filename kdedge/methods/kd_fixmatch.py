@@ -201,17 +201,21 @@ class KDFixMatch(Method):
         assert self.distiller is not None
         assert self.teacher is not None
         labeled = len(batch.labels_B)
-        images, position_M = batch.images, torch.cat([batch.position_B, batch.position_U, batch.position_U])
+        position_M = torch.cat([batch.position_B, batch.position_U, batch.position_U])
+        rows = None
         if not self._all_usable:  # asked once, since to look at every batch would make it wait for the device
             usable_M = self.usable_N[position_M] > 0
             usable_M[:labeled] = True  # somebody gave it a label
             rows = usable_M.nonzero().squeeze(1)
-            images, position_M = images[rows], position_M[rows]
-            student = None if student is None else student.rows(rows)
         if student is None or self._mixes:
-            images = _mixed(images)
+            images = _mixed(batch.images if rows is None else batch.images[rows])
             student = ask(self.network, images)
-        teacher = self.teacher.answers(images, position_M, self.distiller.teacher_middle)
+            position_M = position_M if rows is None else position_M[rows]
+            teacher = self.teacher.answers(images, position_M)
+        else:  # rows are of the answers: a batch that processes share has the whole of them, but not of the images
+            teacher = self.teacher.answers(batch.images, position_M, self.distiller.teacher_middle)
+            if rows is not None:
+                student, teacher, position_M = student.rows(rows), teacher.rows(rows), position_M[rows]
         target_M = torch.cat([batch.labels_B, teacher.logits_MK[labeled:].argmax(1)])
         term: Tensor = self.distiller(student, teacher, target_M, position_M)
         return term

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdedge.data.store import Store
 from kdedge.data.store import Resident, Store
 from kdedge.data.views import normalize
 from kdedge.errors import RunError
@@ -38,17 +37,22 @@ def _outputs(
         with using(plan, device):
             for part, counts in _dealt(images, ranks):
                 embedded = network.embed(prepare(normalize(part.to(device).float(), mean, std), plan))
-                logits, features = network.head(embedded).float(), embedded.float()
-                yield ranks.gather_rows(logits, counts).cpu(), ranks.gather_rows(features, counts).cpu()
+                found = [each[: counts[ranks.rank]] for each in (network.head(embedded).float(), embedded.float())]
+                logits_BK, features_BF = (ranks.gather_rows(each, counts).cpu() for each in found)
+                yield logits_BK, features_BF
     finally:
         network.train(was_training)
 
 
 def _dealt(images: Store, ranks: Ranks) -> Iterator[tuple[Tensor, list[int]]]:
-    """Of each round of batches this rank's images, and how many every rank has: none where the last round is short."""
+    """Of each round of batches this rank's images, and how many of them count in each rank.
+
+    Where the last round is short, the ranks without a batch get an image that does not count: not every network takes
+    none at all.
+    """
     rounds = torch.split(torch.arange(len(images)), _BATCH * ranks.world) if len(images) else ()
     parts = [torch.split(each, _BATCH) for each in rounds]
-    mine = [each[ranks.rank] if ranks.rank < len(each) else each[0][:0] for each in parts]
+    mine = [each[ranks.rank] if ranks.rank < len(each) else each[0][:1] for each in parts]
     for number, each in enumerate(parts):
         if number + 1 < len(mine):
             images.expect(mine[number + 1])

@@ -50,7 +50,8 @@ def cluster(
     """Refine centroids by KL(P || Q) and return (assignment [N], centroids [J, F] in float64).
 
     P is held for `steps_an_update` steps over all images, then computed anew; stops where less than `tolerance` of
-    the images change cluster between updates (section 3.3 of the paper).
+    the images change cluster between updates (section 3.3 of the paper). Processes that share the features all return
+    the whole.
     """
     centroids_JF = start_JF.double().clone().requires_grad_(True)
     # The gradient of a mean over all images: a centroid's own are one in J of them, so the rate can be high. Five such
@@ -60,8 +61,7 @@ def cluster(
     for _ in range(updates):
         held_JF = centroids_JF.detach().clone()
         for _ in range(steps_an_update):
-            optimizer.zero_grad()
-            _add_gradient(features, centroids_JF, held_JF, mass_J)
+            _set_gradient(features, centroids_JF, held_JF, mass_J)
             optimizer.step()
         now_N, mass_J = _assign(features, centroids_JF)
         changed = float((now_N != assignment_N).double().mean())
@@ -74,26 +74,28 @@ def cluster(
 @torch.no_grad()
 def _assign(features: ScaledFeatures, centroids_JF: Tensor) -> tuple[Tensor, Tensor]:
     """The cluster of each image [N], and f_j = sum_i q_ij [J] in float64."""
-    assignment_N = torch.empty(len(features), dtype=torch.int64)
+    assignment_N = torch.zeros(len(features), dtype=torch.int64)  # of the images of other processes too
     mass_J = torch.zeros(len(centroids_JF), dtype=torch.float64)
     for part, features_CF in features.chunks():
         q_CJ = soft_assignment(features_CF, centroids_JF.float())
         assignment_N[part] = q_CJ.argmax(1)
         mass_J += q_CJ.sum(0, dtype=torch.float64)
-    return assignment_N, mass_J
+    return features.share.total(assignment_N), features.share.total(mass_J)
 
 
-def _add_gradient(features: ScaledFeatures, centroids_JF: Tensor, held_JF: Tensor, mass_J: Tensor) -> None:
-    """Add the gradient of KL(P || Q) over all images to `centroids_JF`, where P is that of the held centroids.
+def _set_gradient(features: ScaledFeatures, centroids_JF: Tensor, held_JF: Tensor, mass_J: Tensor) -> None:
+    """Give `centroids_JF` the gradient of KL(P || Q) over all images, where P is that of the held centroids.
 
     P is computed again instead of kept: a row of P takes memory, a product of matrices takes little time.
     """
+    centroids_JF.grad = torch.zeros_like(centroids_JF)
     for _, features_CF in features.chunks():
         with torch.no_grad():
             p_CJ = target_distribution(soft_assignment(features_CF, held_JF.float()), mass_J.float())
         loss = kl_loss(p_CJ, soft_assignment(features_CF, centroids_JF.float()))
         # The leaf is float64, so chunks are summed in float64.
         (loss * (len(features_CF) / len(features))).backward()  # type: ignore[no-untyped-call]
+    centroids_JF.grad = features.share.total(centroids_JF.grad)
 
 
 def map_clusters(assignment_N: Tensor, label_N: Tensor, weight_N: Tensor, clusters: int, classes: int) -> Tensor:

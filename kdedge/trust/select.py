@@ -27,7 +27,7 @@ from kdedge.config import Config
 from kdedge.errors import RunError
 from kdedge.runs import write_bytes
 from kdedge.trust import dec
-from kdedge.trust.stream import ScaledFeatures, scaled_features
+from kdedge.trust.stream import WHOLE, ScaledFeatures, Share, scaled_features
 
 __all__ = [
     "OUTLIER",
@@ -101,6 +101,7 @@ def select_trusted(
     *,
     seed: int,
     outlier_N: npt.NDArray[np.bool_] | None = None,
+    share: Share = WHOLE,
 ) -> TrustedSet:
     """Filter the unlabeled images. `label` is the given label of those that are also labeled, else -1.
 
@@ -118,7 +119,8 @@ def select_trusted(
         votes_N = torch.where(confident_N & ~torch.from_numpy(outlier_N), predicted_N, -1)
         votes_N = torch.where(label_N >= 0, label_N, votes_N)
         weight_N = torch.where(label_N >= 0, config.label_weight, confidence_N)
-        class_N, assignment_N = _clusters(features_NF, index_N, label_N, votes_N, weight_N, classes, config, seed)
+        features = scaled_features(features_NF, share=share)
+        class_N, assignment_N = _clusters(features, index_N, label_N, votes_N, weight_N, classes, config, seed)
         agrees_N = class_N == predicted_N
     why = np.full(len(index_N), KEPT, dtype="<U20")
     why[~agrees_N.numpy()] = DISAGREES
@@ -153,7 +155,7 @@ def _confidence(logits_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clusters(
-    features_NF: npt.NDArray[Any],
+    features: ScaledFeatures,
     index_N: npt.NDArray[np.int64],
     label_N: Tensor,
     votes_N: Tensor,
@@ -163,7 +165,7 @@ def _clusters(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """The class that the cluster of each image stands for [N] (-1 for none), and the cluster [N]."""
-    features, clusters = scaled_features(features_NF), config.clusters or classes
+    clusters = config.clusters or classes
     if len(features) < clusters:
         raise RunError(
             f"{clusters} clusters were asked for (trust.clusters) of {len(features)} unlabeled images. "
@@ -188,7 +190,9 @@ def _start(
     if len(order_N) > _KMEANS_IMAGES:  # all 20 starts in memory, instead of 20 times many passes over the file
         draw = np.random.default_rng(seed)
         drawn_R = order_N[draw.choice(len(order_N), max(_KMEANS_IMAGES, clusters), replace=False)]
-    return _kmeans(features.rows(drawn_R), clusters, seed)
+    if features.share.rank:  # k-means rounds as its threads come: the first process's are taken
+        return features.share.total(torch.zeros(clusters, features.features_NF.shape[1]))
+    return features.share.total(_kmeans(features.rows(drawn_R), clusters, seed))
 
 
 def _kmeans(features_RF: Tensor, clusters: int, seed: int) -> Tensor:
