@@ -137,14 +137,13 @@ def _refuse_an_unknown_budget(rows: Sequence[Row], recipe: Recipe) -> None:
 def _refuse_different_inputs(rows: Sequence[Row], recipe: Recipe) -> None:
     """Where the outer network alone decides the input, the rows that do not start it would be given another.
 
-    It does where it starts from weights of its own and the student from none, and where the student starts from a
-    ready one.
+    It does where it starts from weights and the student from none, and where the student starts from a ready one.
     """
     teacher, student = recipe.teacher, recipe.student
     if teacher is None or all(row.name == FULL for row in rows):
         return
     if teacher.ready is None:
-        decides = teacher.init is not None and student.init in {None, TEACHERS_WEIGHTS}
+        decides = teacher.init is not None and student.init is None
     else:
         decides = student.init == TEACHERS_WEIGHTS
     missing = [f"data.{key}" for key in ("mean", "std", "image_px", "channels") if getattr(recipe.data, key) is None]

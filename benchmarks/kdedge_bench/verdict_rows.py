@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdedge.errors import RecipeError, did_you_mean
-from kdedge.recipe import Recipe
+from kdedge.recipe import TEACHERS_WEIGHTS, Recipe
 from kdedge.recipe_yaml import read_value
 
 __all__ = [
@@ -133,7 +133,9 @@ def _no_longer_possible(own: Mapping[str, str], recipe: Recipe) -> dict[str, str
     student, method = recipe.student, recipe.student.method
     found: dict[str, str] = {}
     if "teacher" in own:  # FixMatch alone has no outer network to start from, and learns from labels and its own
-        found |= {"student.init": "null"} if student.init == "teacher" else {}
+        if student.init == TEACHERS_WEIGHTS:  # it starts from where the outer network did
+            start = recipe.teacher.init if recipe.teacher is not None else None
+            found["student.init"] = "null" if start is None else _as_yaml(start)
         found |= {
             f"student.method.{name}": "1"
             for name in ("labeled_weight", "unlabeled_weight")

@@ -54,7 +54,7 @@ def _idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _kept(labels: npt.NDArray[np.int64], name: str, part: str, seed: int = 0) -> npt.NDArray[np.int64]:
-    """As many positions of each class as `_A_CLASS` says of this part, drawn once, ascending; all where it says none."""
+    """Positions of each class, as many as `_A_CLASS` says of this part, or all; drawn once, ascending."""
     rng, count = np.random.default_rng(seed), _A_CLASS.get((name, part))
     drawn = [rng.permutation(np.flatnonzero(labels == k))[:count] for k in np.unique(labels)]
     return np.sort(np.concatenate(drawn))
