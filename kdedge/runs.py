@@ -15,6 +15,7 @@ from kdedge.errors import RunError
 __all__ = [
     "SCHEMA",
     "Run",
+    "half_written",
     "latest_finished",
     "open_finished",
     "read_json",
@@ -26,6 +27,8 @@ __all__ = [
 
 SCHEMA = 1
 
+_HALF_WRITTEN = ".part"
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` under `path` so that a reader sees the old file or the new one, never a part.
@@ -33,7 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Temporary name, fsync, rename, fsync of the folder. A full disk or a read-only folder raises RunError and leaves the
     old file.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{_HALF_WRITTEN}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
@@ -65,6 +68,11 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
         f"Cannot write {path}: {error.strerror or error}. What was there before is untouched. "
         "Free some space or choose a writable folder with --out; a stopped training goes on with --resume."
     )
+
+
+def half_written(folder: Path) -> list[Path]:
+    """What `write_bytes` was writing in `folder` when its process was killed, or is writing just now."""
+    return sorted(folder.glob(f".*{_HALF_WRITTEN}"))
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -186,7 +194,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a process trains in this folder; the system frees it when the process dies, however it dies."""
+        """Held while a process trains in this folder; the system frees it when the process dies, however it dies.
+
+        What killed processes left half-written is removed first.
+        """
         import fcntl
 
         try:
@@ -201,6 +212,8 @@ class Run:
                 raise RunError(
                     f"Another kdedge is training in {self.path}. Wait for it, or choose another folder with --out."
                 ) from None
+            for path in (*half_written(self.path), *half_written(self.checkpoint_path)):
+                path.unlink(missing_ok=True)
             yield
 
 

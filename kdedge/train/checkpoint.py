@@ -92,15 +92,9 @@ class Checkpoints:
         """Write the state after `step` steps, then remove all but the last two; RunError where it cannot be written."""
         if not self.writes:
             return
-        self._sweep()
         content = tensors_to_bytes(tensors, header | {"step": step})
         write_bytes(self.folder / f"{self.stage}.{step}.safetensors", content)
         for _, path in self._files()[:-_KEEP]:
-            path.unlink(missing_ok=True)
-
-    def _sweep(self) -> None:
-        """Remove what killed writes left half-written; a run has one writer."""
-        for path in self.folder.glob(f".{self.stage}.*.safetensors.*") if self.folder.is_dir() else []:
             path.unlink(missing_ok=True)
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
@@ -121,6 +115,5 @@ class Checkpoints:
         """Remove the checkpoints of a finished stage."""
         if not self.writes:
             return
-        self._sweep()
         for _, path in self._files():
             path.unlink(missing_ok=True)

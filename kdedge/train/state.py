@@ -7,9 +7,11 @@ from torch import Tensor
 from kdedge.methods.health import Tally
 from kdedge.methods.step import Method
 from kdedge.models.ema import Ema
+from kdedge.models.zoo import Network
 from kdedge.train.checkpoint import Checkpoint
 from kdedge.train.engine import EnginePlan, as_planned
 from kdedge.train.optim import OptimConfig, learning_rate, make_optimizer, set_batch_norm_momentum
+from kdedge.train.parts import in_parts
 
 __all__ = ["State"]
 
@@ -29,6 +31,10 @@ class State:
             method, _resolved(optim.learning_rate), _resolved(optim.momentum), _resolved(optim.weight_decay)
         )
         self.ema = Ema(method.network, _resolved(optim.ema_decay))
+        self.ema.network.compute = None  # an evaluation keeps no activations
+        for module in method.modules():
+            if isinstance(module, Network):
+                module.compute = in_parts(plan.parts) if plan.parts > 1 else None
         self.best_accuracy, self.best_weights = -1.0, dict[str, Tensor]()
         self.tally = Tally(method.network.head.out_features, self.device)
 

@@ -1,13 +1,14 @@
 """Checkpoints: written beside the loop, one at a time, whole or not at all."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from kdedge.errors import RunError
-from kdedge.runs import write_bytes
+from kdedge.runs import Run, half_written, write_bytes, write_json
 from kdedge.train import checkpoint as checkpoint_module
 from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.saving import Saver
@@ -144,19 +145,34 @@ def test_only_the_process_that_writes_does(tmp_path) -> None:
     assert other.load()[0] is not None
 
 
-def test_what_killed_writes_left_is_swept_and_strangers_stay(tmp_path) -> None:
-    checkpoints = Checkpoints(tmp_path, "outer")
-    (tmp_path / ".outer.3.safetensors.0badc0de").write_bytes(b"half")
-    (tmp_path / ".inner.3.safetensors.0badc0de").write_bytes(b"of another stage")
-    (tmp_path / "outer.notes.safetensors").write_bytes(b"not ours")
+def test_what_killed_writes_left_is_removed_under_the_lock_and_strangers_stay(tmp_path, monkeypatch) -> None:
+    run = Run(tmp_path)
+    checkpoints = Checkpoints(run.checkpoint_path, "outer")
     checkpoints.save(4, {"a": torch.ones(3)})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".inner.3.safetensors.0badc0de",
+    (run.checkpoint_path / "outer.notes.safetensors").write_bytes(b"not ours")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        patched.setattr(Path, "unlink", killed)  # a killed process tidies nothing
+        for write in (lambda: checkpoints.save(5, {"a": torch.ones(3)}), lambda: write_json(run.manifest_path, {})):
+            with pytest.raises(Killed):
+                write()
+    assert len(half_written(run.path)) == len(half_written(run.checkpoint_path)) == 1
+    with run.lock():
+        assert half_written(run.path) == half_written(run.checkpoint_path) == []
+    assert [path.name for path in run.path.iterdir() if path.is_file()] == [".lock"]
+    assert sorted(path.name for path in run.checkpoint_path.iterdir()) == [
         "outer.4.safetensors",
         "outer.notes.safetensors",
     ]
     checkpoints.clear()
-    assert not list(tmp_path.glob("outer.4*"))
+    assert [path.name for path in run.checkpoint_path.iterdir()] == ["outer.notes.safetensors"]
 
 
 def test_any_altered_byte_and_any_cut_is_noticed(tmp_path) -> None:
