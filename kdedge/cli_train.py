@@ -55,10 +55,7 @@ def train_recipe(
             run, result = train(loaded, out, resume=resume, display=display)
     except Stopped:
         again = _again(recipe, settings, {"data": data, "labels": labels, "seed": seed, "out": out, "device": device})
-        raise Interrupted(
-            "Stopped by Ctrl-C. What was trained is kept, up to the last checkpoint some seconds ago. "
-            f"Go on with: {again}"
-        ) from None
+        raise Interrupted(f"Stopped. What was trained is kept, up to the last step. Go on with: {again}") from None
     return Reply({"run": str(run.path), **result}, _text(run.path, result))
 
 

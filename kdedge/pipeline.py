@@ -41,6 +41,7 @@ from kdedge.train.loop import fit
 from kdedge.train.metrics import Display, MetricsLog, SilentDisplay
 from kdedge.train.optim import OptimConfig
 from kdedge.train.probe import fit_head
+from kdedge.train.stop import terminable
 from kdedge.trust.outliers import outlier_mask
 from kdedge.trust.select import load_trusted, save_trusted, select_trusted
 from kdedge_device.preprocess import Preprocess
@@ -53,7 +54,7 @@ _INFERENCE_FLOPS = 2
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, in a run that can be resumed."""
+    """Ctrl-C or SIGTERM, in a run that can be resumed."""
 
 
 def train(
@@ -64,7 +65,11 @@ def train(
     Raises RunError where the folder holds another run, or one without `resume`; DataError and RecipeError where data
     and recipe do not fit; leaves a run that can be resumed whenever it is stopped.
     """
-    shown = display or SilentDisplay()
+    with terminable():
+        return _train(recipe, out, resume, display or SilentDisplay())
+
+
+def _train(recipe: Recipe, out: Path | None, resume: bool, shown: Display) -> tuple[Run, dict[str, Any]]:
     device = pick_device(recipe.engine.device)
     root = Path(recipe.data.root) if recipe.data.root else None
     source = open_source(
@@ -288,14 +293,16 @@ class _Stages:
         )
         save_trusted(self.run.trusted_path, trusted)
         features_path.unlink()
+        summary = trusted.summary(held_back_truth(self.begun.splits), len(self.source.classes))
+        # The line before the note: a run killed between the two writes it once, and not never.
+        self.metrics.rewind("trusted", 0)
+        self.metrics.write("trusted", 1, total_steps=1, kept_fraction=summary["coverage"])
         self.notes.note_done(
             "trusted",
             sha256=sha256_file(self.run.trusted_path),
             seconds=round(time.perf_counter() - started_at_s, 2),
             flops=_INFERENCE_FLOPS * _macs(loaded.module, loaded.preprocess) * len(pool.unlabeled),
         )
-        summary = trusted.summary(held_back_truth(self.begun.splits), len(self.source.classes))
-        self.metrics.write("trusted", 1, total_steps=1, kept_fraction=summary["coverage"])
         self.begun.display.say(f"Trusted pseudo labels: {summary['size']} of {len(trusted.index)} unlabeled images.")
 
     def _outer_answers(self, loaded: LoadedModel) -> tuple[Tensor, np.memmap, Path]:

@@ -13,6 +13,7 @@ from kdedge import pipeline, recipe_io
 from kdedge.errors import DataError, DeviceError, RunError
 from kdedge.models.weights import load_model
 from kdedge.predictions import read_predictions
+from kdedge.run_folder import check_folder
 from kdedge.runs import Run, latest_finished, open_finished, read_json, sha256_file
 from kdedge.train.metrics import SilentDisplay
 
@@ -168,6 +169,17 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path) -> None:
     with pytest.raises(RunError, match="is no run of kdedge"):
         pipeline.train(tiny(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_killed_at_its_first_write_can_be_started_again(tmp_path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".manifest.json.0123abcd").write_text("{")
+    with pytest.raises(RunError, match="nothing to resume"):
+        pipeline.train(tiny(), tmp_path, resume=True)
+    assert check_folder(Run(tmp_path), tiny(), torch.device("cpu"), False) is None
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(RunError, match="is no run of kdedge"):
+        pipeline.train(tiny(), tmp_path)
 
 
 def test_the_latest_finished_run_is_found(whole, tmp_path) -> None:
