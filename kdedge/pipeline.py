@@ -177,7 +177,7 @@ class _Stages:
                 return
             except torch.OutOfMemoryError as error:
                 plan = self.notes.plan(stage)
-                if plan is None or 2 * plan.parts > (optim.labeled_batch or 0):
+                if plan is None or 4 * plan.parts > (optim.labeled_batch or 0):  # batch norm needs two images
                     raise
                 reason = str(error).splitlines()[0]
             # Outside of the handler, where the step's tensors are no longer held by the traceback.

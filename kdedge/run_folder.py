@@ -1,7 +1,6 @@
 """The folder of a run: its name, whether it may be used as asked, and the manifest it begins with."""
 
 import platform
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from kdedge import __version__, recipe_io
 from kdedge.data import Source, Splits
 from kdedge.errors import RunError
 from kdedge.recipe import Recipe
-from kdedge.runs import Run, read_json, sha256_bytes, sha256_file
+from kdedge.runs import Run, half_written, read_json, sha256_bytes, sha256_file
 from kdedge.train.metrics import Display
 
 __all__ = ["begin_manifest", "check_folder", "run_folder"]
@@ -31,7 +30,8 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
     if not run.manifest_path.is_file():
         if resume:
             raise RunError(f"There is nothing to resume: {run.path} holds no run. Leave --resume out to start one.")
-        if run.path.exists() and (not run.path.is_dir() or any(map(_is_foreign, run.path.iterdir()))):
+        ours = {run.path / ".lock", *half_written(run.path)}  # of a run that was killed at its first write
+        if run.path.exists() and (not run.path.is_dir() or any(p not in ours for p in run.path.iterdir())):
             raise RunError(f"{run.path} exists and is no run of kdedge. It was not touched; choose another --out.")
         return None
     manifest = run.read_manifest()
@@ -57,11 +57,6 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
             f"rounding. Resume it with --device {before}, or choose another --out."
         )
     return None
-
-
-def _is_foreign(path: Path) -> bool:
-    """Not what a run leaves that was killed while it wrote its first file."""
-    return path.name != ".lock" and re.fullmatch(r"\.manifest\.json\.[0-9a-f]{8}(\.part)?", path.name) is None
 
 
 _MAY_CHANGE = {"engine.checkpoint_every_s", "engine.keep_checkpoints"}

@@ -45,7 +45,7 @@ def ask(network: Network, images_MCHW: Tensor, middle: MiddleLayer | None = None
     """One pass of `network`, in float32 whatever it computes in; the logits are those of `network(images)`."""
     with _watched(network.backbone, middle) as maps:
         features_MF = network.embed(images_MCHW)
-    map_MCHW = maps[0].float() if maps else None
+    map_MCHW = torch.cat(maps).float() if maps else None  # one of each part (kdedge.train.parts)
     return Answers(network.head(features_MF).float(), features_MF.float(), map_MCHW)
 
 

@@ -173,7 +173,7 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path) -> None:
 
 def test_a_run_killed_at_its_first_write_can_be_started_again(tmp_path) -> None:
     (tmp_path / ".lock").touch()
-    (tmp_path / ".manifest.json.0123abcd").write_text("{")
+    (tmp_path / ".manifest.json.0123abcd.part").write_text("{")
     with pytest.raises(RunError, match="nothing to resume"):
         pipeline.train(tiny(), tmp_path, resume=True)
     assert check_folder(Run(tmp_path), tiny(), torch.device("cpu"), False) is None
