@@ -118,6 +118,15 @@ class Ranks:
         """Wait until all processes are here."""
         self.any(False)
 
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first process is through the block before the others enter it: what it downloads they find."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
+
     def text(self, text: str) -> str:
         """The first process's text, in every process."""
         if self.world == 1:
@@ -196,13 +205,18 @@ class Ranks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             self.close()
-        elif self.world > 1 and _lost(error):
-            # Not left in order: that would wait for the one that is gone.
-            raise RunError(
-                f"Another process of this run has ended, and process {self.rank} of {self.world} cannot go on without "
-                "it. What was trained is kept up to the last checkpoint. The first message above says why; go on with "
-                "the same command and --resume (torchrun --max-restarts N does so by itself)."
-            ) from error
+        elif (told := self.told(error)) is not error:
+            raise told from error  # and the group is not left in order: that would wait for the one that is gone
+
+    def told(self, error: BaseException) -> BaseException:
+        """A RunError of one sentence where `error` is a connection that was lost; any other error as it is."""
+        if self.world == 1 or not _lost(error):
+            return error
+        return RunError(
+            f"Another process of this run has ended, and process {self.rank} of {self.world} cannot go on without it. "
+            "What was trained is kept up to the last checkpoint. The first message above says why; go on with the same "
+            "command and --resume (torchrun --max-restarts N does so by itself)."
+        )
 
 
 ALONE: Final = Ranks()

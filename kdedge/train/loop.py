@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kdedge.data.batches import Batches, step_seed
-from kdedge.errors import RunError
 from kdedge.methods.health import COUNTS, SliceHealth
 from kdedge.methods.step import Method
 from kdedge.models.zoo import Network
+from kdedge.runs import Run
 from kdedge.train.checkpoint import Checkpoints
+from kdedge.train.distributed import ALONE, Ranks
 from kdedge.train.due import due
-from kdedge.train.engine import EngineConfig, EnginePlan, prepare, using
+from kdedge.train.engine import EngineConfig, EnginePlan, as_planned, prepare, using
+from kdedge.train.guard import Guard, gradient_norm
 from kdedge.train.metrics import MetricsLog
 from kdedge.train.optim import OptimConfig
 from kdedge.train.saving import Saver
@@ -46,6 +48,7 @@ def fit(
     seed: int,
     validate: Callable[[Network], SliceHealth] | None = None,
     class_names: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> tuple[Network, float]:
     """Train `method.network` for `optim.total_steps`; its moving average, in eval mode, and the seconds that took.
 
@@ -54,8 +57,11 @@ def fit(
     With `validate` (on the validation split) the most accurate average seen at an evaluation is returned, otherwise
     the last one. `class_names` are for what is said only. Raises RunError where the loss is no longer finite or a
     checkpoint cannot be written, and KeyboardInterrupt, after saving, where SIGTERM or Ctrl-C came.
+
+    `ranks` share every step: the share of `batches` is theirs, and of `checkpoints` and `metrics` one writes.
     """
     # ---- set up
+    step_of = ranks.parallel(as_planned(method, plan))  # sends the first one's weights, so before they are copied
     state, stage = State(method, optim, plan), checkpoints.stage
     total, tally, device = state.total_steps, state.tally, state.device
     labeled_K = torch.bincount(batches.pool.labels.cpu(), minlength=method.network.head.out_features)
@@ -68,15 +74,20 @@ def fit(
         state.restore(checkpoint)
     first = 0 if checkpoint is None else checkpoint.step
     began_at_s = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.header["elapsed_s"])
+    guard = Guard(stage, state, batches, Run(metrics.path.parent) if metrics.writes else None, first)
     metrics.rewind(stage, first)
     metrics.display.stage(stage, total)
     logged_at_s = time.perf_counter()
     logged_step, waited_s = first, 0.0
 
     # ---- train
-    with stop_asked() as stop, using(plan, device), Saver(checkpoints, engine.checkpoint_every_s) as saver:
+    sharing = ranks.sharing(method, batches.images_per_step)
+    with stop_asked() as stop, using(plan, device), sharing, Saver(checkpoints, engine.checkpoint_every_s) as saver:
         for step in range(first, total):
             torch.manual_seed(step_seed(seed, stage, "network", step))  # dropout
+
+            done = step + 1
+            logging = due(done, engine.log_every_steps, total)
 
             # batch
             asked_at_s = time.perf_counter()
@@ -85,17 +96,18 @@ def fit(
             waited_s += time.perf_counter() - asked_at_s
 
             # forward, backward
-            result = method(batch)
+            result = step_of(batch)
             state.optimizer.zero_grad(set_to_none=True)
-            result.loss.backward()
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            guard.see(result)
+            norm = gradient_norm(method) if logging else None
 
             # update
             state.update(step)
             tally.add(result.logs)
-            done = step + 1
 
-            if due(done, engine.log_every_steps, total):
-                _check_finite(result.loss, stage, step, state.rate(step))
+            if logging:
+                guard.check(done, norm=norm)
                 now_s = time.perf_counter()
                 metrics.write(
                     stage,
@@ -103,6 +115,7 @@ def fit(
                     total_steps=total,
                     loss=result.loss,
                     lr=state.rate(step),
+                    gradient_norm=norm,
                     images_per_second=batches.images_per_step * (done - logged_step) / (now_s - logged_at_s),
                     loader_wait_fraction=waited_s / (now_s - logged_at_s),
                     checkpoint_blocked_fraction=saver.blocked_fraction,
@@ -121,10 +134,11 @@ def fit(
                 metrics.write(stage, done, total_steps=total, val_accuracy=checked.accuracy, **checked.logs)
                 state.judge(checked.accuracy)
 
-            stopping = stop.asked
+            stopping = ranks.any(stop.asked)  # at the same step everywhere
             if stopping or (done < total and saver.due()):
-                _check_finite(result.loss, stage, step, state.rate(step))
+                guard.check(done)
                 saver.save(done, state.tensors(), **state.header(), elapsed_s=time.perf_counter() - began_at_s)
+                guard.kept_step = done
             if stopping:
                 saver.wait()
                 raise KeyboardInterrupt
@@ -132,11 +146,3 @@ def fit(
     if state.best_weights:
         state.ema.network.load_state_dict(state.best_weights)
     return state.ema.network, time.perf_counter() - began_at_s
-
-
-def _check_finite(loss: torch.Tensor, stage: str, step: int, rate: float) -> None:
-    if not torch.isfinite(loss):
-        raise RunError(
-            f"The loss of stage {stage} became {loss.item()} at step {step} with learning rate {rate:.4g}. "
-            "The last checkpoint is kept. Lower the stage's optim.learning_rate."
-        )
