@@ -1,15 +1,19 @@
-"""`kdedge data check`."""
+"""`kdedge data check` and `kdedge data pack`."""
 
+import shlex
+import time
+from pathlib import Path
 from typing import Any
 
 import click
 
-from kdedge.cli_common import Reply, columns, command_output
+from kdedge.cli_common import Interrupted, Reply, columns, command_output, note
 
 __all__ = ["data"]
 
 SHOWN = 10
 """Entries of a list a person sees; --json has up to 200."""
+_EVERY_S = 5.0  # between two lines of progress
 
 
 @click.group()
@@ -23,12 +27,78 @@ def data() -> None:
 def check(spec: str) -> Reply:
     """Counts, unreadable files, duplicates, leaks.
 
-    SPEC is a name (digits, mnist, cifar10, ...), a folder, or a .csv file. Exits with 1 where something is wrong.
+    SPEC is a name (digits, mnist, cifar10, ...), a folder, a .csv file, a packed file, or WebDataset shards
+    (shards-{000..099}.tar). Exits with 1 where something is wrong.
     """
     from kdedge.data import check as check_source
 
     document = check_source(spec)
     return Reply(document, _text(document), exit_code=0 if document["ok"] else 1)
+
+
+@data.command("pack")
+@click.argument("spec")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write; one there is kept.")
+@click.option("--px", type=click.IntRange(4), help="Height and width; what a run would choose unless given.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="1 grey, 3 colour; as the images are unless given.")
+@click.option("--workers", type=click.IntRange(1), help="Threads that decode; one a core unless given.")
+@command_output
+def pack(spec: str, out: Path, px: int | None, channels: str | None, workers: int | None) -> Reply:
+    """Decode every image once, into one file.
+
+    The file is a SPEC like any other, with the same splits, and is read as training needs it: for images that fit no
+    memory, or take long to decode. A pack that was stopped goes on with the same command.
+    """
+    from kdedge.data import open_source
+    from kdedge.data.pack import pack as pack_source
+
+    source = open_source(spec)
+    shown = _Shown()
+    try:
+        done = pack_source(
+            source, out, px=px, channels=int(channels) if channels else None, workers=workers, progress=shown.count
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"Stopped by Ctrl-C. What is packed is kept in {out}.part; the same command goes on there."
+        ) from None
+    for sentence in done.warnings:
+        note(sentence)
+    count, planes, height, width = done.shape
+    document = {
+        "schema": 1,
+        "data": spec,
+        "name": source.name,
+        "out": str(done.path),
+        "bytes": done.bytes,
+        "images": count,
+        "channels": planes,
+        "px": [height, width],
+        "kept_images": done.kept,
+        "counts": done.counts,
+        "unreadable": [{"file": identity, "reason": reason} for identity, reason in done.unreadable],
+        "fingerprint": done.fingerprint,
+        "warnings": list(done.warnings),
+    }
+    kept = f" ({done.kept} were there already)" if done.kept else ""
+    colour = "grey" if planes == 1 else "colour"
+    text = (
+        f"{count} images of {source.name}, {colour}, {width} x {height} px{kept}: {out}, {done.bytes / 1e6:.1f} MB\n"
+        f"Next: kdedge train-recipe mobilenet --data {shlex.quote(str(out))}"
+    )
+    return Reply(document, text)
+
+
+class _Shown:
+    """Images done, on standard error, every few seconds."""
+
+    def __init__(self) -> None:
+        self._next_s = time.monotonic() + _EVERY_S
+
+    def count(self, done: int, total: int) -> None:
+        if time.monotonic() >= self._next_s:
+            note(f"{done:,} of {total:,} images ({done / total:.0%})")
+            self._next_s = time.monotonic() + _EVERY_S
 
 
 def _text(document: dict[str, Any]) -> str:

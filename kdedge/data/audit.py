@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdedge.data.duplicates import HASHABLE_PX, exact_groups, near_pairs, shrunk
-from kdedge.data.files import thumbnail
+from kdedge.data.files import ImageFile, encoded, thumbnail
 from kdedge.data.parallel import Progress, run_threads
-from kdedge.data.source import PARTS, ArrayImages, Source
+from kdedge.data.source import PARTS, ArrayImages, FileImages, PackedImages, Source
 from kdedge.data.sources import open_source
 from kdedge.data.words import counted
 from kdedge_device.preprocess import ImageUnreadable, read_header
@@ -22,6 +22,7 @@ __all__ = ["check"]
 
 _SCHEMA = 1
 _LISTED = 200  # of each kind of finding; counts are always complete
+_ROWS = 256  # images read at a time where they lie decoded
 _THUMB = tuple[bytes, NDArray[np.uint8] | None, str, str]  # sha256, 32x32 grey, mode, why not
 
 
@@ -37,10 +38,10 @@ def check(
     Lists are cut at 200 entries; `found` has the full counts.
     """
     source = open_source(spec, root=root, max_unreadable_fraction=1.0)
-    if isinstance(source.images, ArrayImages):
-        looked = _look_at_arrays(source.images)
+    if isinstance(source.images, FileImages):
+        looked = run_threads(_look_at_file, source.images.files, None, progress)
     else:
-        looked = run_threads(_look_at_file, source.images.paths, None, progress)
+        looked = _look_at_arrays(source.images, len(source))
     unreadable = list(source.unreadable) + [
         (identity, why) for identity, (_, _, _, why) in zip(source.ids, looked, strict=True) if why
     ]
@@ -58,25 +59,34 @@ def check(
     return _finished(document, max_unreadable_fraction)
 
 
-def _look_at_file(path: Path) -> _THUMB:
+def _look_at_file(file: ImageFile) -> _THUMB:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-        return digest, thumbnail(path), read_header(path).mode, ""
+        content = encoded(file)
+        digest = _digest(content)
+        return digest, thumbnail(content), read_header(content).mode, ""
     except ImageUnreadable as error:
         return b"", None, "", error.reason
     except OSError as error:
         return b"", None, "", error.strerror or str(error)
 
 
-def _look_at_arrays(images: ArrayImages) -> list[_THUMB]:
-    mode = "L" if images.blocks[0].shape[3] == 1 else "RGB"
-    hashable = min(images.blocks[0].shape[1:3]) >= HASHABLE_PX
+def _digest(content: Path | bytes) -> bytes:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _look_at_arrays(images: ArrayImages | PackedImages, count: int) -> list[_THUMB]:
+    height, width, channels = images.image_shape
+    mode = "L" if channels == 1 else "RGB"
+    hashable = min(height, width) >= HASHABLE_PX
     found: list[_THUMB] = []
-    for block in images.blocks:
-        thumbnails = shrunk(block) if hashable else [None] * len(block)
-        for image, small in zip(block, thumbnails, strict=True):
-            found.append((hashlib.sha256(np.ascontiguousarray(image).data).digest(), small, mode, ""))
+    for start in range(0, count, _ROWS):
+        part = images.rows(np.arange(start, min(start + _ROWS, count)))
+        thumbnails = shrunk(part) if hashable else [None] * len(part)
+        for image, small in zip(part, thumbnails, strict=True):
+            found.append((hashlib.sha256(image.data).digest(), small, mode, ""))
     return found
 
 
@@ -90,7 +100,7 @@ def _finding(source: Source, indices: Sequence[int]) -> dict[str, Any]:
 
 def _near(source: Source, looked: Sequence[_THUMB]) -> list[dict[str, Any]] | None:
     """Pairs that are near but not exact duplicates; None for images too small to tell."""
-    if min(source.native_px) < HASHABLE_PX:
+    if source.readable_px < HASHABLE_PX:
         return None
     # One of each group of exact duplicates stands for all: they are told already.
     first = {digest: i for i, (digest, small, _, _) in reversed(list(enumerate(looked))) if small is not None}

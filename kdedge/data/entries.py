@@ -1,19 +1,20 @@
-"""From a list of files with their class and part to a source: headers read, what is unreadable left out, sizes "
-"known."""
+"""From a list of files with their class and part to a source.
+
+Headers are read, what is unreadable is left out, and sizes are known.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdedge.data.files import FileHeader, read_file_header
+from kdedge.data.files import FileHeader, ImageFile, Member, read_file_header
 from kdedge.data.parallel import run_threads
 from kdedge.data.source import PARTS, SMALL_PX, FileImages, Source, check_unreadable, fingerprint_of
 from kdedge.data.words import counted, first_few
-from kdedge.errors import DataError, did_you_mean
+from kdedge.errors import BugError, DataError, did_you_mean
 
 __all__ = ["Entry", "build_source"]
 
@@ -22,12 +23,17 @@ _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F
 
 @dataclass(frozen=True)
 class Entry:
-    """One image file. `label` is a class name, or None where it is not known."""
+    """One image file. `label` is a class name, or None where it is not known.
+
+    `header` is what is known of the file beforehand: nothing, its header, or why it cannot be read. What lies in a tar
+    comes with it, from the tar's index.
+    """
 
     id: str
-    path: Path
+    file: ImageFile
     label: str | None
     part: str
+    header: FileHeader | str | None = None
 
 
 def build_source(
@@ -66,7 +72,7 @@ def build_source(
         native_px=(height, width),
         kind="small" if min(height, width) <= SMALL_PX else "photo",
         flip_allowed=flip,
-        images=FileImages(tuple(e.path for e in kept)),
+        images=FileImages(tuple(e.file for e in kept)),
         fingerprint=fingerprint_of(classes, ids, labels, part, np.array([h.bytes for h in found], "<i8").tobytes()),
         default_labels=default_labels,
         warnings=tuple(note for note in notes if note),
@@ -79,7 +85,11 @@ def build_source(
 def _header(entry: Entry) -> FileHeader | str:
     if _shown(entry.id) != entry.id:
         return "its name is not valid UTF-8"  # it could not be written into splits.json
-    return read_file_header(entry.path)
+    if entry.header is not None:
+        return entry.header
+    if isinstance(entry.file, Member):
+        raise BugError(f"{entry.id} lies in a tar and came without its header")
+    return read_file_header(entry.file)
 
 
 def _shown(name: str) -> str:

@@ -1,14 +1,25 @@
 """What an image file says of itself without being decoded, and whether it can be decoded."""
 
+import os
 import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from kdedge_device.preprocess import ImageUnreadable, Preprocess, read_header
 
-__all__ = ["FileHeader", "image_suffixes", "read_file_header", "thumbnail", "why_undecodable"]
+__all__ = [
+    "FileHeader",
+    "ImageFile",
+    "Member",
+    "encoded",
+    "image_suffixes",
+    "read_content_header",
+    "read_file_header",
+    "thumbnail",
+    "why_undecodable",
+]
 
 _TAIL_BYTES = 4096
 # What a whole file has near its end; cameras and sites append a little behind it.
@@ -24,6 +35,33 @@ class FileHeader:
     width: int
     mode: str  # Pillow's name
     bytes: int
+
+
+class Member(NamedTuple):
+    """An image file inside a tar, which is read where it lies."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def content(self) -> bytes:
+        """ImageUnreadable where the tar cannot be read or was cut."""
+        try:
+            with self.tar.open("rb", buffering=0) as file:
+                found = os.pread(file.fileno(), self.size, self.offset)
+        except OSError as error:
+            raise ImageUnreadable(str(self.tar), error.strerror or str(error)) from None
+        if len(found) != self.size:
+            raise ImageUnreadable(str(self.tar), f"{self.tar} ends before it")
+        return found
+
+
+ImageFile: TypeAlias = Path | Member
+
+
+def encoded(file: ImageFile) -> Path | bytes:
+    """What Pillow opens."""
+    return file.content() if isinstance(file, Member) else file
 
 
 @lru_cache(maxsize=1)
@@ -62,23 +100,39 @@ def read_file_header(path: Path) -> FileHeader | str:
     return FileHeader(header.height, header.width, header.mode, found.st_size)
 
 
+def read_content_header(content: bytes) -> FileHeader | str:
+    """As `read_file_header`, of a file in memory."""
+    if not content:
+        return "the file is empty"
+    try:
+        header = read_header(content)
+        if _lacks_end(content[:8], content[-_TAIL_BYTES:]):
+            _PROBE.decode(content)
+    except ImageUnreadable as error:
+        return error.reason
+    return FileHeader(header.height, header.width, header.mode, len(content))
+
+
 def _looks_cut(path: Path, size: int) -> bool:
     with path.open("rb") as file:
         start = file.read(8)
         file.seek(max(0, size - _TAIL_BYTES))
-        tail = file.read()
+        return _lacks_end(start, file.read())
+
+
+def _lacks_end(start: bytes, tail: bytes) -> bool:
     return any(start.startswith(begin) and end not in tail for begin, end in _ENDS)
 
 
-def why_undecodable(path: Path) -> str:
+def why_undecodable(file: ImageFile) -> str:
     """An empty string, or half a sentence on why the pixels cannot be decoded. JPEG is decoded at 1/8 size."""
     try:
-        _PROBE.decode(path)
+        _PROBE.decode(encoded(file))
     except ImageUnreadable as error:
         return error.reason
     return ""
 
 
-def thumbnail(path: Path) -> Any:
+def thumbnail(source: Path | bytes) -> Any:
     """uint8 [32, 32] grey, proportions lost; raises ImageUnreadable."""
-    return _PROBE.decode(path)[:, :, 0]
+    return _PROBE.decode(source)[:, :, 0]

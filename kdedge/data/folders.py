@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from kdedge.data.entries import Entry, build_source
 from kdedge.data.files import image_suffixes
+from kdedge.data.shards import shard_entries
 from kdedge.data.source import Source
 from kdedge.data.words import counted, first_few
 from kdedge.errors import DataError
@@ -15,8 +16,8 @@ from kdedge.errors import DataError
 __all__ = ["LAYOUTS", "open_folder"]
 
 LAYOUTS = (
-    "labeled/CLASS/image.jpg with unlabeled/image.jpg (and val/CLASS/, test/CLASS/), or train/CLASS/image.jpg (and "
-    "val/CLASS/, test/CLASS/), or CLASS/image.jpg"
+    "labeled/CLASS/image.jpg with unlabeled/image.jpg or unlabeled/shard.tar (and val/CLASS/, test/CLASS/), or "
+    "train/CLASS/image.jpg (and val/CLASS/, test/CLASS/), or CLASS/image.jpg"
 )
 # Folder name -> part. Both spellings of labelled; "labeled" and "train" are one thing: images that keep a label.
 _PART_FOLDERS = {
@@ -49,6 +50,7 @@ class _Scan:
     declared: list[str] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
+    shards: list[tuple[str, Path]] = field(default_factory=list)
     hidden: int = 0
 
     def listing(self, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -105,6 +107,8 @@ class _Scan:
             for path in files:
                 if path.suffix.lower() in image_suffixes():
                     self.entries.append(Entry(self.relative(path), path, label, part))
+                elif part == "unlabeled" and path.suffix.lower() == ".tar":
+                    self.shards.append((self.relative(path), path))
                 else:
                     self.stray.append(self.relative(path))
 
@@ -139,6 +143,7 @@ def open_folder(path: Path, spec: str, max_unreadable_fraction: float) -> Source
         for folder in others:
             scan.declare(folder)
             scan.add_images(folder, folder.name, "train")
+    scan.entries += shard_entries(scan.shards, labeled=False)
     if not scan.entries:
         raise _nothing_found(path, scan, folders)
     name = path.resolve().name.replace(" ", "-") or "data"

@@ -7,15 +7,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdedge.data.duplicates import HASHABLE_PX, Shapes, nearest, shrunk
+from kdedge.data.files import ImageFile, Member, encoded
 from kdedge.data.parallel import run_threads
-from kdedge.data.source import ArrayImages, Indices, Source
+from kdedge.data.source import FileImages, Indices, Source
 from kdedge.data.splits import Splits
 from kdedge.data.words import counted, first_few
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
@@ -23,6 +23,7 @@ from kdedge_device.preprocess import ImageUnreadable, Preprocess
 __all__ = ["looks_for_near", "without_leaks"]
 
 _CHUNK = 8192  # images whose thumbnails are in memory at a time, beside those of val and test
+_ROWS = 256  # images in memory at a time where they lie decoded
 _ACCIDENTS = 0.05  # of the unlabeled images: more near ones are how these pictures look, not copies
 _THUMBNAIL = Preprocess(height=32, width=32, channels=1, resize="squash", mean=(0.0,), std=(1.0,))
 _Looks = tuple[list[bytes], Shapes | None]  # what the same bytes share; None for images too small to be near
@@ -63,7 +64,7 @@ def without_leaks(source: Source, splits: Splits) -> Splits:
 
 def looks_for_near(source: Source) -> bool:
     """Whether `without_leaks` looks for near duplicates too: not in images too small to tell."""
-    return min(source.native_px) >= HASHABLE_PX
+    return source.readable_px >= HASHABLE_PX
 
 
 def _leak(source: Source, splits: Splits, index: int, like: int, exact: bool) -> dict[str, Any]:
@@ -122,30 +123,35 @@ def _where(leaks: Sequence[dict[str, Any]]) -> str:
 def _look(source: Source, indices: Indices) -> _Looks:
     """Digests and shapes of some images. A file that cannot be decoded is like no other."""
     small = not looks_for_near(source)
-    if isinstance(source.images, ArrayImages):
-        pixels = source.images.rows(indices)
-        return [hashlib.sha256(image.data).digest() for image in pixels], None if small else Shapes.of(shrunk(pixels))
-    paths = [source.images.paths[i] for i in indices]
+    if not isinstance(source.images, FileImages):
+        digests, thumbnails = [], []
+        for start in range(0, len(indices), _ROWS):
+            pixels = source.images.rows(indices[start : start + _ROWS])
+            digests += [hashlib.sha256(image.data).digest() for image in pixels]
+            if not small:
+                thumbnails.append(shrunk(pixels))
+        return digests, None if small else Shapes.of(np.concatenate(thumbnails))
+    files = [source.images.files[i] for i in indices]
     if small:
         height, width = source.native_px
         zero, one = (0.0,) * source.channels, (1.0,) * source.channels
         native = Preprocess(height, width, source.channels, "squash", zero, one)
-        return run_threads(partial(_pixel_digest, native), paths), None
-    looks = run_threads(_file_look, paths)
+        return run_threads(partial(_pixel_digest, native), files), None
+    looks = run_threads(_file_look, files)
     return [digest for digest, _ in looks], Shapes.of(np.stack([thumbnail for _, thumbnail in looks]))
 
 
-def _pixel_digest(native: Preprocess, path: Path) -> bytes:
+def _pixel_digest(native: Preprocess, file: ImageFile) -> bytes:
     try:
-        return hashlib.sha256(native.decode(path).data).digest()
+        return hashlib.sha256(native.decode(encoded(file)).data).digest()
     except ImageUnreadable:
         return b""
 
 
-def _file_look(path: Path) -> tuple[bytes, NDArray[np.uint8]]:
+def _file_look(file: ImageFile) -> tuple[bytes, NDArray[np.uint8]]:
     """sha256 of the file, and its thumbnail: a flat one, which is near nothing, where the file cannot be decoded."""
     try:
-        content = path.read_bytes()
+        content = file.content() if isinstance(file, Member) else file.read_bytes()
         return hashlib.sha256(content).digest(), _THUMBNAIL.decode(content)[:, :, 0]
     except (OSError, ImageUnreadable):
         return b"", np.zeros((32, 32), dtype=np.uint8)

@@ -1,13 +1,14 @@
 """One function over many files, on threads: Pillow frees the interpreter while it decodes."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from kdedge_device.record import cores_available
 
-__all__ = ["Progress", "run_threads"]
+__all__ = ["Progress", "run_threads", "stream_threads"]
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 _CHUNK = 32  # images a task: fewer switches between threads, and still a lively progress display
@@ -38,3 +39,25 @@ def run_threads(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return results
+
+
+def stream_threads(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int | None = None
+) -> Iterator[_Result]:
+    """function(item) of one item after the other, in order; only a few are made ahead of the one asked for.
+
+    For results too large to be held all at once. An exception, and leaving the loop, drop what has not begun.
+    """
+    threads = workers or min(cores_available(), 16)
+    waiting: deque[Future[_Result]] = deque()
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")  # see run_threads
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -7,14 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdedge.data.files import why_undecodable
+from kdedge.data.files import ImageFile, encoded, why_undecodable
 from kdedge.data.memory import require_memory
+from kdedge.data.packfile import PackedImages
 from kdedge.data.parallel import Progress, run_threads
 from kdedge.data.words import counted, first_few
 from kdedge.errors import BugError, DataError
@@ -23,7 +23,18 @@ from kdedge_device.preprocess import ImageUnreadable, Preprocess
 if TYPE_CHECKING:  # torch takes seconds to import; `kdedge data check` does without
     import torch
 
-__all__ = ["PARTS", "SMALL_PX", "ArrayImages", "FileImages", "Indices", "Source", "check_unreadable", "fingerprint_of"]
+__all__ = [
+    "PARTS",
+    "SMALL_PX",
+    "ArrayImages",
+    "FileImages",
+    "Indices",
+    "PackedImages",
+    "Source",
+    "check_unreadable",
+    "fingerprint_of",
+    "usual_px",
+]
 
 PARTS = ("train", "unlabeled", "val", "test")
 SMALL_PX = 64  # shorter side up to which images are small for the strides of a network made for photographs
@@ -37,6 +48,12 @@ class ArrayImages:
 
     blocks: tuple[NDArray[np.uint8], ...]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, C)."""
+        height, width, channels = self.blocks[0].shape[1:]
+        return height, width, channels
+
     def rows(self, indices: Indices) -> NDArray[np.uint8]:
         """uint8 [n, h, w, C], a copy."""
         out = np.empty((len(indices), *self.blocks[0].shape[1:]), dtype=np.uint8)
@@ -46,6 +63,10 @@ class ArrayImages:
             out[here] = block[indices[here] - start]
             start += len(block)
         return out
+
+    def planes(self, indices: Indices) -> NDArray[np.uint8]:
+        """uint8 [n, C, h, w]."""
+        return np.ascontiguousarray(self.rows(indices).transpose(0, 3, 1, 2))
 
     def read(self, index: int, preprocess: Preprocess) -> NDArray[np.uint8]:
         return preprocess.fit(self.rows(np.array([index]))[0])
@@ -64,12 +85,12 @@ class ArrayImages:
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """One file an image, decoded when it is asked for."""
+    """One file an image, on its own or in a tar, decoded when it is asked for."""
 
-    paths: tuple[Path, ...]
+    files: tuple[ImageFile, ...]
 
     def read(self, index: int, preprocess: Preprocess) -> NDArray[np.uint8]:
-        return preprocess.decode(self.paths[index])
+        return preprocess.decode(encoded(self.files[index]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +112,7 @@ class Source:
     native_px: tuple[int, int]  # median height and width
     kind: _Kind
     flip_allowed: bool
-    images: ArrayImages | FileImages
+    images: ArrayImages | FileImages | PackedImages
     fingerprint: str
     default_labels: int | None = None
     warnings: tuple[str, ...] = ()
@@ -107,6 +128,12 @@ class Source:
         """There is no test part, so val is the test, and is reported as such."""
         return bool((self.part == "val").any() and not (self.part == "test").any())
 
+    @property
+    def readable_px(self) -> int:
+        """Shorter side of what can be read: images may be packed smaller than they were."""
+        packed = self.images.image_shape[:2] if isinstance(self.images, PackedImages) else ()
+        return min(*self.native_px, *packed)
+
     def counts(self) -> dict[str, int]:
         """Images in each part."""
         return {part: int((self.part == part).sum()) for part in PARTS}
@@ -120,8 +147,8 @@ class Source:
     ) -> "torch.Tensor":
         """uint8 [n, C, H, W], row i the image indices[i], decoded and resized as on the device.
 
-        DataError where the result would not fit into memory, and where a file cannot be decoded
-        (`decodable()` leaves such files out beforehand).
+        DataError where the result would not fit into memory, where a file cannot be decoded (`decodable()` leaves such
+        files out beforehand), and where packed images are smaller than what is asked for.
         """
         import torch
 
@@ -129,9 +156,9 @@ class Source:
         shape = (len(chosen), preprocess.channels, preprocess.height, preprocess.width)
         size = f"{shape[1]} x {shape[2]} x {shape[3]}"
         require_memory(int(np.prod(shape, dtype=np.int64)), f"Loading {counted(len(chosen), 'image')} of {size}")
-        if isinstance(self.images, ArrayImages) and self.images.blocks[0].shape[1:] == _hwc(preprocess):
-            # Nothing to resize: no loop over images.
-            return torch.from_numpy(np.ascontiguousarray(self.images.rows(chosen).transpose(0, 3, 1, 2)))
+        self.require_packed(preprocess)
+        if not isinstance(self.images, FileImages) and self.images.image_shape == _hwc(preprocess):
+            return torch.from_numpy(self.images.planes(chosen))  # nothing to resize: no loop over images
         out = np.empty(shape, dtype=np.uint8)
         failed = run_threads(partial(self._fill, out, chosen, preprocess), range(len(chosen)), workers, progress)
         names = [reason for reason in failed if reason]
@@ -141,6 +168,31 @@ class Source:
                 "Expected whole files. Remove or replace them."
             )
         return torch.from_numpy(out)
+
+    def remark(self, preprocess: Preprocess) -> str:
+        """What a user should know before images are read so, in a sentence; empty where there is nothing to say."""
+        if not isinstance(self.images, PackedImages) or self.images.image_shape == _hwc(preprocess):
+            return ""
+        height, width, channels = self.images.image_shape
+        return (
+            f"{self.spec} is packed at {width} x {height} px with {counted(channels, 'channel')}, and is resized to "
+            f"{preprocess.width} x {preprocess.height} with {preprocess.channels}: resized twice, its pixels are not "
+            f"quite those of the source. Pack it with --px {preprocess.height} for the same ones."
+        )
+
+    def require_packed(self, preprocess: Preprocess) -> None:
+        """DataError where packed images have lost what is asked for: pixels, or colours that the source has."""
+        if not isinstance(self.images, PackedImages):
+            return
+        height, width, channels = self.images.image_shape
+        greyed = channels < min(preprocess.channels, self.channels)
+        if preprocess.height > height or preprocess.width > width or greyed:
+            raise DataError(
+                f"{self.spec} is packed at {width} x {height} px with {counted(channels, 'channel')}; "
+                f"{preprocess.width} x {preprocess.height} with {preprocess.channels} are asked for. Pack it again "
+                f"with --px {max(preprocess.height, preprocess.width)} --channels {preprocess.channels}, or train with "
+                f"--set data.image_px={min(height, width)} --set data.channels={channels}."
+            )
 
     def _fill(self, out: NDArray[np.uint8], chosen: Indices, preprocess: Preprocess, row: int) -> str:
         """Write image chosen[row] into out[row]; the reason where that fails, else an empty string."""
@@ -160,9 +212,9 @@ class Source:
         Opening reads headers and file ends, which finds text, empty and cut files; damage in the middle shows only
         here. Same fingerprint: it is the same set on disk. DataError past `max_unreadable_fraction`.
         """
-        if isinstance(self.images, ArrayImages):
+        if not isinstance(self.images, FileImages):
             return self
-        reasons = run_threads(why_undecodable, self.images.paths, workers, progress)
+        reasons = run_threads(why_undecodable, self.images.files, workers, progress)
         bad = [(identity, reason) for identity, reason in zip(self.ids, reasons, strict=True) if reason]
         if not bad:
             return self
@@ -173,10 +225,15 @@ class Source:
             ids=tuple(np.array(self.ids, dtype=object)[keep]),
             labels=self.labels[keep],
             part=self.part[keep],
-            images=FileImages(tuple(path for path, good in zip(self.images.paths, keep, strict=True) if good)),
+            images=FileImages(tuple(file for file, good in zip(self.images.files, keep, strict=True) if good)),
             unreadable=self.unreadable + tuple(bad),
             warnings=(*self.warnings, sentence),
         )
+
+
+def usual_px(kind: str, shorter_px: int) -> int:
+    """Height and width at which a network reads such images: small ones as they are, photographs at 160 to 224."""
+    return shorter_px if kind != "photo" else min(max(shorter_px, 160), 224) // 32 * 32
 
 
 def _hwc(preprocess: Preprocess) -> tuple[int, int, int]:

@@ -7,12 +7,15 @@ from pathlib import Path
 from kdedge.data.folders import LAYOUTS, open_folder
 from kdedge.data.listing import open_csv
 from kdedge.data.named import NAMES, open_named
+from kdedge.data.pack import open_packed
+from kdedge.data.packfile import is_packed
+from kdedge.data.shards import SHARDS_EXAMPLE, is_shards, open_shards
 from kdedge.data.source import Source
 from kdedge.errors import DataError, did_you_mean
 
 __all__ = ["NAMES", "data_root", "open_source"]
 
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tar.zst", ".zip", ".7z", ".rar")
+_ARCHIVES = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 def data_root(root: Path | None = None) -> Path:
@@ -23,7 +26,7 @@ def data_root(root: Path | None = None) -> Path:
 
 
 def open_source(spec: str, *, root: Path | None = None, max_unreadable_fraction: float = 0.05) -> Source:
-    """The images that `spec` names: a known name, a folder, or a CSV.
+    """The images that `spec` names: a known name, a folder, a CSV, a packed file, or WebDataset shards.
 
     Headers are read and nothing is decoded; `Source.load` does that. DataError says what was found instead, what was
     expected and what to do.
@@ -43,15 +46,14 @@ def open_source(spec: str, *, root: Path | None = None, max_unreadable_fraction:
         exists = path.exists()
     except OSError as error:  # a name too long, no permission on the way
         raise DataError(f"{spec} cannot be opened: {error.strerror}. Expected a folder or a CSV file.") from None
-    if "{" in spec and spec.endswith(".tar"):
-        raise DataError(
-            f"{spec} names WebDataset shards, which this version does not read yet. Unpack them into a folder: "
-            f"{LAYOUTS}."
-        )
+    if is_shards(spec):
+        return open_shards(spec, max_unreadable_fraction)
     if not exists:
         raise _missing(spec, path)
     if path.suffix.lower() == ".csv":
         return open_csv(path, spec, max_unreadable_fraction)
+    if path.is_file() and is_packed(path):
+        return open_packed(path, spec, max_unreadable_fraction)
     raise _other_file(path)
 
 
@@ -71,9 +73,9 @@ def _other_file(path: Path) -> DataError:
     if path.name.lower().endswith(_ARCHIVES):
         return DataError(
             f"{path} is an archive; a folder was expected. Unpack it (tar xf, unzip) and name the folder: {LAYOUTS}. "
-            "Reading WebDataset shards as they are is not there yet."
+            f"WebDataset shards ({SHARDS_EXAMPLE}) are read as they are, where they are not compressed."
         )
     return DataError(
-        f"{path} is a file; a folder of images or a CSV (columns path,label[,split]) was expected. Files made by "
-        "kdedge data pack are not read yet; name the folder that was packed."
+        f"{path} is a file; a folder of images, a CSV (columns path,label[,split]), a file made by kdedge data pack, "
+        f"or WebDataset shards ({SHARDS_EXAMPLE}) was expected."
     )

@@ -13,9 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Pixels", "Resident", "Store", "Streamed"]
+from kdedge.data.memory import MOST_FRACTION, available_bytes
+from kdedge.data.source import Indices, PackedImages, Source
+from kdedge.data.words import counted
+from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
+
+__all__ = ["Pixels", "Resident", "Store", "Streamed", "open_store"]
 
 _AHEAD = 4  # batches read before they are asked for: the labeled and the unlabeled images of two steps
+_DEVICE_FRACTION = 0.5  # of a GPU's free memory that images may take; the rest is for activations
+_HOST_FRACTION = 0.25  # of the free memory of a machine that trains on its CPU, where other programs live too
 _Shape: TypeAlias = tuple[int, int, int, int]
 
 
@@ -123,3 +131,42 @@ class Streamed:
 
 
 Store: TypeAlias = Resident | Streamed
+
+
+def open_store(
+    source: Source, indices: Indices, preprocess: Preprocess, device: torch.device, resident_mib: int | None = None
+) -> Store:
+    """Images `indices` of `source` for training on `device`: resident where they take at most `resident_mib`.
+
+    Without it half of a GPU's free memory or a quarter of the machine's may be taken. Larger sets are streamed where
+    they are packed at the size asked for. Others are resident where they fit at all; DataError where they do not, or
+    are more than `resident_mib`, with what to pack.
+    """
+    size = (preprocess.channels, preprocess.height, preprocess.width)
+    needed_mib = len(indices) * int(np.prod(size, dtype=np.int64)) / 2**20
+    usual_mib, most_mib = _memory_mib(device)
+    if needed_mib > (usual_mib if resident_mib is None else resident_mib):
+        pixels = source.images
+        if isinstance(pixels, PackedImages) and pixels.shape[1:] == size:
+            return Streamed(pixels, device, np.asarray(indices, dtype=np.int64))
+        if resident_mib is not None or needed_mib > most_mib:
+            limit = f"{most_mib:.0f} MiB of {device} may be taken"
+            if resident_mib is not None:
+                limit = f"data.resident_mib allows {resident_mib}"
+            raise DataError(
+                f"{counted(len(indices), 'training image')} of {' x '.join(map(str, size))} take {needed_mib:.0f} MiB, "
+                f"and {limit}. A packed file is streamed instead: kdedge data pack {source.spec} --out FILE --px "
+                f"{preprocess.height} --channels {preprocess.channels}, then --data FILE."
+            )
+    return Resident(source.load(indices, preprocess).to(device))
+
+
+def _memory_mib(device: torch.device) -> tuple[float, float]:
+    """What images take without being asked, and the most that they can take, where they are to lie."""
+    available = available_bytes()
+    host_mib = float("inf") if available is None else available / 2**20
+    if device.type != "cuda":
+        return _HOST_FRACTION * host_mib, MOST_FRACTION * host_mib
+    free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
+    # They pass through the machine's memory on their way to the GPU.
+    return min(_DEVICE_FRACTION * free_mib, MOST_FRACTION * host_mib), MOST_FRACTION * min(free_mib, host_mib)

@@ -24,7 +24,7 @@ def test_known_names() -> None:
         ("list.csv", "The CSV file list.csv does not exist"),
         ("", "SPEC is empty"),
         ("  ", "SPEC is empty"),
-        ("shards-{000..099}.tar", "WebDataset shards, which this version does not read yet"),
+        ("shards-{000..099}.tar", r"names 100 shards, of which 100 cannot be found: shards-000.tar, shards-001.tar"),
         ("x" * 5000, "cannot be opened|no data set named"),
     ],
 )
@@ -39,7 +39,8 @@ def test_what_does_not_exist(spec: str, message: str, tmp_path, monkeypatch) -> 
     [
         ("photos.tar.gz", "is an archive; a folder was expected. Unpack it"),
         ("photos.ZIP", "is an archive"),
-        ("photos.pack", "kdedge data pack are not read yet"),
+        ("photos.tar", "cannot be read as a tar"),
+        ("photos.pack", "is a file; a folder of images, a CSV .*, a file made by kdedge data pack, or WebDataset"),
     ],
 )
 def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kdedge.data.store import Resident, Store, Streamed
+from kdedge.data import open_source
+from kdedge.data import store as store_module
+from kdedge.data.pack import pack
+from kdedge.data.store import Resident, Store, Streamed, open_store
 from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 5), dtype=np.uint8)
 PLACES = np.random.default_rng(1).permutation(50)[:30]
@@ -106,3 +110,48 @@ def test_an_error_of_the_thread_is_raised_where_the_images_are_asked_for() -> No
     with pytest.raises(DataError, match="13 is damaged"):
         store.rows(torch.tensor([1, 13]))
     assert store.rows(torch.tensor([2])).shape == (1, 3, 4, 5)
+
+
+CPU = torch.device("cpu")
+DIGITS = Preprocess(8, 8, 1, "short-side-crop", (0.0,), (1.0,))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("packed") / "digits.pack"
+    pack(open_source("digits"), out)
+    return str(out)
+
+
+def test_packed_images_are_streamed_where_they_are_more_than_allowed(packed: str, monkeypatch) -> None:
+    chosen = np.array([1700, 3, 44])
+    monkeypatch.setattr(store_module, "available_bytes", lambda: 4 * 3 * 64)
+    resident = open_store(open_source(packed), chosen, DIGITS, CPU)
+    monkeypatch.setattr(store_module, "available_bytes", lambda: 4 * 3 * 64 - 1)
+    streamed = open_store(open_source(packed), chosen, DIGITS, CPU)
+    assert isinstance(resident, Resident)
+    assert isinstance(streamed, Streamed)
+    asked = torch.tensor([2, 0])
+    assert torch.equal(streamed.rows(asked), resident.rows(asked))
+    assert torch.equal(next(streamed.chunks(3)), open_source("digits").load(chosen, DIGITS))
+
+
+def test_the_limit_of_a_recipe_counts_instead_of_what_is_free(packed: str, monkeypatch) -> None:
+    everything = np.arange(1797)  # 0.11 MiB
+    assert isinstance(open_store(open_source(packed), everything, DIGITS, CPU, resident_mib=0), Streamed)
+    monkeypatch.setattr(store_module, "available_bytes", lambda: 1000)
+    assert isinstance(open_store(open_source(packed), everything, DIGITS, CPU, resident_mib=1), Resident)
+
+
+def test_what_is_not_packed_and_does_not_fit_is_told_how_to_be_packed(packed: str, monkeypatch) -> None:
+    digits, everything = open_source("digits"), np.arange(1797)
+    with pytest.raises(DataError, match=r"1,797 training images of 1 x 8 x 8 take 0 MiB, and .*mib allows 0"):
+        open_store(digits, everything, DIGITS, CPU, resident_mib=0)
+    monkeypatch.setattr(store_module, "available_bytes", lambda: 2 * 1797 * 64)
+    assert isinstance(open_store(digits, everything, DIGITS, CPU), Resident)  # more than usual, and it fits
+    monkeypatch.setattr(store_module, "available_bytes", lambda: 1797 * 64)
+    with pytest.raises(DataError, match=r"may be taken.*kdedge data pack digits --out FILE --px 8 --channels 1, then"):
+        open_store(digits, everything, DIGITS, CPU)
+    smaller = Preprocess(6, 6, 1, "short-side-crop", (0.0,), (1.0,))
+    with pytest.raises(DataError, match="--px 6"):  # packed, but at another size
+        open_store(open_source(packed), everything, smaller, CPU, resident_mib=0)
