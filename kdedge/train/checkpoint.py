@@ -29,7 +29,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], header: str = "") -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # Not a copy: hashing a buffer lets other threads run.
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
