@@ -6,13 +6,17 @@ mean the same computation.
 """
 
 import copy
+import ctypes
 import dataclasses
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, Field
@@ -47,6 +51,7 @@ class EnginePlan(Config):
     threads: Annotated[int, Field(gt=0)] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     parts: Annotated[int, Field(gt=0)] = 1  # a batch goes through the network in as many; more where memory is short
+    deterministic: bool = False  # only kernels that give the same bits each time; on a GPU they are the slower ones
     compile: Literal[False] = False  # torch.compile: not used yet; recorded so that a later plan differs visibly
 
 
@@ -61,19 +66,31 @@ class EngineConfig(Config):
 
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     plan: EnginePlan | None = None
+    # 0: after every step, waiting for each write; otherwise longer where saving would take over 2 % of the time
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     log_every_steps: Annotated[int, Field(gt=0)] = 10
     keep_checkpoints: bool = False
+    deterministic: bool = False  # a GPU then gives the same bits each time; the plan keeps it. A CPU does so anyway
+    tensorboard: bool = False  # metrics for TensorBoard too, beside metrics.jsonl
+
+    @property
+    def fixed_plan(self) -> EnginePlan | None:
+        """The plan that was given, if one was, deterministic where either asks for it."""
+        if self.plan is None or self.plan.deterministic or not self.deterministic:
+            return self.plan
+        return self.plan.model_copy(update={"deterministic": True})
 
 
 def available_cores() -> int:
-    """Cores this process may use: by affinity, and by the quota of its container (cgroup v2)."""
+    """Cores this process may use: by affinity, by the quota of its container (cgroup v2), and its share of them where
+    torchrun started several processes on this machine."""
     cores = cores_available()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, round(int(quota) / int(period))))
+        cores = min(cores, round(int(quota) / int(period)))
     except (OSError, ValueError):  # no such file, or "max"
-        return cores
+        pass
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def pick_device(name: str) -> torch.device:
@@ -114,11 +131,22 @@ def prepare(images_BCHW: Tensor, plan: EnginePlan) -> Tensor:
 
 @contextmanager
 def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
-    """Threads and precision of the plan, inside the block."""
+    """Threads, precision and kernels of the plan, inside the block.
+
+    RuntimeError of torch, naming the operation, where a deterministic plan needs a kernel that does not exist.
+    """
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     torch.set_num_threads(plan.threads)
     cudnn.deterministic, cudnn.benchmark = True, False  # a resume takes the same kernels
+    if device.type == "cpu":
+        _keep_freed_memory()
+    settings: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    strict, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if plan.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         # Without its cache: that lives as long as the block, and would go on using the first step's weights.
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16", cache_enabled=False):
@@ -126,6 +154,23 @@ def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        torch.use_deterministic_algorithms(strict)
+        settings.fill_uninitialized_memory = fills
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory that a step frees, for the next step.
+
+    glibc hands each large block back to the system when it is freed, and the system then clears every page of it anew:
+    a sixth to a quarter of a step of MobileNetV2. It costs up to a third more memory, since blocks are no longer placed
+    alone. Where the C library is another one nothing is done.
+    """
+    mmap_max, trim_threshold = -4, -1  # of malloc.h
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _bf16_pays(device: torch.device) -> bool:
@@ -135,7 +180,9 @@ def _bf16_pays(device: torch.device) -> bool:
     return supported is not None and bool(supported())
 
 
-def measure_plan(method: Method, batches: Batches, device: torch.device) -> tuple[EnginePlan, list[dict[str, object]]]:
+def measure_plan(
+    method: Method, batches: Batches, device: torch.device, *, deterministic: bool = False
+) -> tuple[EnginePlan, list[dict[str, object]]]:
     """The fastest plan for this method and batch, and the milliseconds a step of each candidate.
 
     First the memory format with all cores, then fewer threads, then bf16 where the hardware has it. The method is
@@ -150,7 +197,8 @@ def measure_plan(method: Method, batches: Batches, device: torch.device) -> tupl
         timings.append(plan.model_dump() | {"step_ms": round(elapsed_ms, 2)})
         return elapsed_ms
 
-    candidates = [EnginePlan(memory_format=f, threads=cores) for f in ("contiguous", "channels-last")]
+    start = EnginePlan(threads=cores, deterministic=deterministic)
+    candidates = [start, start.model_copy(update={"memory_format": "channels-last"})]
     best_ms, best = min(((milliseconds(plan), plan) for plan in candidates), key=lambda pair: pair[0])
     others = [best.model_copy(update={"threads": cores // 2})] if device.type == "cpu" and cores > 1 else []
     others += [best.model_copy(update={"precision": "bf16"})] if _bf16_pays(device) else []
