@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 
 from kdedge.config import Config
+from kdedge.data.source import usual_px
 from kdedge.data.views import ViewConfig
 from kdedge.errors import BugError, RecipeError
 from kdedge.methods.fixmatch import FixMatchConfig
@@ -78,6 +79,9 @@ class DataConfig(Config):
     max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     image_px: Annotated[int, Field(ge=4)] | None = None  # images are square
     channels: Literal[1, 3] | None = None
+    # Of training images on the device; a packed set that takes more is streamed. null: half of a GPU's free memory, a
+    # quarter of the machine's.
+    resident_mib: Annotated[int, Field(ge=0)] | None = None
     remove_leaks: bool = True  # leave out unlabeled images that are, nearly, in val or test too
     mean: tuple[float, ...] | None = None  # of pixel / 255; null: of the training images, or of the starting weights
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
@@ -281,10 +285,8 @@ def _image_px(data: DataDescription) -> int:
     """Small images as they are; photographs at 160 to 224 px, or the size of the starting weights if smaller."""
     if data.ready is not None:
         return data.ready.px
-    if data.kind != "photo":
-        return data.shorter_px
-    px = min(max(data.shorter_px, 160), 224) // 32 * 32
-    return min(px, data.weights.px) if data.weights else px
+    px = usual_px(data.kind, data.shorter_px)
+    return min(px, data.weights.px) if data.weights and data.kind == "photo" else px
 
 
 def _student_width(student: StudentConfig, data: DataDescription) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kdedge import recipe_io
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
+from kdedge.data.store import open_store
 from kdedge.errors import RecipeError, RunError
 from kdedge.models.weights import LoadedModel, StartingWeights, start_from
 from kdedge.models.zoo import ModelSpec, Network, build
@@ -100,14 +101,16 @@ def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, device: torc
     resolved = _with_data(resolved, labels=splits.labels)
     px, channels = resolved.data.image_px or 0, resolved.data.channels or 3
     plain = Preprocess(px, px, channels, "short-side-crop", (0.0,) * channels, (1.0,) * channels)
-    images = source.load(splits.unlabeled, plain)
+    if remark := source.remark(plain):
+        display.say(remark)
+    images = open_store(source, splits.unlabeled, plain, device, resolved.data.resident_mib)
     mean, std = resolved.data.mean, resolved.data.std
     if mean is None or std is None:
         measured = pixel_statistics(images)
         mean, std = mean or measured[0], std or measured[1]
         resolved = _with_data(resolved, mean=mean, std=std)
     preprocess = replace(plain, mean=mean, std=std)
-    pool = make_pool(images, splits, preprocess, device)
+    pool = make_pool(images, splits, preprocess)
     begun = Begun(run, resolved, source, splits, device, pool, preprocess, starting, display)
     _refuse_what_does_not_fit(begun)
     # The manifest first: with it, a run that is killed right here can be resumed.

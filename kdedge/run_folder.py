@@ -59,7 +59,7 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
     return None
 
 
-_MAY_CHANGE = {"engine.checkpoint_every_s", "engine.keep_checkpoints"}
+_MAY_CHANGE = {"data.resident_mib", "engine.checkpoint_every_s", "engine.keep_checkpoints", "engine.tensorboard"}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -3,11 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
-from kdedge.data.store import Resident
+from kdedge.data.store import Store
 from kdedge.data.views import columns
 from kdedge.errors import RecipeError
 from kdedge.models.weights import StartingWeights, read_starting_weights
@@ -57,14 +56,14 @@ def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str,
     )
 
 
-def pixel_statistics(images_u8: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixel_statistics(images: Store) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of pixel / 255 for each channel, in whole numbers summed exactly; 4 digits."""
-    total = squares = torch.zeros(images_u8.shape[1], dtype=torch.float64)
-    for part in torch.split(images_u8, 64):
-        values = part.to(torch.float64)
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in images.chunks(64):
+        values = part.to(torch.float64).cpu()
         total = total + values.sum((0, 2, 3))
         squares = squares + values.pow(2).sum((0, 2, 3))
-    count = images_u8.numel() / images_u8.shape[1]
+    count = len(images) * images.shape[2] * images.shape[3]
     mean = total / count
     std = (squares / count - mean.pow(2)).clamp(min=1.0).sqrt()
     return tuple(round(v, 4) for v in (mean / 255).tolist()), tuple(round(v, 4) for v in (std / 255).tolist())
@@ -77,11 +76,12 @@ def held_back_truth(splits: Splits) -> npt.NDArray[np.int64]:
     return truth
 
 
-def make_pool(images: Tensor, splits: Splits, preprocess: Preprocess, device: torch.device) -> Pool:
+def make_pool(images: Store, splits: Splits, preprocess: Preprocess) -> Pool:
+    device = images.device
     labeled = np.searchsorted(splits.unlabeled, splits.labeled)  # labeled is part of unlabeled, and both ascend
     mean, std = columns(preprocess, device)
     return Pool(
-        images=Resident(images.to(device)),
+        images=images,
         labeled=torch.from_numpy(labeled).to(device),
         labels=torch.from_numpy(splits.truth[splits.labeled]).to(device),
         unlabeled=torch.arange(len(splits.unlabeled), device=device),

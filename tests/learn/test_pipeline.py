@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from kdedge import pipeline, recipe_io
+from kdedge.data import open_source
+from kdedge.data.pack import pack
 from kdedge.errors import DataError, DeviceError, RunError
 from kdedge.models.weights import load_model
 from kdedge.predictions import read_predictions
@@ -65,8 +67,6 @@ def test_the_result_says_what_the_files_hold(whole) -> None:
 
 
 def test_the_student_file_gives_the_logits_that_were_scored(whole) -> None:
-    from kdedge.data import open_source
-
     loaded, predictions = load_model(whole.student_path), read_predictions(whole)
     source = open_source("digits")
     index = [source.ids.index(i) for i in predictions["test_id"][:50]]
@@ -276,3 +276,14 @@ def test_memory_that_does_not_suffice_for_one_image_is_an_error(tmp_path, monkey
     monkeypatch.setattr(pipeline, "fit", short_of_memory)
     with pytest.raises(DeviceError, match="20 GiB"):
         pipeline.train(tiny(), tmp_path / "run")
+
+
+def test_images_streamed_from_a_packed_file_train_the_same_weights(whole, tmp_path) -> None:
+    pack(open_source("digits"), tmp_path / "digits.kdpack")
+    packed = {"data": str(tmp_path / "digits.kdpack"), "labels": 40}
+    run, _ = pipeline.train(tiny("data.resident_mib=0", **packed), tmp_path / "run")
+    for name in ("baseline", "teacher", "student"):
+        ours, theirs = run.path / f"{name}.safetensors", whole.path / f"{name}.safetensors"
+        assert sha256_file(ours) == sha256_file(theirs)
+    with pytest.raises(DataError, match="kdedge data pack digits"):
+        pipeline.train(tiny("data.resident_mib=0"), tmp_path / "unpacked")
