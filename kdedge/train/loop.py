@@ -26,6 +26,7 @@ from kdedge.train.engine import EngineConfig, EnginePlan, as_planned, prepare, u
 from kdedge.train.guard import Guard, gradient_norm
 from kdedge.train.metrics import MetricsLog
 from kdedge.train.optim import OptimConfig
+from kdedge.train.pace import Pace, memory_peak
 from kdedge.train.saving import Saver
 from kdedge.train.state import State
 from kdedge.train.stop import stop_asked
@@ -77,8 +78,7 @@ def fit(
     guard = Guard(stage, state, batches, Run(metrics.path.parent) if metrics.writes else None, first)
     metrics.rewind(stage, first)
     metrics.display.stage(stage, total)
-    logged_at_s = time.perf_counter()
-    logged_step, waited_s = first, 0.0
+    pace = Pace(stage, first, batches)
 
     # ---- train
     sharing = ranks.sharing(method, batches.images_per_step)
@@ -90,10 +90,9 @@ def fit(
             logging = due(done, engine.log_every_steps, total)
 
             # batch
-            asked_at_s = time.perf_counter()
-            batch = batches.at(step)
-            batch = dataclasses.replace(batch, images=prepare(batch.images, plan))
-            waited_s += time.perf_counter() - asked_at_s
+            with pace.waiting():
+                batch = batches.at(step)
+                batch = dataclasses.replace(batch, images=prepare(batch.images, plan))
 
             # forward, backward
             result = step_of(batch)
@@ -108,7 +107,6 @@ def fit(
 
             if logging:
                 guard.check(done, norm=norm)
-                now_s = time.perf_counter()
                 metrics.write(
                     stage,
                     done,
@@ -116,13 +114,15 @@ def fit(
                     loss=result.loss,
                     lr=state.rate(step),
                     gradient_norm=norm,
-                    images_per_second=batches.images_per_step * (done - logged_step) / (now_s - logged_at_s),
-                    loader_wait_fraction=waited_s / (now_s - logged_at_s),
+                    **pace.line(done),
+                    **memory_peak(device),
                     checkpoint_blocked_fraction=saver.blocked_fraction,
                     **{name: value for name, value in result.logs.items() if name != COUNTS},
                     **tally.line(),
                 )
-                logged_at_s, logged_step, waited_s = now_s, done, 0.0
+                if slow := pace.slow_loader():
+                    metrics.write(stage, done, total_steps=total, loader_wait=slow)
+                    metrics.display.say(slow)
 
             if due(done, max(total // _WATCHES, 1), total):
                 for alarm in tally.alarms(labeled_K, len(batches.pool.unlabeled), done / total, class_names):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import SPEC, VIEWS, toy_network, toy_pool
 
 from kdedge.data.batches import Batch, Batches
-from kdedge.errors import RunError
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
 from kdedge.methods.health import SliceHealth, pseudo_label_logs
 from kdedge.methods.step import Method, Step
@@ -119,6 +119,7 @@ def train(
     display: Any = None,
     every: int = 1,
     save_s: float = 0,
+    plan: EnginePlan = PLAN,
     **changes: Any,
 ) -> Network:
     inner = inner or fixmatch(spec)
@@ -128,7 +129,7 @@ def train(
         Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer"),
         OPTIM.model_copy(update=changes),
         EngineConfig(checkpoint_every_s=save_s, log_every_steps=every),
-        PLAN,
+        plan,
         Checkpoints(folder / "checkpoint", "outer"),
         MetricsLog(folder / "metrics.jsonl", display or SilentDisplay()),
         seed=0,
@@ -145,8 +146,9 @@ def weights(network: Network) -> str:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timings = ("images_per_second", "loader_wait_fraction", "checkpoint_blocked_fraction")
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+    entries = [entry for line in lines if "loader_wait" not in (entry := json.loads(line))]
+    timings = ("images_per_second", "loader_wait_fraction", "checkpoint_blocked_fraction", "memory_peak_mib")
+    return [{k: v for k, v in entry.items() if k not in timings} for entry in entries]
 
 
 @pytest.mark.parametrize("spec", [SPEC, MOBILE], ids=["wide-resnet", "mobilenet"])
@@ -170,6 +172,46 @@ def test_sigterm_saves_the_step_it_came_in_and_the_resumed_run_ends_the_same(tmp
     assert weights(train(folder, every=4, save_s=3600)) == weights(whole)
     assert logged(folder) == logged(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+class NeedsParts(Method):
+    """Runs out of memory at step 5, unless its network computes in parts."""
+
+    def __init__(self, inner: Method) -> None:
+        super().__init__(inner.network)
+        self.count = 0
+        self.inner = [inner]
+
+    def forward(self, batch: Batch) -> Step:
+        self.count += 1
+        if self.count == 5 and self.network.compute is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.inner[0](batch)
+
+
+def test_after_running_out_of_memory_it_goes_on_in_parts(tmp_path) -> None:
+    before = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tmp_path, inner=NeedsParts(fixmatch()))
+    assert (signal.getsignal(signal.SIGTERM), torch.get_num_threads()) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdedge")]
+    checkpoint, _ = Checkpoints(tmp_path / "checkpoint", "outer").load()
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+    in_two = PLAN.model_copy(update={"parts": 2})
+    method = NeedsParts(fixmatch())
+    average = train(tmp_path, inner=method, plan=in_two)
+    assert method.count == 8
+    assert average.compute is None
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 13))
+
+
+def test_a_line_tells_of_speed_memory_and_gradient(tmp_path) -> None:
+    train(tmp_path, total_steps=2)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    positive = ("loss", "lr", "gradient_norm", "images_per_second", "loader_wait_fraction", "memory_peak_mib")
+    assert all(line[name] > 0 for name in positive)
+    assert 0 < line["checkpoint_blocked_fraction"] < 1
 
 
 def test_a_line_counts_all_steps_since_the_one_before(tmp_path) -> None:
