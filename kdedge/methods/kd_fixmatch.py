@@ -6,7 +6,7 @@ network's answers (`distill`) is our extension for compact students.
 B labeled images, U unlabeled images, M = B + 2 U rows of a pass, N all unlabeled images of the run, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, final
 
@@ -21,7 +21,7 @@ from kdedge.losses.robust import masked_symmetric_cross_entropy
 from kdedge.methods.distill import DistillConfig, Distiller
 from kdedge.methods.health import pseudo_label_logs
 from kdedge.methods.step import Method, Step
-from kdedge.methods.teacher import Answers, Teacher, ask
+from kdedge.methods.teacher import Answers, LiveTeacher, Teacher, ask
 from kdedge.methods.thresholds import Policy, PseudoLabels, ThresholdConfig
 from kdedge.models.zoo import Network
 
@@ -110,6 +110,16 @@ class KDFixMatch(Method):
     def extra_flops_an_image(self) -> int:
         """Of the teacher, for each image that passes through the network in training."""
         return 0 if self.teacher is None else self.teacher.flops_an_image
+
+    @property
+    def asked(self) -> Sequence[Network]:
+        """The teacher, where it sees the student's own views."""
+        return [self.teacher.network] if isinstance(self.teacher, LiveTeacher) else []
+
+    @property
+    def needs_all_images(self) -> bool:
+        """For mixed images, and for maps of a middle layer."""
+        return self._mixes or (self.distiller is not None and self.distiller.student_middle is not None)
 
     @property
     def passes(self) -> int:

@@ -1,6 +1,7 @@
 """What a method owes the loop."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -33,6 +34,16 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch) -> Step:
         """The loss of one batch."""
+
+    @property
+    def asked(self) -> Sequence[Network]:
+        """Networks beside `network` that a step runs on the images of the batch, and does not train."""
+        return ()
+
+    @property
+    def needs_all_images(self) -> bool:
+        """Whether a step looks at images of the batch together, or at maps: several processes have only their own."""
+        return False
 
     @property
     def passes(self) -> int:

@@ -30,6 +30,7 @@ __all__ = ["ALONE", "Ranks", "restarts"]
 # A process that dies closes its connections, and that is noticed at once. This is for waiting while the first process
 # does alone what only one may do: download, or choose among a million images.
 _PATIENCE = timedelta(hours=12)
+_CPU = torch.device("cpu")
 
 
 def restarts() -> int:
@@ -44,7 +45,7 @@ class Ranks:
     As a context it leaves the group at the end, and turns a lost connection into a RunError of one sentence.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | None = None) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device = _CPU) -> None:
         self.rank, self.world, self.device = rank, world, device
 
     @classmethod
@@ -134,7 +135,7 @@ class Ranks:
         import torch.distributed as dist
 
         told = [text]
-        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(told, src=0, device=_CPU)
         return told[0]
 
     # ---- training
@@ -159,31 +160,40 @@ class Ranks:
         """Inside the block the method's networks run this process's rows of a batch of `images` in all.
 
         Batch norm counts the whole batch, dropout draws for it. The tensors of the method and their names stay.
-        RunError where there are more processes than images, or where a network already runs in parts.
+        RunError where there are more processes than images, where a network already runs in parts, and where the
+        method needs images of other processes.
         """
         if self.world == 1:
             yield
             return
+        networks = [module for module in method.modules() if isinstance(module, Network)]
+        self._refuse(method, networks, images)
+        computing = [*networks, *method.asked]
+        with shared_layers(networks, Shared(self.rows(images), images, self.sum)):
+            try:
+                for network in computing:
+                    network.compute = functools.partial(self._compute, images)
+                yield
+            finally:
+                for network in computing:
+                    network.compute = None
+
+    def _refuse(self, method: Method, networks: Sequence[Network], images: int) -> None:
         if images < self.world:
             raise RunError(
                 f"{self.world} processes cannot share a batch of {images} images. Start fewer with --nproc-per-node, "
                 "or set the stage's optim.labeled_batch higher."
             )
-        networks = [module for module in method.modules() if isinstance(module, Network)]
         if any(network.compute is not None for network in networks):
             raise RunError(
                 f"The memory is full, and a batch that {self.world} processes share is not computed in parts as well. "
                 "Start more processes, or set the stage's optim.labeled_batch lower."
             )
-        shared = Shared(self.rows(images), images, self.sum)
-        with shared_layers(networks, shared):
-            try:
-                for network in networks:
-                    network.compute = functools.partial(self._compute, images)
-                yield
-            finally:
-                for network in networks:
-                    network.compute = None
+        if method.needs_all_images:
+            raise RunError(
+                f"student.method.distill asks for mixed images (mixup) or maps of a middle layer (loss fitnets), of "
+                f"which {self.world} processes have only their own. Train it in one process, or choose another loss."
+            )
 
     def _compute(self, images: int, backbone: nn.Module, x_MCHW: Tensor) -> Tensor:
         """Features [B, F] of the whole batch from this process's images."""
