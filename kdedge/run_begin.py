@@ -20,6 +20,7 @@ from kdedge.run_pool import describe, make_pool, pixel_statistics, read_starting
 from kdedge.run_stages import StageNotes
 from kdedge.run_teacher import read_ready_teacher, refuse_other_start
 from kdedge.runs import Run, sha256_file, write_bytes, write_json
+from kdedge.train.distributed import Ranks
 from kdedge.train.metrics import Display
 from kdedge_device.preprocess import Preprocess
 
@@ -44,15 +45,19 @@ class Begun:
     recipe: Recipe
     source: Source
     splits: Splits
-    device: torch.device
     pool: Pool
     preprocess: Preprocess
     starting: dict[str, StartingWeights]
     display: Display
+    ranks: Ranks
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @property
     def notes(self) -> StageNotes:
-        return StageNotes(self.run)
+        return StageNotes(self.run, self.ranks)
 
     def student_spec(self) -> ModelSpec:
         student = self.recipe.student
@@ -91,7 +96,7 @@ class Begun:
         return read_ready_teacher(path, self.source.classes, self.preprocess.channels)
 
 
-def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, device: torch.device, display: Display) -> Begun:
+def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, ranks: Ranks, display: Display) -> Begun:
     """Resolve the recipe against the images, load them, and write recipe.yaml, splits.json and the manifest.
 
     RecipeError, DataError and RunError where something does not fit, before anything is written or trained.
@@ -103,7 +108,7 @@ def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, device: torc
     plain = Preprocess(px, px, channels, "short-side-crop", (0.0,) * channels, (1.0,) * channels)
     if remark := source.remark(plain):
         display.say(remark)
-    images = open_store(source, splits.unlabeled, plain, device, resolved.data.resident_mib)
+    images = open_store(source, splits.unlabeled, plain, ranks.device, resolved.data.resident_mib)
     mean, std = resolved.data.mean, resolved.data.std
     if mean is None or std is None:
         measured = pixel_statistics(images)
@@ -111,17 +116,25 @@ def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, device: torc
         resolved = _with_data(resolved, mean=mean, std=std)
     preprocess = replace(plain, mean=mean, std=std)
     pool = make_pool(images, splits, preprocess)
-    begun = Begun(run, resolved, source, splits, device, pool, preprocess, starting, display)
+    begun = Begun(run, resolved, source, splits, pool, preprocess, starting, display, ranks)
     _refuse_what_does_not_fit(begun)
+    ranks.barrier()  # all have looked
+    if ranks.is_first:
+        _write(begun, recipe)
+    ranks.barrier()
+    return begun
+
+
+def _write(begun: Begun, asked: Recipe) -> None:
+    run, resolved = begun.run, begun.recipe
     # The manifest first: with it, a run that is killed right here can be resumed.
-    begin_manifest(run, recipe, source, device, display)
+    begin_manifest(run, asked, begun.source, begun.device, begun.display)
     if resolved.teacher is not None and resolved.teacher.ready is not None:
         _note_ready_teacher(begun, Path(resolved.teacher.ready).expanduser())
     if not run.recipe_path.is_file():
         write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
     if not run.splits_path.is_file():
-        write_json(run.splits_path, splits.to_json(source))
-    return begun
+        write_json(run.splits_path, begun.splits.to_json(begun.source))
 
 
 def _with_data(recipe: Recipe, **values: Any) -> Recipe:

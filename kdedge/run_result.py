@@ -59,10 +59,11 @@ def finish(begun: Begun, val: SplitImages | None) -> dict[str, Any]:
     }
     result["test_images"], result["test_is_val"] = len(test.ids), splits.test_is_val
     result["input"] = [begun.preprocess.channels, begun.preprocess.height, begun.preprocess.width]
-    add_predictions(run, "test", test.ids, test.labels.numpy(), {n: z.numpy() for n, z in logits.items()})
-    write_json(run.result_path, result)
-    if not recipe.engine.keep_checkpoints:
-        shutil.rmtree(run.checkpoint_path, ignore_errors=True)
+    if begun.ranks.is_first:
+        add_predictions(run, "test", test.ids, test.labels.numpy(), {n: z.numpy() for n, z in logits.items()})
+        write_json(run.result_path, result)
+        if not recipe.engine.keep_checkpoints:
+            shutil.rmtree(run.checkpoint_path, ignore_errors=True)
     return result
 
 
@@ -83,8 +84,8 @@ def _score(
         test = begun.load(begun.splits.test, loaded.preprocess)
         val = None if val is None else begun.load(begun.splits.val, loaded.preprocess)
     mean, std = columns(loaded.preprocess, begun.device)
-    logits = predict(network, test.images, mean, std, plan)
-    val_logits = predict(network, val.images, mean, std, plan) if val is not None else None
+    logits = predict(network, test.images, mean, std, plan, begun.ranks)
+    val_logits = predict(network, val.images, mean, std, plan, begun.ranks) if val is not None else None
     return {
         "arch": loaded.arch,
         "params": num_params(network),

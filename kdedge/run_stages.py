@@ -3,6 +3,7 @@
 from typing import Any, final
 
 from kdedge.runs import Run, sha256_file
+from kdedge.train.distributed import ALONE, Ranks
 from kdedge.train.engine import EnginePlan
 
 __all__ = ["StageNotes"]
@@ -10,10 +11,10 @@ __all__ = ["StageNotes"]
 
 @final
 class StageNotes:
-    """Stages are baseline, outer, trusted and inner."""
+    """Stages are baseline, outer, trusted and inner. The first process writes, and the others wait until it has."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, ranks: Ranks = ALONE) -> None:
+        self.run, self.ranks = run, ranks
         self._files = {
             "baseline": run.baseline_path,
             "outer": run.teacher_path,
@@ -22,7 +23,10 @@ class StageNotes:
         }
 
     def begins(self, stage: str) -> None:
-        self.run.update_manifest(stage=stage)
+        self._write(stage=stage)
+
+    def finished(self, elapsed_s: float) -> None:
+        self._write(status="finished", stage=None, elapsed_s=round(elapsed_s, 2))
 
     def done(self) -> dict[str, Any]:
         """The stages whose file is there, with the hash that was noted; a removed or altered one is made anew."""
@@ -33,8 +37,10 @@ class StageNotes:
         }
 
     def note_done(self, stage: str, **facts: Any) -> None:
-        """`facts` hold the sha256 of the stage's file."""
-        self.run.update_manifest(stages=self.done() | {stage: facts})
+        """`facts`, and the sha256 of the stage's file, which is there."""
+        if self.ranks.is_first:
+            facts = {"sha256": sha256_file(self._files[stage])} | facts
+        self._write(stages=self.done() | {stage: facts})
 
     def plan(self, stage: str) -> EnginePlan | None:
         """How the stage is computed, once that has been noted."""
@@ -46,5 +52,11 @@ class StageNotes:
         return EnginePlan.model_validate(self.run.read_manifest()["engine_plan"][stage]["plan"])
 
     def note_plan(self, stage: str, plan: EnginePlan, timings: list[dict[str, object]]) -> None:
-        plans = self.run.read_manifest()["engine_plan"] | {stage: {"plan": plan.model_dump(), "measured": timings}}
-        self.run.update_manifest(engine_plan=plans)
+        noted = {"plan": plan.model_dump(), "measured": timings}
+        self._write(engine_plan=self.run.read_manifest()["engine_plan"] | {stage: noted})
+
+    def _write(self, **changes: Any) -> None:
+        self.ranks.barrier()  # all have read what is changed now
+        if self.ranks.is_first:
+            self.run.update_manifest(**changes)
+        self.ranks.barrier()

@@ -18,6 +18,7 @@ from kdedge.methods.kd_fixmatch import TrustedTargets
 from kdedge.methods.teacher import LiveTeacher, StoredTeacher, Teacher
 from kdedge.models.weights import LoadedModel, load_model
 from kdedge.models.zoo import ModelSpec, Network
+from kdedge.train.distributed import Ranks
 from kdedge.train.engine import EnginePlan, as_planned
 from kdedge.train.evaluate import predict_with_features
 from kdedge.trust.select import OUTLIER, TrustedSet
@@ -92,6 +93,7 @@ def outer_answers(
     preprocess: Preprocess,
     plan: EnginePlan,
     features_path: Path,
+    ranks: Ranks,
 ) -> tuple[Tensor, np.memmap]:
     """Logits [N, K] and features [N, F] of the outer network on the unlabeled images without views.
 
@@ -102,7 +104,7 @@ def outer_answers(
     # Pool.images are the unlabeled images, in their order.
     images = pool.images if loaded.preprocess == preprocess else source.load(splits.unlabeled, loaded.preprocess)
     mean, std = columns(loaded.preprocess, device)
-    return predict_with_features(network, images, mean, std, plan, features_path)
+    return predict_with_features(network, images, mean, std, plan, features_path, ranks)
 
 
 def nothing_trusted(images: int) -> TrustedTargets:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdedge import pipeline, recipe_io
+from kdedge import pipeline, recipe_io, stages
 from kdedge.errors import RecipeError, RunError
 from kdedge.models.weights import load_model, save_model
 from kdedge.models.zoo import count_macs
@@ -162,7 +162,7 @@ def test_a_run_is_of_one_ready_teacher(whole, tmp_path, monkeypatch) -> None:
         raise RuntimeError("the plug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Stages, "_outer", stop)
+        patch.setattr(stages.Stages, "_outer", stop)
         with pytest.raises(RuntimeError, match="the plug"):
             pipeline.train(asked, tmp_path / "run")
     loaded = load_model(ready)
@@ -173,7 +173,7 @@ def test_a_run_is_of_one_ready_teacher(whole, tmp_path, monkeypatch) -> None:
         pipeline.train(asked, tmp_path / "run", resume=True)
     shutil.copy(whole.teacher_path, ready)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Stages, "_select", stop)
+        patch.setattr(stages.Stages, "_select", stop)
         with pytest.raises(RuntimeError, match="the plug"):
             pipeline.train(asked, tmp_path / "run", resume=True)
     ready.unlink()
