@@ -7,8 +7,6 @@ from k-means. Memory is the peak of the resident set over the whole selection, l
 """
 
 import argparse
-import contextlib
-import resource
 import shlex
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from kdedge import __version__
 from kdedge.errors import RunError
 from kdedge.runs import read_json, write_json
 from kdedge.trust.select import TrustConfig, compare_with_confidence, select_trusted
+from kdedge_bench.peak_memory import peak_mib
 from kdedge_device.record import machine, now
 
 __all__ = ["main", "measure", "parser"]
@@ -41,17 +40,17 @@ def measure(images: int, features: int, classes: int, folder: Path) -> dict[str,
         features_NF = np.lib.format.open_memmap(path, mode="r")
         index_N, label_N = np.arange(images), torch.full((images,), -1)
         select_trusted(logits_NK[:200], features_NF[:200], index_N[:200], label_N[:200], TrustConfig(), seed=0)
-        before_mib, started_at_s, started_cpu_s = _peak_mib(reset=True), time.perf_counter(), time.process_time()
+        before_mib, started_at_s, started_cpu_s = peak_mib(reset=True), time.perf_counter(), time.process_time()
         trusted = select_trusted(logits_NK, features_NF, index_N, label_N, TrustConfig(), seed=0)
         elapsed_s, cpu_s = time.perf_counter() - started_at_s, time.process_time() - started_cpu_s
-        peak_mib = _peak_mib()
+        most_mib = peak_mib()
     finally:
         path.unlink(missing_ok=True)
     summary = trusted.summary(truth_N, classes)
     return {
         "images": images,
         "features_mib": round(images * features * 2 / 2**20, 1),
-        "peak_above_start_mib": round(peak_mib - before_mib, 1),
+        "peak_above_start_mib": round(most_mib - before_mib, 1),
         "elapsed_s": round(elapsed_s, 2),
         "cpu_s": round(cpu_s, 2),
         "size": summary["size"],
@@ -77,19 +76,6 @@ def _make(path: Path, images: int, features: int, classes: int) -> tuple[torch.T
             features_CF[np.arange(len(truth_C)), truth_C] += 1
             file.write(features_CF.astype("<f2").tobytes())
     return torch.from_numpy(logits_NK), truth_N
-
-
-def _peak_mib(*, reset: bool = False) -> float:
-    """The largest resident set of this process so far, files it mapped included; with `reset` it starts from now."""
-    if reset:
-        with contextlib.suppress(OSError):  # proc(5): VmHWM is set to what it is now; elsewhere it stays the peak
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ N images, n of them, C channels, H and W pixels.
 
 import hashlib
 import json
+import math
 import os
 import struct
 import weakref
@@ -51,7 +52,7 @@ class PackedImages:
         block_ends: NDArray[np.int64],
         block_sha256: NDArray[np.uint8],
     ) -> None:
-        self.path, self.shape = path, shape
+        self.path, self.shape, self.image_bytes = path, shape, math.prod(shape[1:])
         self._ends, self._sha256 = block_ends, block_sha256
         self._seen = np.zeros(len(block_ends), dtype=np.bool_)
         self._handle = os.open(path, os.O_RDONLY)
@@ -66,10 +67,6 @@ class PackedImages:
         _, channels, height, width = self.shape
         return height, width, channels
 
-    @property
-    def image_bytes(self) -> int:
-        return int(np.prod(self.shape[1:], dtype=np.int64))
-
     def read_into(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Write image rows[i] into out[i]; `out` is uint8 [n, C, H, W], contiguous.
 
@@ -78,13 +75,13 @@ class PackedImages:
         if not len(rows):
             return
         self._check_blocks(rows)
+        view, size, places = out.data.cast("B"), self.image_bytes, rows.tolist()
         if (np.diff(rows) == 1).all():  # one piece of the file
-            self._read(out, int(rows[0]))
+            self._read(view, places[0])
             return
-        places = rows.tolist()
         self._announce([(row, 1) for row in sorted(places)])
-        for image, row in zip(out, places, strict=True):
-            self._read(image, row)
+        for number, row in enumerate(places):
+            self._read(view[number * size : (number + 1) * size], row)
 
     def planes(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8 [n, C, H, W]."""
@@ -107,7 +104,7 @@ class PackedImages:
         self._announce(list(zip(starts, counts, strict=True)))
         for block, start, count in zip(unseen, starts, counts, strict=True):
             content = np.empty(count * self.image_bytes, dtype=np.uint8)
-            self._read(content, start)
+            self._read(content.data, start)
             if hashlib.sha256(content.data).digest() != self._sha256[block].tobytes():
                 raise DataError(
                     f"{self.path} is damaged: its images {start} to {start + count - 1} are not those that were packed "
@@ -122,8 +119,8 @@ class PackedImages:
                 offset = PIXELS_AT + start * self.image_bytes
                 _ADVISE(self._handle, offset, count * self.image_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, out: NDArray[np.uint8], start: int) -> None:
-        read_at(self._handle, self.path, PIXELS_AT + start * self.image_bytes, out.data.cast("B"))
+    def _read(self, out: memoryview, start: int) -> None:
+        read_at(self._handle, self.path, PIXELS_AT + start * self.image_bytes, out)
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,12 @@ class Packed:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file begins as `kdedge data pack` begins it."""
-    with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+    """Whether the file begins as `kdedge data pack` begins it; DataError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Expected a readable file.") from error
 
 
 def read_at(handle: int, path: Path, offset: int, out: memoryview) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -43,10 +43,11 @@ def run_threads(
 
 def stream_threads(
     function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int | None = None
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """function(item) of one item after the other, in order; only a few are made ahead of the one asked for.
 
-    For results too large to be held all at once. An exception, and leaving the loop, drop what has not begun.
+    For results too large to be held all at once. An exception, and closing it, drop what has not begun: a loop that may
+    be left early goes `with closing(...)`.
     """
     threads = workers or min(cores_available(), 16)
     waiting: deque[Future[_Result]] = deque()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kdedge.cli import run
-from kdedge.data import check, make_splits, open_source
+from kdedge.data import check, make_splits, open_source, packpart
 from kdedge.data import pack as pack_module
 from kdedge.data.leaks import without_leaks
 from kdedge.data.pack import pack
@@ -30,7 +30,7 @@ def _preprocess(px: int, channels: int = 3) -> Preprocess:
 
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(pack_module, "_BLOCK_BYTES", 5 * 3 * 8 * 8)  # five images of 8 px
+    monkeypatch.setattr(packpart, "_BLOCK_BYTES", 5 * 3 * 8 * 8)  # five images of 8 px
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def _pack_and_be_killed(folder: str, out: str) -> None:
         if done >= 20:
             signal.raise_signal(signal.SIGKILL)
 
-    pack_module._BLOCK_BYTES = 5 * 3 * 8 * 8
+    packpart._BLOCK_BYTES = 5 * 3 * 8 * 8
     pack(open_source(folder), Path(out), px=8, progress=die)
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_under_the_name(class_folde
 
 
 def test_a_disk_too_small_is_told_before_anything_is_decoded(class_folders, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr(packpart.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     monkeypatch.setattr(pack_module, "_decode", None)
     with pytest.raises(DataError, match=r"needs 0.00 GB more, and 0.00 GB are free"):
         pack(open_source(str(class_folders)), tmp_path / "x.pack", px=8)
@@ -317,3 +317,16 @@ def test_the_command(class_folders: Path, tmp_path, capsys) -> None:
     assert hashlib.sha256(out.read_bytes()).hexdigest() == digest
     assert run(["data", "pack", "digits", "--out", str(tmp_path / "d.pack"), "--workers", "1"]) == 0
     assert f"--data {tmp_path / 'd.pack'}" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_how_to_go_on(class_folders: Path, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "x.pack"
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack_module, "_decode", stopped)
+    assert run(["data", "pack", str(class_folders), "--out", str(out), "--px", "8"]) == 130
+    assert f"What is packed is kept in {out}.part; the same command goes on there." in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(["data", "pack", str(class_folders), "--out", str(out), "--px", "8"]) == 0
