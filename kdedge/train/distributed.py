@@ -219,8 +219,14 @@ class Ranks:
             raise told from error  # and the group is not left in order: that would wait for the one that is gone
 
     def told(self, error: BaseException) -> BaseException:
-        """A RunError of one sentence where `error` is a connection that was lost; any other error as it is."""
-        if self.world == 1 or not _lost(error):
+        """A RunError of one sentence where a connection was lost; any other error as it is.
+
+        Where torchrun ends the others it sends SIGTERM, and that may come while the loss is being handled.
+        """
+        cause: BaseException | None = error if self.world > 1 else None
+        while cause is not None and not _lost(cause):
+            cause = cause.__context__
+        if cause is None:
             return error
         return RunError(
             f"Another process of this run has ended, and process {self.rank} of {self.world} cannot go on without it. "

@@ -99,7 +99,9 @@ def predict_with_features(
     else:
         logits += [logits_BK for logits_BK, _ in found]
     ranks.barrier()
-    return torch.cat(logits), np.lib.format.open_memmap(features_path, mode="r")
+    stored = np.lib.format.open_memmap(features_path, mode="r")
+    ranks.barrier()  # all have it open: from here on it may be removed
+    return torch.cat(logits), stored
 
 
 def _written(found: Iterator[tuple[Tensor, Tensor]], features_path: Path, shape: tuple[int, int]) -> list[Tensor]:

@@ -147,6 +147,14 @@ def test_alone_everything_is_the_identity(monkeypatch) -> None:
     assert ranks.told(error) is error
 
 
+def test_a_lost_connection_is_told_though_sigterm_comes_while_it_is_handled() -> None:
+    lost, stopped, other = RuntimeError("[gloo/pair.cc] Connection closed"), KeyboardInterrupt(), ValueError("gloo")
+    stopped.__context__ = lost
+    assert all(isinstance(Ranks(0, 2).told(error), RunError) for error in (lost, stopped))
+    assert Ranks(0, 2).told(other) is other
+    assert isinstance(Ranks(0, 2).told(KeyboardInterrupt()), KeyboardInterrupt)
+
+
 def test_restarts_of_torchrun_are_known(monkeypatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     assert restarts() == 0
