@@ -81,6 +81,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, stage: str, *, writes: bool = True) -> None:
         self.folder, self.stage, self.writes = folder, stage, writes
+        self._damaged: set[Path] = set()  # of the files that `load` saw
 
     def _files(self) -> list[tuple[int, Path]]:
         """(step, file) of each, oldest first. The step in the name is a number, so that 1000 comes after 999."""
@@ -92,10 +93,14 @@ class Checkpoints:
         """Write the state after `step` steps, then remove all but the last two; RunError where it cannot be written."""
         if not self.writes:
             return
-        content = tensors_to_bytes(tensors, header | {"step": step})
-        write_bytes(self.folder / f"{self.stage}.{step}.safetensors", content)
-        for _, path in self._files()[:-_KEEP]:
-            path.unlink(missing_ok=True)
+        newest = self.folder / f"{self.stage}.{step}.safetensors"
+        write_bytes(newest, tensors_to_bytes(tensors, header | {"step": step}))
+        # Damaged ones count for nothing, and neither do later ones: the run came back from before them.
+        self._damaged.discard(newest)
+        sound = [path for at, path in self._files() if at <= step and path not in self._damaged][-_KEEP:]
+        for _, path in self._files():
+            if path not in sound:
+                path.unlink(missing_ok=True)
 
     def load(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest sound checkpoint, if any, and a sentence about each damaged one that was passed over."""
@@ -106,9 +111,12 @@ class Checkpoints:
                 if header.get("step") != step:
                     raise RunError(f"{path} holds the state after step {header.get('step')}, not {step}.")
             except RunError as error:
-                notes.append(f"{error} The checkpoint before it is used.")
+                self._damaged.add(path)
+                notes.append(f"{error} It is passed over.")
                 continue
             return Checkpoint(step, tensors, header), notes
+        if notes:
+            notes.append(f"No sound checkpoint of stage {self.stage} is left; it begins anew.")
         return None, notes
 
     def clear(self) -> None:

@@ -175,6 +175,30 @@ def test_what_killed_writes_left_is_removed_under_the_lock_and_strangers_stay(tm
     assert [path.name for path in run.checkpoint_path.iterdir()] == ["outer.notes.safetensors"]
 
 
+def test_damaged_checkpoints_make_room_for_sound_ones_once_there_is_one(tmp_path) -> None:
+    first = Checkpoints(tmp_path, "outer")
+    for step in (480, 500):
+        first.save(step, {"a": torch.ones(3)})
+        (tmp_path / f"outer.{step}.safetensors").write_bytes(b"damaged")
+    checkpoints = Checkpoints(tmp_path, "outer")
+    checkpoint, notes = checkpoints.load()
+    assert checkpoint is None
+    assert [note.count(f"outer.{step}.") for step, note in zip((500, 480), notes, strict=False)] == [1, 1]
+    assert notes[2] == "No sound checkpoint of stage outer is left; it begins anew."
+    assert steps(checkpoints) == [480, 500]
+    checkpoints.save(20, {"a": torch.ones(3)})
+    assert steps(checkpoints) == [20]
+    checkpoints.save(40, {"a": torch.ones(3)})
+    (tmp_path / "outer.40.safetensors").write_bytes(b"damaged")
+    again = Checkpoints(tmp_path, "outer")
+    assert again.load()[0] is not None
+    again.save(30, {"a": torch.ones(3)})
+    assert steps(again) == [20, 30]
+    again.save(40, {"a": torch.ones(3)})
+    again.save(50, {"a": torch.ones(3)})
+    assert steps(again) == [40, 50]
+
+
 def test_any_altered_byte_and_any_cut_is_noticed(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path, "outer")
     checkpoints.save(1, {"a": torch.zeros(2)}, note="x")
