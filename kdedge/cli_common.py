@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a command has to say: `document` for --json, `text` for a person, and how it exits."""
+    """What a command has to say: `document` for --json (None: nothing at all), `text` for a person, how it exits."""
 
     document: Any
     text: str = ""
@@ -47,7 +47,9 @@ def command_output(function: Callable[..., Reply]) -> Callable[..., int]:
     def command(*args: Any, as_json: bool, debug: bool, **options: Any) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             reply = function(*args, **options)
-        text = json.dumps(reply.document, indent=1, allow_nan=False, ensure_ascii=False) if as_json else reply.text
+        text = reply.text
+        if as_json and reply.document is not None:
+            text = json.dumps(reply.document, indent=1, allow_nan=False, ensure_ascii=False)
         if text:
             print(text.rstrip("\n"))
         return reply.exit_code

@@ -1,12 +1,18 @@
 """`kdedge train-recipe`."""
 
+import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kdedge.cli_common import Interrupted, Reply, columns, command_output, note
+from kdedge.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kdedge.pipeline import Replayed
+    from kdedge.runs import Run
 
 __all__ = ["train_recipe"]
 
@@ -25,6 +31,7 @@ OWN_IMAGES = (
 @click.option("--seed", type=click.IntRange(min=0), metavar="S", help="Draws the labels and the initial weights.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run folder; runs/... unless given.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--replay", is_flag=True, help="Look at the step at which a run's numbers were lost; change nothing.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
 @click.option("--device", metavar="auto|cpu|cuda[:N]", help="Where to train.")
 @command_output
@@ -35,28 +42,45 @@ def train_recipe(
     seed: int | None,
     out: Path | None,
     resume: bool,
+    replay: bool,
     settings: tuple[str, ...],
     device: str | None,
 ) -> Reply:
     """Train a teacher and a student.
 
-    RECIPE is a name (kdedge recipes list) or a .yaml file.
+    RECIPE is a name (kdedge recipes list) or a .yaml file. On several GPUs or machines: torchrun --nproc-per-node N -m
+    kdedge train-recipe ...
     """
     from kdedge import recipe_io
 
+    if resume and replay:
+        raise RecipeError("--resume goes on with the run, --replay only looks at it. Give one of them.")
+    # Of the processes that torchrun started one speaks; errors are told by all, since a full GPU is one's own.
+    first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
     loaded = recipe_io.load(recipe, settings, data=data, labels=labels, seed=seed, device=device)
-    if data is None and loaded.data.spec == "digits":
+    if data is None and loaded.data.spec == "digits" and first:
         note(OWN_IMAGES)
+    from kdedge import pipeline
     from kdedge.cli_display import open_display
-    from kdedge.pipeline import Stopped, train
 
     try:
         with open_display() as display:
-            run, result = train(loaded, out, resume=resume, display=display)
-    except Stopped:
+            if replay:
+                return _replayed(*pipeline.replay(loaded, out, display=display))
+            run, result = pipeline.train(loaded, out, resume=resume, display=display)
+    except pipeline.Stopped:
         again = _again(recipe, settings, {"data": data, "labels": labels, "seed": seed, "out": out, "device": device})
         raise Interrupted(f"Stopped. What was trained is kept, up to the last step. Go on with: {again}") from None
-    return Reply({"run": str(run.path), **result}, _text(run.path, result))
+    return Reply({"run": str(run.path), **result}, _text(run.path, result)) if first else Reply(None)
+
+
+def _replayed(run: "Run", replayed: "Replayed") -> Reply:
+    sentences = replayed.replay.sentences()
+    for name, ids in (("Labeled", replayed.labeled), ("Unlabeled", replayed.unlabeled)):
+        if ids:
+            sentences.append(f"{name} images of that step: {', '.join(ids)}.")
+    document = replayed.replay.to_json() | {"labeled": list(replayed.labeled), "unlabeled": list(replayed.unlabeled)}
+    return Reply({"run": str(run.path), **document}, "\n".join(sentences))
 
 
 def _again(recipe: str, settings: tuple[str, ...], flags: dict[str, Any]) -> str:

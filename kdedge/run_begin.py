@@ -122,13 +122,18 @@ def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, ranks: Ranks
     if ranks.is_first:
         _write(begun, recipe)
     ranks.barrier()
+    if not run.manifest_path.is_file():
+        raise RunError(
+            f"Process {ranks.rank} of {ranks.world} does not see {run.path}, which the first one has written. "
+            "Processes on several machines need a folder that they share: name one with --out."
+        )
     return begun
 
 
 def _write(begun: Begun, asked: Recipe) -> None:
     run, resolved = begun.run, begun.recipe
     # The manifest first: with it, a run that is killed right here can be resumed.
-    begin_manifest(run, asked, begun.source, begun.device, begun.display)
+    begin_manifest(run, asked, begun.source, begun.device, begun.display, begun.ranks.world)
     if resolved.teacher is not None and resolved.teacher.ready is not None:
         _note_ready_teacher(begun, Path(resolved.teacher.ready).expanduser())
     if not run.recipe_path.is_file():

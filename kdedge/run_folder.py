@@ -86,8 +86,10 @@ def _other_teacher(manifest: dict[str, Any], recipe: Recipe) -> list[str]:
     return [f"teacher.ready was {before!r} (sha256 {known[:12]}), now {now!r} ({found[:12]})"]
 
 
-def begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.device, display: Display) -> None:
-    """Begin the manifest, or go on with the one there is; says so where a package has changed in between."""
+def begin_manifest(
+    run: Run, recipe: Recipe, source: Source, device: torch.device, display: Display, processes: int
+) -> None:
+    """Begin the manifest, or go on with the one there is; says so where packages or processes have changed since."""
     import torchvision
 
     before = run.read_manifest() if run.manifest_path.is_file() else {}
@@ -103,6 +105,10 @@ def begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.devic
     ]
     if changed:
         display.say(f"Since the run began, {', '.join(changed)}: it goes on, but not bit for bit as it would have.")
+    if (known := before.get("processes", processes)) != processes:
+        display.say(
+            f"The run was begun by {known} processes and goes on with {processes}: the same training, but for rounding."
+        )
     asked = recipe.model_dump(mode="json")
     run.update_manifest(
         status="running",
@@ -116,6 +122,7 @@ def begin_manifest(run: Run, recipe: Recipe, source: Source, device: torch.devic
         host={"system": platform.platform(), "machine": platform.machine()},
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         device_type=device.type,
+        processes=processes,
         engine_plan=before.get("engine_plan", {}),
         stages=before.get("stages", {}),
         started_at_s=before.get("started_at_s", round(time.time(), 3)),

@@ -79,7 +79,12 @@ class Stages:
         self.begun, self.notes = begun, begun.notes
         self.run, self.recipe, self.source, self.pool = begun.run, begun.recipe, begun.source, begun.pool
         self.ranks = begun.ranks
-        self.metrics = MetricsLog(self.run.metrics_path, begun.display, writes=self.ranks.is_first)
+        self.metrics = MetricsLog(
+            self.run.metrics_path,
+            begun.display,
+            writes=self.ranks.is_first,
+            tensorboard=self.recipe.engine.tensorboard,
+        )
         self.val = begun.load(begun.splits.val) if len(begun.splits.val) else None
 
     def all(self) -> dict[str, Any]:
@@ -173,22 +178,27 @@ class Stages:
         stage, optim, pool = training.stage, training.optim, self.pool
         torch.manual_seed(step_seed(self.recipe.seed, stage, "init"))
         method = training.make_method(self.begun.network(training.spec, training.who)).to(self.begun.device)
-        batch = optim.labeled_batch or 0
-        batches = Batches(
-            pool,
-            self.recipe.views,
-            labeled_batch=batch,
-            unlabeled_batch=0 if stage == "baseline" else batch * (optim.unlabeled_ratio or 0),
-            seed=self.recipe.seed,
-            stage=stage,
-            share=(self.ranks.rank, self.ranks.world),
-        )
-        plan = self._plan(stage, method, batches)
+        batches = self._batches(stage, optim)
+        plan = self._plan(stage, method, optim)
         checkpoints = Checkpoints(self.run.checkpoint_path, stage, writes=self.ranks.is_first)
         if self.begun.head_is_probed(stage, training.who) and checkpoints.load()[0] is None:
             self.begun.display.say(f"{stage}: the head begins as a linear probe of {len(pool.labels)} labeled images.")
             fit_head(method.network, pool.images.rows(pool.labeled), pool.labels, pool.mean, pool.std, plan)
         return _Ready(method, batches, plan, checkpoints)
+
+    def _batches(self, stage: str, optim: OptimConfig, shares: int = 1) -> Batches:
+        """The batches of a stage, this process's share of each; or, of `shares`, whole ones of a share's size."""
+        labeled = optim.labeled_batch or 0
+        unlabeled = 0 if stage == "baseline" else labeled * (optim.unlabeled_ratio or 0)
+        return Batches(
+            self.pool,
+            self.recipe.views,
+            labeled_batch=-(-labeled // shares),
+            unlabeled_batch=-(-unlabeled // shares),
+            seed=self.recipe.seed,
+            stage=stage,
+            share=(self.ranks.rank, self.ranks.world) if shares == 1 else (0, 1),
+        )
 
     def _fit(self, training: _Training) -> None:
         stage, ready = training.stage, self._ready(training)
@@ -237,13 +247,15 @@ class Stages:
             return teacher.method.thresholds.threshold
         return self.recipe.student.method.thresholds.threshold if stage == "inner" else None
 
-    def _plan(self, stage: str, method: Method, batches: Batches) -> EnginePlan:
+    def _plan(self, stage: str, method: Method, optim: OptimConfig) -> EnginePlan:
         """The plan that was noted, the recipe's, or one measured now; written down."""
         noted, plan = self.notes.plan(stage), self.recipe.engine.fixed_plan
         if noted is not None:
             return noted
         timings: list[dict[str, object]] = []
         if plan is None:
+            # A method takes whole batches; one of a share's size costs what this process will pay.
+            batches = self._batches(stage, optim, shares=self.ranks.world)
             deterministic = self.recipe.engine.deterministic
             plan, timings = measure_plan(method, batches, self.begun.device, deterministic=deterministic)
             plan = EnginePlan.model_validate_json(self.ranks.text(plan.model_dump_json()))

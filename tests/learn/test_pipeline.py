@@ -201,6 +201,16 @@ def test_a_failure_is_noted_and_what_was_done_is_kept(tmp_path, whole) -> None:
     assert manifest["status"] == "failed"
     assert "learning_rate" in manifest["failure"]
     assert sha256_file(tmp_path / "run" / "teacher.safetensors") == sha256_file(whole.teacher_path)
+    before = {path.name: sha256_file(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    run, replayed = pipeline.replay(broken, tmp_path / "run")
+    assert {path.name: sha256_file(path) for path in run.path.rglob("*") if path.is_file()} == before
+    failure = read_json(run.failure_path)
+    assert (replayed.replay.stage, replayed.replay.step) == ("inner", failure["step"])
+    assert replayed.replay.lost
+    assert len(replayed.labeled) == len(failure["positions"]["labeled"]) > 0
+    assert set(replayed.unlabeled) < set(open_source("digits").ids)
+    with pytest.raises(RunError, match="has lost no step"):
+        pipeline.replay(tiny(), whole.path)
 
 
 def test_a_removed_or_altered_file_is_made_anew(tmp_path, whole) -> None:
