@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from kdedge import __version__
+from kdedge.data import open_source
+from kdedge.data.pack import pack as pack_images
 from kdedge.errors import DataError, KdedgeError
 from kdedge.runs import SCHEMA, read_json, sha256_file, write_json
+from kdedge.train.engine import pick_device
 from kdedge_bench.gpu_jobs import IMAGES, PILOT, REAL, RESUMED, SAME, TOY, Job, Sizes, Work, determinism, horizon, jobs
 from kdedge_bench.gpu_state import INDEX, pack, unpack, worth_keeping
 from kdedge_device.record import machine, now
 
-__all__ = ["ARCHIVE", "SHA256", "main", "parser", "unpack_images"]
+__all__ = ["ARCHIVE", "SHA256", "main", "parser", "prepare_images"]
 
 ARCHIVE = "cifar10_jpeg.tar.xz"
 SHA256 = "cadfdcb5ef0cffaeccaeb0e3a37352f96e1e3affc55285a7352920bd840629c2"
@@ -38,28 +41,29 @@ _RETURNED_BYTES = 60_000_000  # what the machine gives back in all is 64 MiB
 Ended = Literal["finished", "stopped", "failed"]
 
 
-def unpack_images(archive: Path, out: Path, sizes: Sizes) -> None:
-    """CIFAR-10's JPEG copy as `out`/train/CLASS and `out`/test/CLASS, unless it is there already.
+def prepare_images(archive: Path, out: Path, sizes: Sizes) -> None:
+    """CIFAR-10's JPEG copy as the packed file `out`, unless it is there already: decoded once for all runs.
 
     At full size the archive must be the known one; the toy takes any of that layout, and some images of it.
     """
-    if out.is_dir():
+    if out.is_file():
         return
     if not archive.is_file():
         raise DataError(f"{archive} does not exist. --data must name the folder that holds {ARCHIVE}.")
     if sizes.images_a_class is None and (found := sha256_file(archive)) != SHA256:
         raise DataError(f"{archive} has sha256 {found}, {SHA256} was expected. Copy it again.")
-    begun, taken = out.with_name(f"{out.name}.begun"), dict[str, int]()
-    shutil.rmtree(begun, ignore_errors=True)
+    folder, taken = out.with_suffix(""), dict[str, int]()
+    shutil.rmtree(folder, ignore_errors=True)
     with tarfile.open(archive) as images:
         for member in images:
-            folder, _, name = member.name.partition("/")[2].rpartition("/")  # cifar10/train/cat/0000.jpg
-            taken[folder] = taken.get(folder, 0) + member.isfile()
-            if member.isfile() and (sizes.images_a_class is None or taken[folder] <= sizes.images_a_class):
+            kind, _, name = member.name.partition("/")[2].rpartition("/")  # cifar10/train/cat/0000.jpg
+            taken[kind] = taken.get(kind, 0) + member.isfile()
+            if member.isfile() and (sizes.images_a_class is None or taken[kind] <= sizes.images_a_class):
                 content = images.extractfile(member)
-                (begun / folder).mkdir(parents=True, exist_ok=True)
-                (begun / folder / Path(name).name).write_bytes(content.read() if content else b"")
-    begun.rename(out)
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+                (folder / kind / Path(name).name).write_bytes(content.read() if content else b"")
+    pack_images(open_source(str(folder)), out)
+    shutil.rmtree(folder)
 
 
 @final
@@ -106,7 +110,7 @@ def _run(argv: Sequence[str], folder: Path, log: Path, over: Callable[[], bool])
 
 
 def _here() -> dict[str, Any]:
-    """The machine, its GPU and the versions, without starting torch: its memory is the jobs'."""
+    """The machine, its GPU and the versions. torch is not asked: the GPU's memory is the jobs'."""
     found = machine() | {"gpu": None, "driver": None}
     if (program := shutil.which("nvidia-smi")) is not None:
         words = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -215,7 +219,7 @@ def main(recipe: Path, arguments: Sequence[str] | None = None) -> int:
             if (state / INDEX).is_file():
                 unpack(state, work.path)
             work.path.mkdir(parents=True, exist_ok=True)
-            unpack_images(options.data / ARCHIVE, scratch / IMAGES, sizes)
+            prepare_images(options.data / ARCHIVE, scratch / IMAGES, sizes)
             failed = _all(work, sizes, time_slice, recipe.resolve(), options)
     except KdedgeError as error:
         print(f"Error: {error}", flush=True)
@@ -226,9 +230,10 @@ def main(recipe: Path, arguments: Sequence[str] | None = None) -> int:
 def _all(work: Work, sizes: Sizes, time_slice: _Slice, recipe: Path, options: argparse.Namespace) -> set[str]:
     """Job after job until the slice is over; the names of those that failed. The state is left after each."""
     everything, here, failed = jobs(sizes), _here(), set[str]()
+    device = str(pick_device(options.device))
     chosen = [job for job in everything if options.what == "all" or options.what in job.what]
     while (job := _next(chosen, everything, work, failed, time_slice.left_s)) is not None and time_slice.left_s > 0:
-        ended = _make(job, work, recipe, options.device, time_slice)
+        ended = _make(job, work, recipe, device, time_slice)
         if ended == "finished" and job.done(work):
             _note(job, work, sizes, options.minutes, here)
         elif ended != "stopped":

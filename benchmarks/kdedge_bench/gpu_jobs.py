@@ -34,7 +34,7 @@ __all__ = [
 
 What = Literal["cifar", "speed", "determinism"]
 
-IMAGES = "cifar10-jpeg"  # the folder of class folders, beside the working folder
+IMAGES = "cifar10-jpeg.packed"  # beside the working folder
 PILOT, SAME, RESUMED = "pilot", "deterministic", "deterministic-resumed"
 _TRAINING_SHARE = 0.85  # of the minutes; the rest reads images, measures plans, scores, clusters and saves
 _SUPERVISED_SHARE = 0.1  # of a FixMatch step's time, for a step on the labeled images alone
@@ -50,7 +50,8 @@ class Sizes:
     pilot_steps: int
     steps: tuple[int, int]  # the least and the most that the horizon may be
     least_s: float  # a run is not begun, or gone on with, where less is left of the slice
-    race_s: float  # nor the race, which cannot be gone on with
+    race_s: float  # nor a race, which cannot be gone on with
+    races: tuple[tuple[str, str], ...]  # network and precision of each
     race: tuple[str, ...]
     settings: tuple[str, ...] = ()  # of every run
     of_rows: tuple[str, ...] = ()
@@ -65,10 +66,13 @@ REAL = Sizes(
     pilot_steps=200,
     steps=(200, 2**20),
     least_s=40.0,
-    race_s=150.0,
+    race_s=100.0,
+    races=tuple(
+        (network, precision) for network in ("wide-resnet-28-2", "mobilenet-v2") for precision in ("fp32", "bf16")
+    ),
     race=(
-        *("--networks", "wide-resnet-28-2", "mobilenet-v2", "--precisions", "fp32", "bf16"),
-        *("--workers", "16", "--labeled", "64", "--ratio", "7", "--seconds", "5"),
+        *("--sides", "published", "supervised", "--workers", "16"),
+        *("--labeled", "64", "--ratio", "7", "--rounds", "3", "--seconds", "2"),
     ),
 )
 TOY = Sizes(
@@ -79,9 +83,10 @@ TOY = Sizes(
     steps=(6, 6),
     least_s=0.0,
     race_s=0.0,
+    races=(("wide-resnet-10-1", "fp32"),),
     race=(
-        *("--networks", "wide-resnet-10-1", "--precisions", "fp32"),
-        *("--workers", "1", "--labeled", "2", "--ratio", "1", "--seconds", "0.1"),
+        *("--sides", "supervised", "--workers", "1"),
+        *("--labeled", "2", "--ratio", "1", "--rounds", "1", "--seconds", "0.1"),
     ),
     settings=(
         "data.image_px=8",
@@ -197,17 +202,29 @@ class Race:
     what: tuple[What, ...]
     about: str
     least_s: float
+    network: str
+    precision: str
     flags: tuple[str, ...]
     needs: tuple[str, ...] = ()
     teacher_of: None = None
 
     def argv(self, work: Work, recipe: Path, device: str) -> list[str]:
         out = self._out(work).relative_to(work.path.parent)
-        words = ["-m", "kdedge_bench.engine_race", *self.flags, "--device", device, "--out", str(out)]
-        return [sys.executable, *words]
+        words = [
+            "--networks",
+            self.network,
+            "--precisions",
+            self.precision,
+            *self.flags,
+            "--device",
+            device,
+            "--out",
+            str(out),
+        ]
+        return [sys.executable, "-m", "kdedge_bench.engine_race", *words]
 
     def _out(self, work: Work) -> Path:
-        return work.path / "race.json"
+        return work.path / "races" / f"{self.name}.json"
 
     def done(self, work: Work) -> bool:
         return self._out(work).is_file()
@@ -239,8 +256,12 @@ def jobs(sizes: Sizes) -> tuple[Job, ...]:
         *sizes.of_students,
     )
     sure = (*pilot, "engine.deterministic=true")
+    about = "unlabeled images a second, ours and Pillow's way"
     found: list[Job] = [
-        Race("speed", ("speed",), "unlabeled images a second, ours and Pillow's way", sizes.race_s, sizes.race),
+        *(
+            Race(f"speed-{network}-{precision}", ("speed",), about, sizes.race_s, network, precision, sizes.race)
+            for network, precision in sizes.races
+        ),
         Training(PILOT, ("cifar", "determinism"), "how long a step takes", sizes.least_s, pilot),
         Training(SAME, ("determinism",), "the pilot, bit for bit", sizes.least_s, sure, (PILOT,), "outer"),
         Training(

@@ -20,11 +20,13 @@ import pytest
 from PIL import Image
 
 from kdedge import recipe_io
+from kdedge.data import open_source
 from kdedge.errors import DataError, RunError
-from kdedge_bench import gpu, gpu_state, verdict_sets
-from kdedge_bench.gpu_jobs import REAL, TOY, Race, Work, jobs
+from kdedge_bench import engine_race, gpu, gpu_state, verdict_sets
+from kdedge_bench.gpu_jobs import IMAGES, REAL, TOY, Race, Work, jobs
 
 ROOM = Path(__file__).parents[2] / "benchmarks" / "gpu"
+RACE = "speed-wide-resnet-10-1-fp32"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -118,17 +120,17 @@ def test_it_is_stopped_and_goes_on_elsewhere_to_the_end(
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--from", str(first), "--what", "cifar"]) == 0
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--what", "determinism"]) == 0
     document, records = records_of(second)
-    assert document["waiting"] == ["speed"]
+    assert document["waiting"] == [RACE]
     ended = {job.name: [e["ended"] for e in document["slices"] if e["job"] == job.name] for job in jobs(TOY)}
     assert ended == {
-        "speed": [],
+        RACE: [],
         "pilot": ["stopped", "finished"],
         "deterministic": ["finished"],
         "deterministic-resumed": ["stopped", "finished"],
         "cifar10-20": ["finished"],
         "mobilenet-v2-20": ["finished"],
     }
-    assert records.keys() == ended.keys() - {"speed"} | {"determinism"}
+    assert records.keys() == ended.keys() - {RACE} | {"determinism"}
     assert records["determinism"]["equal_after_resume"] is True
     assert all(record["toy"] and record["seconds"] != 0 for record in records.values())
     row, student = records["cifar10-20"]["result"], records["mobilenet-v2-20"]["result"]
@@ -235,25 +237,25 @@ def test_a_job_that_fails_stops_no_other_and_is_told(
     words = ["--toy", "--data", str(data), "--out", str(out), "--scratch", str(tmp_path / "s")]
     assert gpu.main(ROOM / "cifar10.yaml", words) == 1
     document, records = records_of(out)
-    # What needs the pilot is not tried without it.
-    assert [(entry["job"], entry["ended"]) for entry in document["slices"]] == [
-        ("speed", "failed"),
-        ("pilot", "failed"),
-    ]
+    assert [entry["job"] for entry in document["slices"]] == [RACE, "pilot"]  # the others need the pilot
+    assert {entry["ended"] for entry in document["slices"]} == {"failed"}
     assert records == {}
     assert capsys.readouterr().out.count("out of luck") == 2
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--slice-s", "0"]) == 0  # no time: nothing is begun
     assert len(records_of(out)[0]["slices"]) == 2
 
 
-def test_the_archive_is_checked_at_full_size(data: Path, tmp_path: Path) -> None:
+def test_the_archive_is_checked_at_full_size_and_packed(data: Path, tmp_path: Path) -> None:
+    images = tmp_path / IMAGES
     with pytest.raises(DataError, match=gpu.SHA256):
-        gpu.unpack_images(data / gpu.ARCHIVE, tmp_path / "images", REAL)
+        gpu.prepare_images(data / gpu.ARCHIVE, images, REAL)
     with pytest.raises(DataError, match="does not exist"):
-        gpu.unpack_images(tmp_path / gpu.ARCHIVE, tmp_path / "images", TOY)
-    gpu.unpack_images(data / gpu.ARCHIVE, tmp_path / "images", TOY)
-    counts = {part: len(list((tmp_path / "images" / part).glob("*/*.jpg"))) for part in ("train", "test")}
-    assert counts == {"train": 80, "test": 20}
+        gpu.prepare_images(tmp_path / gpu.ARCHIVE, images, TOY)
+    gpu.prepare_images(data / gpu.ARCHIVE, images, TOY)
+    source = open_source(str(images))
+    assert {part: count for part, count in source.counts().items() if count} == {"train": 80, "test": 20}
+    assert source.classes == tuple(CLASSES)
+    assert [path.name for path in tmp_path.iterdir()] == [IMAGES]
     assert verdict_sets._SHA256["cifar10/cifar10_jpeg.tar.xz"] == gpu.SHA256
 
 
@@ -265,7 +267,12 @@ def test_the_jobs_can_be_made_in_their_order_and_stand_in_the_readme() -> None:
         assert job.name not in made
         assert f"`{job.name}`" in text
         made.add(job.name)
-        if not isinstance(job, Race):
+        if isinstance(job, Race):
+            words = job.argv(Work(Path("work").absolute()), ROOM / "cifar10.yaml", "cuda")
+            assert words[:3] == [sys.executable, "-m", "kdedge_bench.engine_race"]
+            options = engine_race.parser().parse_args(words[3:])
+            assert (options.workers, options.labeled, options.ratio, options.device) == (16, 64, 7, "cuda")
+        else:
             recipe = recipe_io.load(str(ROOM / "cifar10.yaml"), job.settings)
             assert recipe.student.optim.labeled_batch == 64
     assert REAL.student_labels in REAL.labels
