@@ -206,6 +206,17 @@ def test_after_running_out_of_memory_it_goes_on_in_parts(tmp_path) -> None:
     assert [line["step"] for line in logged(tmp_path)] == list(range(1, 13))
 
 
+def test_in_parts_too_a_resume_is_exact(tmp_path) -> None:
+    in_two = PLAN.model_copy(update={"parts": 2})
+    whole = train(tmp_path / "whole", plan=in_two, every=4)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", plan=in_two, every=4, die=5)
+    assert weights(train(tmp_path / "killed", plan=in_two, every=4)) == weights(whole)
+    counters = [tensor for name, tensor in whole.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert counters
+    assert all(counter == 12 for counter in counters)
+
+
 def test_a_line_tells_of_speed_memory_and_gradient(tmp_path) -> None:
     train(tmp_path, total_steps=2)
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

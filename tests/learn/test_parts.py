@@ -12,6 +12,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import toy_network
 
+from kdedge.methods.teacher import MiddleLayer, ask
 from kdedge.models.zoo import Network
 from kdedge.train.optim import set_batch_norm_momentum
 from kdedge.train.parts import in_parts
@@ -112,6 +113,24 @@ def test_each_chunk_is_normalised_by_its_own_statistics() -> None:
     parts, chunks, whole = (gradients(network, compute) for compute in (in_parts(2), chunked, None))
     assert_same(parts, chunks)
     assert not torch.allclose(parts[0], whole[0], rtol=1e-6)
+
+
+def test_what_is_read_inside_the_backbone_is_whole_and_has_its_gradient() -> None:
+    """FitNets compares a layer in the middle, which a hook reads once a part."""
+    network = plain_network()
+    middle = MiddleLayer("3", 6)
+    found = []
+    for compute in (None, in_parts(3)):
+        network.compute = compute
+        network.zero_grad(set_to_none=True)
+        answers = ask(network, images(), middle)
+        assert answers.map_MCHW is not None
+        (answers.map_MCHW.square().mean() + answers.logits_MK.square().mean()).backward()
+        gradients_found = [p.grad for p in network.parameters() if p.grad is not None]
+        found.append([answers.map_MCHW.detach(), *gradients_found])
+    assert len(found[0]) == len(found[1]) == 7
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
 
 
 def kept_bytes(network: Network, compute: Any) -> int:
