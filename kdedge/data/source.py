@@ -105,7 +105,7 @@ class Source:
     name: str
     spec: str
     classes: tuple[str, ...]
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     labels: NDArray[np.int64]
     part: NDArray[np.str_]
     channels: Literal[1, 3]

@@ -18,7 +18,7 @@ from kdedge.data import check, make_splits, open_source, packpart
 from kdedge.data import pack as pack_module
 from kdedge.data.leaks import without_leaks
 from kdedge.data.pack import pack
-from kdedge.data.packfile import PIXELS_AT
+from kdedge.data.packfile import PIXELS_AT, Ids
 from kdedge.data.source import PackedImages, usual_px
 from kdedge.errors import DataError
 from kdedge_device.preprocess import Preprocess
@@ -43,7 +43,8 @@ def packed(class_folders: Path, tmp_path, small_blocks) -> Path:
 def test_a_packed_folder_is_the_folder(class_folders: Path, packed: Path) -> None:
     folder, source = open_source(str(class_folders)), open_source(str(packed))
     for name in ("name", "classes", "ids", "channels", "native_px", "kind", "flip_allowed", "fingerprint", "ignored"):
-        assert getattr(source, name) == getattr(folder, name), name
+        found, expected = getattr(source, name), getattr(folder, name)
+        assert (tuple(found) if name == "ids" else found) == expected, name
     assert source.labels.tolist() == folder.labels.tolist()
     assert source.part.tolist() == folder.part.tolist()
     assert source.spec == str(packed)
@@ -86,6 +87,16 @@ def test_without_a_size_it_is_that_of_a_run() -> None:
     assert usual_px("small", 28) == 28
 
 
+def test_ids_are_a_sequence_of_strings() -> None:
+    names = ["a/ä.png", "b.png", "", "c/长.png"]
+    ids = Ids("\0".join(names).encode(), 4)
+    assert list(ids) == names
+    assert (ids[-1], ids[1:3], ids.index("b.png"), "x" in ids) == (names[-1], names[1:3], 1, False)
+    assert [len(Ids(b"", count)) for count in (0, 1)] == [0, 1]
+    with pytest.raises(IndexError):
+        ids[4]
+
+
 # ---- another size
 
 
@@ -126,7 +137,7 @@ def test_what_cannot_be_decoded_is_left_out_and_told(class_folders: Path, tmp_pa
     report = pack(folder, tmp_path / "x.pack", px=8)
     assert [identity for identity, _ in report.unreadable] == ["train/dog/05.png"]
     source, decodable = open_source(str(report.path)), folder.decodable()
-    assert (source.ids, source.fingerprint) == (decodable.ids, decodable.fingerprint)
+    assert (tuple(source.ids), source.fingerprint) == (decodable.ids, decodable.fingerprint)
     assert source.unreadable[0][0] == "train/dog/05.png"
     assert "1 of 42 images cannot be read and are left out" in source.warnings[-1]
     assert np.array_equal(source.load(range(41), _preprocess(8)), decodable.load(range(41), _preprocess(8)))

@@ -141,7 +141,7 @@ def test_a_pool_of_shards_beside_labelled_folders(unlabeled: str, picture, tmp_p
     out = tmp_path / "mixed.pack"
     pack(source, out, px=8)
     packed = open_source(str(out))
-    assert (packed.ids, packed.fingerprint) == (source.ids, source.fingerprint)
+    assert (tuple(packed.ids), packed.fingerprint) == (source.ids, source.fingerprint)
     assert np.array_equal(packed.load(range(20), RGB), source.load(range(20), RGB))
 
 
