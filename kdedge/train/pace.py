@@ -44,14 +44,19 @@ class Pace:
         return {"images_per_second": images / elapsed_s, "loader_wait_fraction": waited_s / elapsed_s}
 
     def slow_loader(self) -> str | None:
-        """A sentence, once, where the stage so far has waited more than 5 % of its time for its images."""
+        """A sentence, once, where the stage so far has waited more than 5 % of its time for its images.
+
+        On a CPU only the disk is waited for: views are made by the same cores as the rest of the step.
+        """
         elapsed_s = time.perf_counter() - self._began_at_s
-        if self._told or elapsed_s < _JUDGED_AFTER_S or self._waited_s <= _WAIT_FRACTION * elapsed_s:
+        images = self.batches.pool.images
+        read_s = images.waited_s - self._read_before_s
+        waited_s = read_s if images.device.type == "cpu" else self._waited_s
+        if self._told or elapsed_s < _JUDGED_AFTER_S or waited_s <= _WAIT_FRACTION * elapsed_s:
             return None
         self._told = True
-        read_s = self.batches.pool.images.waited_s - self._read_before_s
         return (
-            f"Stage {self.stage} waits {self._waited_s / elapsed_s:.0%} of its time for its images, "
+            f"Stage {self.stage} waits {waited_s / elapsed_s:.0%} of its time for its images, "
             f"{read_s / elapsed_s:.0%} for the disk and the rest for their views; {_WAIT_FRACTION:.0%} is fine. "
             "For the disk: kdedge data pack, or a higher data.resident_mib. For the views: fewer views.operations, or "
             "more CPU cores."
