@@ -18,7 +18,7 @@ _EVERY_S = 5.0  # between two lines of progress
 
 @click.group()
 def data() -> None:
-    """Look at a data set before training on it."""
+    """Check a data set, or pack it into one file."""
 
 
 @data.command("check")

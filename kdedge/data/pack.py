@@ -111,8 +111,8 @@ def _without(source: Source, bad: Sequence[tuple[str, str]], warnings: tuple[str
 def open_packed(path: Path, spec: str, max_unreadable_fraction: float) -> Source:
     """The source that was packed, its images read from `path`.
 
-    Its fingerprint is that of the source: at the size it is packed with, its pixels are the same by value, so a run
-    of the one can be resumed with the other. DataError where the file is damaged, cut or of a newer kdedge.
+    Its fingerprint is that of the source, since at the size it is packed with its pixels are the same by value: splits,
+    weights and records of both agree. DataError where the file is damaged, cut or of a newer kdedge.
     """
     packed = read_packed(path)
     header = packed.header

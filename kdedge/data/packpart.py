@@ -7,7 +7,6 @@ N images, C channels, H and W pixels.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -62,6 +61,8 @@ class Part:
         return min(len(self.lines) * self.in_block, len(self.source))
 
     def __enter__(self) -> "Part":
+        import fcntl  # not on Windows, where everything else of this room works
+
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._pixels: BinaryIO = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
