@@ -25,7 +25,9 @@ from kdedge.data.pack import pack as pack_images
 from kdedge.errors import DataError, KdedgeError
 from kdedge.runs import SCHEMA, read_json, sha256_file, write_json
 from kdedge.train.engine import pick_device
-from kdedge_bench.gpu_jobs import IMAGES, PILOT, REAL, RESUMED, SAME, TOY, Job, Sizes, Work, determinism, horizon, jobs
+from kdedge_bench.gpu_findings import determinism, horizon
+from kdedge_bench.gpu_jobs import IMAGES, PILOT, RESUMED, SAME, Job, Work, jobs
+from kdedge_bench.gpu_sizes import REAL, TOY, Sizes
 from kdedge_bench.gpu_state import INDEX, pack, unpack, worth_keeping
 from kdedge_device.record import machine, now
 
@@ -34,6 +36,7 @@ __all__ = ["ARCHIVE", "SHA256", "main", "parser", "prepare_images"]
 ARCHIVE = "cifar10_jpeg.tar.xz"
 SHA256 = "cadfdcb5ef0cffaeccaeb0e3a37352f96e1e3affc55285a7352920bd840629c2"
 
+_DETERMINISM = "determinism"  # a record of three runs
 _RESERVE_S = 30.0  # of a slice: for the last checkpoint, and for packing
 _GRACE_S = 20.0  # from SIGTERM to SIGKILL; the checkpoint before is then the one
 _RETURNED_BYTES = 60_000_000  # what the machine gives back in all is 64 MiB
@@ -147,23 +150,22 @@ def _make(job: Job, work: Work, recipe: Path, device: str, time_slice: _Slice) -
     return ended
 
 
-def _note(job: Job, work: Work, sizes: Sizes, minutes: float, here: dict[str, Any]) -> None:
-    """The record of a finished job, and what follows from it."""
-    spent_s = sum(entry["seconds"] for entry in work.slices() if entry["job"] == job.name)
-    facts = {
-        "schema": SCHEMA,
-        "name": job.name,
-        "about": job.about,
-        "date": now(),
-        "toy": sizes is TOY,
-        "seconds": spent_s,
-    }
-    write_json(work.record(job.name), facts | here | job.findings(work))
-    if job.name == PILOT and not work.horizon_path.is_file():
+def _note(everything: Sequence[Job], work: Work, sizes: Sizes, minutes: float, here: dict[str, Any]) -> None:
+    """The records of what is done and has none, and what follows from them."""
+
+    def write(name: str, about: str, findings: dict[str, Any]) -> None:
+        spent_s = round(sum(entry["seconds"] for entry in work.slices() if entry["job"] == name), 1)
+        facts = {"schema": SCHEMA, "name": name, "about": about, "date": now(), "toy": sizes is TOY}
+        write_json(work.record(name), facts | {"seconds": spent_s} | here | {"findings": findings})
+
+    for job in everything:
+        if job.done(work) and not work.record(job.name).is_file():
+            write(job.name, job.about, job.findings(work))
+    if work.record(PILOT).is_file() and not work.horizon_path.is_file():
         write_json(work.horizon_path, horizon(work, sizes, minutes))
-    if all(work.record(name).is_file() for name in (PILOT, SAME, RESUMED)):
-        facts |= {"name": "determinism", "about": "what engine.deterministic gives and costs", "seconds": None}
-        write_json(work.record("determinism"), facts | here | determinism(work))
+    made = all(work.record(name).is_file() for name in (PILOT, SAME, RESUMED))
+    if made and not work.record(_DETERMINISM).is_file():
+        write(_DETERMINISM, "what engine.deterministic gives and costs", determinism(work))
 
 
 def _leave(work: Work, everything: Sequence[Job], out: Path) -> None:
@@ -232,15 +234,15 @@ def _all(work: Work, sizes: Sizes, time_slice: _Slice, recipe: Path, options: ar
     everything, here, failed = jobs(sizes), _here(), set[str]()
     device = str(pick_device(options.device))
     chosen = [job for job in everything if options.what == "all" or options.what in job.what]
+    _note(everything, work, sizes, options.minutes, here)
     while (job := _next(chosen, everything, work, failed, time_slice.left_s)) is not None and time_slice.left_s > 0:
         ended = _make(job, work, recipe, device, time_slice)
-        if ended == "finished" and job.done(work):
-            _note(job, work, sizes, options.minutes, here)
-        elif ended != "stopped":
+        if ended == "failed" or (ended == "finished" and not job.done(work)):
             failed.add(job.name)
             print(f"{job.name} failed; its log is logs/{job.name}.log in the state, and ends with:", flush=True)
             print("".join((work.path / "logs" / f"{job.name}.log").read_text(errors="replace")[-2000:]), flush=True)
+        _note(everything, work, sizes, options.minutes, here)
         _leave(work, everything, options.out)
-    if not list(options.out.glob(INDEX)):
+    if not (options.out / INDEX).is_file():
         _leave(work, everything, options.out)
     return failed

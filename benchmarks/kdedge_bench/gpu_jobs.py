@@ -5,105 +5,32 @@ working folder, under which paths are relative, so that it may travel from machi
 """
 
 import json
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
-from kdedge.errors import RunError
 from kdedge.runs import Run, read_json
+from kdedge_bench.gpu_sizes import Sizes
 
 __all__ = [
     "IMAGES",
     "PILOT",
-    "REAL",
     "RESUMED",
     "SAME",
-    "TOY",
     "Job",
     "Race",
-    "Sizes",
     "Training",
     "What",
     "Work",
-    "determinism",
-    "horizon",
     "jobs",
+    "speed_lines",
 ]
 
 What = Literal["cifar", "speed", "determinism"]
 
 IMAGES = "cifar10-jpeg.packed"  # beside the working folder
 PILOT, SAME, RESUMED = "pilot", "deterministic", "deterministic-resumed"
-_TRAINING_SHARE = 0.85  # of the minutes; the rest reads images, measures plans, scores, clusters and saves
-_SUPERVISED_SHARE = 0.1  # of a FixMatch step's time, for a step on the labeled images alone
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is. The toy shrinks numbers; the code is the same."""
-
-    labels: tuple[int, ...]  # of the rows
-    students: tuple[str, ...]  # taught by the outer network of `student_labels`
-    student_labels: int
-    pilot_steps: int
-    steps: tuple[int, int]  # the least and the most that the horizon may be
-    least_s: float  # a run is not begun, or gone on with, where less is left of the slice
-    race_s: float  # nor a race, which cannot be gone on with
-    races: tuple[tuple[str, str], ...]  # network and precision of each
-    race: tuple[str, ...]
-    settings: tuple[str, ...] = ()  # of every run
-    of_rows: tuple[str, ...] = ()
-    of_students: tuple[str, ...] = ()
-    images_a_class: int | None = None  # None: all, and the archive must be the known one
-
-
-REAL = Sizes(
-    labels=(4000, 250, 40),
-    students=("mobilenet-v2", "mobilenet-v3-small"),
-    student_labels=250,
-    pilot_steps=200,
-    steps=(200, 2**20),
-    least_s=40.0,
-    race_s=100.0,
-    races=tuple(
-        (network, precision) for network in ("wide-resnet-28-2", "mobilenet-v2") for precision in ("fp32", "bf16")
-    ),
-    race=(
-        *("--sides", "published", "supervised", "--workers", "16"),
-        *("--labeled", "64", "--ratio", "7", "--rounds", "3", "--seconds", "2"),
-    ),
-)
-TOY = Sizes(
-    labels=(20,),
-    students=("mobilenet-v2",),
-    student_labels=20,
-    pilot_steps=4,
-    steps=(6, 6),
-    least_s=0.0,
-    race_s=0.0,
-    races=(("wide-resnet-10-1", "fp32"),),
-    race=(
-        *("--sides", "supervised", "--workers", "1"),
-        *("--labeled", "2", "--ratio", "1", "--rounds", "1", "--seconds", "0.1"),
-    ),
-    settings=(
-        "data.image_px=8",
-        "teacher.arch=wide-resnet-10-1",
-        "teacher.optim.labeled_batch=4",
-        "teacher.optim.unlabeled_ratio=2",
-        "student.optim.labeled_batch=4",
-        "student.optim.unlabeled_ratio=2",
-        "baseline.optim.labeled_batch=4",
-        "engine.log_every_steps=1",
-        "engine.checkpoint_every_s=0",  # at every step, so that a test may stop it anywhere
-        "engine.plan={threads: 1}",
-    ),
-    of_rows=("student.arch=wide-resnet-10-1",),
-    of_students=("student.width=0.25",),
-    images_a_class=8,
-)
 
 
 @final
@@ -180,7 +107,7 @@ class Training:
         path = work.run(self.name).metrics_path
         if not self.stopped_once or not path.is_file() or any(entry["job"] == self.name for entry in work.slices()):
             return False
-        lines = _lines(path, "outer")
+        lines = speed_lines(path, "outer")
         return bool(lines) and 2 * int(lines[-1]["step"]) >= int(lines[-1]["total_steps"])
 
     def findings(self, work: Work) -> dict[str, Any]:
@@ -209,19 +136,10 @@ class Race:
     teacher_of: None = None
 
     def argv(self, work: Work, recipe: Path, device: str) -> list[str]:
+        """To be called in the folder that `work` lies in."""
         out = self._out(work).relative_to(work.path.parent)
-        words = [
-            "--networks",
-            self.network,
-            "--precisions",
-            self.precision,
-            *self.flags,
-            "--device",
-            device,
-            "--out",
-            str(out),
-        ]
-        return [sys.executable, "-m", "kdedge_bench.engine_race", *words]
+        raced = ["--networks", self.network, "--precisions", self.precision, *self.flags]
+        return [sys.executable, "-m", "kdedge_bench.engine_race", *raced, "--device", device, "--out", str(out)]
 
     def _out(self, work: Work) -> Path:
         return work.path / "races" / f"{self.name}.json"
@@ -291,7 +209,7 @@ def jobs(sizes: Sizes) -> tuple[Job, ...]:
     return tuple(found)
 
 
-def _lines(path: Path, stage: str) -> list[dict[str, Any]]:
+def speed_lines(path: Path, stage: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that tell a stage's speed; a line cut off by a kill is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -302,49 +220,3 @@ def _lines(path: Path, stage: str) -> list[dict[str, Any]]:
         if entry["stage"] == stage and entry.get("images_per_second"):
             found.append(entry)
     return found
-
-
-def _step_s(run: Run, stage: str) -> float:
-    """Seconds of a step: the median over the lines of the second half, behind compiling and warming up."""
-    lines = _lines(run.metrics_path, stage)
-    if not lines:
-        raise RunError(f"{run.metrics_path} tells no speed of stage {stage}; a finished run was expected.")
-    recipe = run.read_manifest()["recipe"]
-    optim = recipe["teacher" if stage == "outer" else "student"]["optim"]
-    images = optim["labeled_batch"] * (1 + 2 * optim["unlabeled_ratio"])
-    return float(images / statistics.median(line["images_per_second"] for line in lines[len(lines) // 2 :]))
-
-
-def horizon(work: Work, sizes: Sizes, minutes: float) -> dict[str, Any]:
-    """How many steps every stage of the rows and students takes, so that all of them end within `minutes` here.
-
-    Written down before the first row and never changed: what comes out has no say in it.
-    """
-    pilot = work.run(PILOT)
-    teacher_s, student_s = _step_s(pilot, "outer"), _step_s(pilot, "inner")
-    rows, students = len(sizes.labels), len(sizes.students)
-    one_step_s = rows * (2 + _SUPERVISED_SHARE) * teacher_s + students * (1 + _SUPERVISED_SHARE) * student_s
-    steps = int(60 * minutes * _TRAINING_SHARE / one_step_s)
-    least, most = sizes.steps
-    return {
-        "steps": min(most, max(least, steps // 100 * 100)),
-        "minutes": minutes,
-        "step_s": {"wide-resnet": round(teacher_s, 6), "mobilenet": round(student_s, 6)},
-        "device": pilot.read_manifest()["device"],
-    }
-
-
-def determinism(work: Work) -> dict[str, Any]:
-    """Whether two runs with engine.deterministic, one of them stopped and resumed, end with equal weights; its cost."""
-    plain, same, resumed = (work.run(name) for name in (PILOT, SAME, RESUMED))
-    hashes = {
-        run.path.name: {stage: facts["sha256"] for stage, facts in run.read_manifest()["stages"].items()}
-        for run in (plain, same, resumed)
-    }
-    step_s = {run.path.name: round(_step_s(run, "outer"), 6) for run in (plain, same)}
-    return {
-        "equal_after_resume": hashes[SAME] == hashes[RESUMED],
-        "sha256": hashes,
-        "step_s": step_s,  # of the outer network
-        "cost_fraction": round(step_s[SAME] / step_s[PILOT] - 1, 4),
-    }
