@@ -23,6 +23,7 @@ from kdedge.data.batches import Batch, share_rows
 from kdedge.errors import BugError, DeviceError, RunError
 from kdedge.methods.step import Method, Step
 from kdedge.models.zoo import Network
+from kdedge.train.meeting import meeting_point
 from kdedge.train.shared_layers import Shared, shared_layers
 
 __all__ = ["ALONE", "Ranks", "restarts"]
@@ -45,8 +46,9 @@ class Ranks:
     As a context it leaves the group at the end, and turns a lost connection into a RunError of one sentence.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, device: torch.device = _CPU) -> None:
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device = _CPU, *, restarted: bool = False) -> None:
+        """`restarted`: torchrun has started these processes before, and they go on with their run."""
+        self.rank, self.world, self.device, self.restarted = rank, world, device, restarted
 
     @classmethod
     def from_environment(cls, device: torch.device) -> "Ranks":
@@ -54,9 +56,9 @@ class Ranks:
 
         DeviceError where there are more processes than GPUs, or where all were given the same one.
         """
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world, again = int(os.environ.get("WORLD_SIZE", "1")), restarts() > 0
         if world == 1:
-            return cls(device=device)
+            return cls(device=device, restarted=again)
         import torch.distributed as dist
 
         if device.type == "cuda":
@@ -65,13 +67,17 @@ class Ranks:
         # Tensors on the CPU go through gloo in both cases: logits, flags and sums of clusters.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=_PATIENCE)
+            store, rank, starts = meeting_point()
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"This process could not join the {world} of its run: {str(error).splitlines()[0]} "
                 "Start all of them with torchrun -m kdedge train-recipe ..."
             ) from error
-        return cls(dist.get_rank(), world, device)
+        ranks = cls(rank, world, device)
+        # torchrun counts restarts for each machine alone, and none where a machine comes to it.
+        ranks.restarted = ranks.any(again or starts > 1)
+        return ranks
 
     @property
     def is_first(self) -> bool:
