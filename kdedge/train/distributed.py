@@ -192,7 +192,7 @@ class Ranks:
             )
         if any(network.compute is not None for network in networks):
             raise RunError(
-                f"The memory is full, and a batch that {self.world} processes share is not computed in parts as well. "
+                f"A batch that {self.world} processes share is not computed in parts as well (engine.plan.parts). "
                 "Start more processes, or set the stage's optim.labeled_batch lower."
             )
         if method.needs_all_images:

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not marked so
 
 __all__ = ["meeting_point"]
 
@@ -22,20 +22,20 @@ def meeting_point() -> "tuple[Store, int, int]":
     died: a restarted group would call those. So the first process opens a store of its own and leaves its port there.
     A port that does not answer is one of a process that has died.
     """
-    import torch.distributed as dist
+    from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
 
-    kept, rank, _ = next(dist.rendezvous("env://"))
+    kept, rank, _ = next(rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return kept, rank, 0  # the first process has opened it already
     host = os.environ["MASTER_ADDR"]
     if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         kept.set("kdedge/port", str(store.port))
         return store, rank, kept.add("kdedge/starts", 1)
     until_s = time.monotonic() + _PATIENCE.total_seconds()
     while not _answers(host, port := int(kept.get("kdedge/port"))) and time.monotonic() < until_s:
         time.sleep(_LOOKS_EVERY_S)
-    return dist.TCPStore(host, port, is_master=False, timeout=_PATIENCE), rank, 0
+    return TCPStore(host, port, is_master=False, timeout=_PATIENCE), rank, 0
 
 
 def _answers(host: str, port: int) -> bool:

@@ -151,6 +151,14 @@ def clustered(ranks: Ranks, _: Path) -> dict[str, Tensor]:
     return {"assignment": assignment, "centroids": centroids, "spread": torch.tensor(features.spread), **kept}
 
 
+def rows(ranks: Ranks, _: Path) -> dict[str, Tensor]:
+    """Five rows, of which the first of two ranks has three."""
+    whole = torch.arange(10).reshape(5, 2)
+    counts = [5] if ranks.world == 1 else [3, 2]
+    kinds = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    return {str(kind): ranks.gather_rows(whole.to(kind)[ranks.rows(5)], counts) for kind in kinds}
+
+
 EXPERIMENTS: dict[str, Callable[[Ranks, Path], dict[str, Tensor]]] = {
     "fixmatch": lambda ranks, _: trained(ranks, fixmatch("fixed"), steps=20),
     "freematch": lambda ranks, _: trained(ranks, fixmatch("freematch"), steps=20, labeled=6),
@@ -161,6 +169,7 @@ EXPERIMENTS: dict[str, Callable[[Ranks, Path], dict[str, Tensor]]] = {
     "loop": fitted,
     "scored": scored,
     "clustered": clustered,
+    "rows": rows,
 }
 
 

@@ -118,6 +118,12 @@ def test_clustering_is_dealt_out_and_finds_what_one_process_finds(found, tmp_pat
     assert torch.equal(*(each["clustered"]["centroids"] for each in found))
 
 
+def test_rows_of_all_kinds_are_gathered_in_order(found, tmp_path) -> None:
+    alone = EXPERIMENTS["rows"](ALONE, tmp_path)
+    for each in found:
+        assert all(torch.equal(each["rows"][key], tensor) for key, tensor in alone.items())
+
+
 def test_a_process_that_dies_is_told_in_one_sentence(together) -> None:
     said = (together / "lost.txt").read_text()
     assert said.startswith("Another process of this run has ended, and process 0 of 2 cannot go on without it. ")
@@ -160,6 +166,9 @@ def test_restarts_of_torchrun_are_known(monkeypatch) -> None:
     assert restarts() == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert restarts() == 2
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Ranks.from_environment(torch.device("cpu")).restarted
+    assert not ALONE.restarted
 
 
 def test_shared_layers_keep_tensors_and_names_and_go_again() -> None:
@@ -209,7 +218,7 @@ def test_what_cannot_be_shared_is_refused_with_a_sentence(monkeypatch) -> None:
     with pytest.raises(RunError, match=r"^8 processes cannot share a batch of 6 images\. .*labeled_batch higher"):
         Ranks(0, 8).sharing(method, 6).__enter__()
     method.network.compute = lambda backbone, x: backbone(x)
-    with pytest.raises(RunError, match=r"2 processes share is not computed in parts as well"):
+    with pytest.raises(RunError, match=r"^A batch that 2 processes share is not computed in parts as well"):
         Ranks(0, 2).sharing(method, 6).__enter__()
     method.network.compute = None
     monkeypatch.setattr(FixMatch, "needs_all_images", True)
