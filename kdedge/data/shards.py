@@ -98,7 +98,12 @@ def open_shards(spec: str, max_unreadable_fraction: float) -> Source:
     entries = shard_entries(list(zip(names, paths, strict=True)))
     if not entries:
         raise DataError(f"{spec} holds no image. Expected members such as 000012.jpg, with 000012.cls for its class.")
-    return build_source(_name(spec), spec, entries, max_unreadable_fraction)
+    note = (
+        "No shard holds a class (a .cls member beside its image), so every image is unlabeled. To learn from them, lay "
+        "the shards, or links to them, into unlabeled/ beside labeled/CLASS/."
+    )
+    known = any(entry.label is not None for entry in entries)
+    return build_source(_name(spec), spec, entries, max_unreadable_fraction, warnings=[] if known else [note])
 
 
 def _name(spec: str) -> str:

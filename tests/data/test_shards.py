@@ -86,6 +86,7 @@ def test_images_are_read_where_they_lie(unlabeled: str, tmp_path) -> None:
     assert (source.name, len(source), source.native_px, source.channels) == ("shards", 12, (10, 12), 3)
     assert source.ids[:2] == ("shards-000.tar/00000.png", "shards-000.tar/00001.png")
     assert set(source.part) == {"unlabeled"}
+    assert "so every image is unlabeled" in source.warnings[0]
     pixels = source.load([11, 4], RGB)
     assert np.array_equal(pixels[0].permute(1, 2, 0), RGB.decode(_png(23)))
     assert np.array_equal(pixels[1].permute(1, 2, 0), RGB.decode(_png(10)))
@@ -109,6 +110,7 @@ def test_classes_come_from_cls_members(tmp_path) -> None:
     assert source.classes == ("cat", "dog")
     assert source.labels.tolist() == [0, 1, 0, 1, -1]
     assert source.part.tolist() == ["train"] * 4 + ["unlabeled"]
+    assert source.warnings == ()
     assert make_splits(source, 2).labels == 2
 
 
@@ -194,7 +196,7 @@ def test_a_damaged_member_is_left_out_and_told(tmp_path) -> None:
     source = open_source(str(_shard(tmp_path / "x.tar", members)), max_unreadable_fraction=0.1)
     assert len(source) == 30
     assert [identity for identity, _ in source.unreadable] == ["x.tar/30.png", "x.tar/31.png"]
-    assert "2 of 32 images cannot be read and are left out" in source.warnings[0]
+    assert "2 of 32 images cannot be read and are left out" in source.warnings[1]
 
 
 @pytest.mark.parametrize("keep", [0, 100, 5000])
