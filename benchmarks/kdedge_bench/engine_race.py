@@ -26,7 +26,8 @@ import torch
 from kdedge import __version__
 from kdedge.models.zoo import architecture
 from kdedge.runs import write_json
-from kdedge.train.engine import available_cores
+from kdedge.train.engine import available_cores, pick_device
+from kdedge.train.stop import terminable
 from kdedge_bench.engine_sides import PX
 from kdedge_device.record import load_average, machine, now
 
@@ -144,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--ratio", type=int, default=7, help="unlabeled images for each labeled one")
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--seconds", type=float, default=10.0, help="of each side in a round, and at least one step")
-    flags.add_argument("--device", default="cpu")
+    flags.add_argument("--device", default="auto")
     flags.add_argument("--threads", type=int, default=available_cores())
     flags.add_argument("--workers", type=int, default=2, help="of each of a peer's two loaders")
     flags.add_argument("--out", type=Path, required=True, help="the record")
@@ -155,6 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Race every network at every precision and write the record after each."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    options.device = str(pick_device(options.device))
+    with terminable():  # so that SIGTERM ends the sides too, which stand still in sessions of their own
+        _race_all(options, arguments)
+
+
+def _race_all(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     before, races = load_average(), list[dict[str, Any]]()
     for asked, precision in itertools.product(options.networks, options.precisions):
         network, _, halvings = asked.partition(":")  # NAME:4 keeps the last four halvings: a stem of stride 1

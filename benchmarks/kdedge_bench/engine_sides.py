@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn import functional
 
 from kdedge.data.batches import Batches, Pool
@@ -29,13 +28,13 @@ from kdedge.data.store import Resident
 from kdedge.data.views import ViewConfig
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
 from kdedge.methods.thresholds import make_policy
-from kdedge.models.zoo import ModelSpec, build
+from kdedge.models.zoo import ModelSpec, Network, build
 from kdedge.train.engine import EnginePlan, measure_plan, prepare, using
 from kdedge.train.optim import OptimConfig
 from kdedge.train.state import State
 from kdedge_bench.engine_published import published_step
 
-__all__ = ["SIDES", "main", "make_side", "parser", "pictures"]
+__all__ = ["PX", "SIDES", "fixmatch_on_pictures", "main", "make_side", "parser", "pictures", "state_of"]
 
 CLASSES, PX = 10, 32
 _IMAGES = 4000
@@ -71,8 +70,10 @@ def pictures(count: int = _IMAGES) -> tuple[NDArray[np.uint8], NDArray[np.int64]
     return (mixed * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(), np.arange(count) % CLASSES
 
 
-def _ours(options: argparse.Namespace, network: Any, device: torch.device) -> Side:
-    """The step of kdedge.train.loop: batch, forward, backward, optimizer, average."""
+def fixmatch_on_pictures(
+    network: str, halvings: int, labeled: int, ratio: int, device: torch.device
+) -> tuple[FixMatch, Batches]:
+    """FixMatch on pictures of which every tenth is labeled, on `device`, and its batches."""
     images, labels = pictures()
     pool = Pool(
         images=Resident(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)),
@@ -83,13 +84,30 @@ def _ours(options: argparse.Namespace, network: Any, device: torch.device) -> Si
         mean=torch.full((3, 1, 1), 0.47, device=device),
         std=torch.full((3, 1, 1), 0.25, device=device),
     )
-    unlabeled = options.labeled * options.ratio
-    sizes = {"labeled_batch": options.labeled, "unlabeled_batch": unlabeled}
-    batches = Batches(pool, _VIEWS, **sizes, seed=0, stage="race")
+    batches = Batches(pool, _VIEWS, labeled_batch=labeled, unlabeled_batch=labeled * ratio, seed=0, stage="race")
+    return _fixmatch(_network(network, halvings)).to(device), batches
+
+
+def _network(name: str, halvings: int) -> Network:
+    torch.manual_seed(0)
+    return build(ModelSpec(name, CLASSES, halvings=halvings))
+
+
+def _fixmatch(network: Network) -> FixMatch:
     config = FixMatchConfig()
-    method = FixMatch(network, config, make_policy(config.thresholds, CLASSES, len(images))).to(device)
+    return FixMatch(network, config, make_policy(config.thresholds, CLASSES, _IMAGES))
+
+
+def state_of(method: FixMatch, plan: EnginePlan) -> State:
+    """The method with FixMatch's optimizer and average."""
+    return State(method, _OPTIM, plan)
+
+
+def _ours(options: argparse.Namespace, device: torch.device) -> Side:
+    """The step of kdedge.train.loop: batch, forward, backward, optimizer, average."""
+    method, batches = fixmatch_on_pictures(options.network, options.halvings, options.labeled, options.ratio, device)
     plan = _plan(method, batches, device, options.precision)
-    state, at = State(method, _OPTIM, plan), iter(range(_STEPS))
+    state, at = state_of(method, plan), iter(range(_STEPS))
 
     def step() -> None:
         number = next(at)
@@ -110,15 +128,14 @@ def _plan(method: FixMatch, batches: Batches, device: torch.device, precision: s
     return plan.model_copy(update={"precision": precision})
 
 
-def _supervised(options: argparse.Namespace, network: Any, device: torch.device) -> Side:
+def _supervised(options: argparse.Namespace, device: torch.device) -> Side:
     """A plain step on as many images, which lie there ready: forward, backward, optimizer. With the plan of `ours`."""
     plan = EnginePlan.model_validate(json.loads(options.plan))
     images, labels = (torch.from_numpy(each[: options.labeled * (1 + 2 * options.ratio)]) for each in pictures())
     x_BCHW = prepare(((images.permute(0, 3, 1, 2) / 255 - 0.47) / 0.25).to(device), plan)
     labels_B = labels.to(device)
-    config = FixMatchConfig()
-    method = FixMatch(network, config, make_policy(config.thresholds, CLASSES, len(images))).to(device)
-    state = State(method, _OPTIM, plan)
+    network = _network(options.network, options.halvings).to(device)
+    state = state_of(_fixmatch(network), plan)
 
     def step() -> None:
         with using(plan, device):
@@ -130,9 +147,9 @@ def _supervised(options: argparse.Namespace, network: Any, device: torch.device)
     return step, {"plan": plan.model_dump()}
 
 
-def _published(options: argparse.Namespace, network: nn.Module, device: torch.device) -> Side:
+def _published(options: argparse.Namespace, device: torch.device) -> Side:
     step = published_step(
-        network,
+        _network(options.network, options.halvings),
         *pictures(),
         labeled=options.labeled,
         ratio=options.ratio,
@@ -143,13 +160,13 @@ def _published(options: argparse.Namespace, network: nn.Module, device: torch.de
     return step, {"workers": f"{options.workers} for labeled, {options.workers} for unlabeled images"}
 
 
-def _semilearn(options: argparse.Namespace, network: nn.Module, device: torch.device) -> Side:
+def _semilearn(options: argparse.Namespace, device: torch.device) -> Side:
     from kdedge_bench.engine_semilearn import semilearn_step
 
-    return semilearn_step(network, *pictures(), options, device)
+    return semilearn_step(_network(options.network, options.halvings), *pictures(), options, device)
 
 
-SIDES: dict[str, Callable[[argparse.Namespace, Any, torch.device], Side]] = {
+SIDES: dict[str, Callable[[argparse.Namespace, torch.device], Side]] = {
     "ours": _ours,
     "supervised": _supervised,
     "published": _published,
@@ -159,11 +176,8 @@ SIDES: dict[str, Callable[[argparse.Namespace, Any, torch.device], Side]] = {
 
 def make_side(options: argparse.Namespace) -> Side:
     """A step of `options.side`, and what is told of it."""
-    torch.manual_seed(0)
-    device = torch.device(options.device)
     torch.set_num_threads(options.threads)
-    network = build(ModelSpec(options.network, CLASSES, halvings=options.halvings))
-    return SIDES[options.side](options, network, device)
+    return SIDES[options.side](options, torch.device(options.device))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -98,7 +98,7 @@ def test_a_race_gives_a_record_with_the_side_that_cannot_run_and_why(tmp_path, m
     monkeypatch.setattr(engine_race, "_PROGRAM", (sys.executable, str(tmp_path / "side.py")))
     out = tmp_path / "race.json"
     words = ["--networks", "wide-resnet-10-1", "mobilenet-v2:4", "--labeled", "2", "--ratio", "5", "--rounds", "2"]
-    engine_race.main([*words, "--seconds", "2", "--out", str(out)])
+    engine_race.main([*words, "--seconds", "2", "--device", "cpu", "--out", str(out)])
     record = json.loads(out.read_text())
     assert [(found["network"], found["halvings"]) for found in record["races"]] == [
         ("wide-resnet-10-1", 2),
