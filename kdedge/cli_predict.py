@@ -141,6 +141,8 @@ def _evaluate(model: Model, spec: str, splits: dict[str, Any] | None) -> dict[st
     chosen = np.flatnonzero(labelled if part == "all labelled" else labelled & (source.part == part))
     if not len(chosen):
         raise DataError(f"{spec} has no labelled image to score; class folders, or a CSV with labels, were expected.")
+    if remark := source.remark(model.preprocess):
+        note(remark)
     truth = _in_order_of(model.classes, source)[source.labels[chosen]]
     predicted = np.empty(len(chosen), dtype=np.int64)
     for start in range(0, len(chosen), BATCH):

@@ -15,7 +15,7 @@ from kdedge.run_begin import begin
 from kdedge.run_folder import check_folder, run_folder
 from kdedge.runs import Run, read_json
 from kdedge.stages import Stages
-from kdedge.train.distributed import Ranks, restarts
+from kdedge.train.distributed import Ranks
 from kdedge.train.engine import pick_device
 from kdedge.train.metrics import Display, SilentDisplay
 from kdedge.train.replay import Replay
@@ -47,7 +47,7 @@ def _train(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, shown: 
     with ranks.first_before_others():  # it may download
         source, splits = _opened(recipe)
     run = Run(out or run_folder(recipe, source, splits))
-    resume = resume or (restarts() > 0 and run.manifest_path.is_file())
+    resume = resume or (ranks.restarted and run.manifest_path.is_file())
     begun = resume and run.splits_path.is_file()
     if begun:
         splits = Splits.from_json(read_json(run.splits_path), source)  # says what changed since
@@ -61,21 +61,28 @@ def _train(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, shown: 
     for sentence in (*source.warnings, *splits.warnings):
         shown.say(sentence)
     with run.lock() if ranks.is_first else contextlib.nullcontext():
-        stages = Stages(begin(run, recipe, source, splits, ranks, shown))
         try:
-            result = stages.all()
+            return run, _through(Stages(begin(run, recipe, source, splits, ranks, shown)))
         except KeyboardInterrupt:
+            if not run.manifest_path.is_file():
+                raise  # nothing has begun
             raise Stopped from None  # the manifest goes on saying "running"
-        except torch.OutOfMemoryError as error:
-            _try_to_note_failure(run, error, ranks)
-            raise DeviceError(
-                f"The memory of {device} is full: {str(error).splitlines()[0]} Set teacher.optim.labeled_batch and "
-                "student.optim.labeled_batch, or data.image_px, lower."
-            ) from error
-        except BaseException as error:
-            _try_to_note_failure(run, error, ranks)
-            raise
-    return run, result
+
+
+def _through(stages: Stages) -> dict[str, Any]:
+    try:
+        return stages.all()
+    except KeyboardInterrupt:
+        raise
+    except torch.OutOfMemoryError as error:
+        _try_to_note_failure(stages, error)
+        raise DeviceError(
+            f"The memory of {stages.ranks.device} is full: {str(error).splitlines()[0]} Set "
+            "teacher.optim.labeled_batch and student.optim.labeled_batch, or data.image_px, lower."
+        ) from error
+    except BaseException as error:
+        _try_to_note_failure(stages, error)
+        raise
 
 
 def _opened(recipe: Recipe) -> tuple[Source, Splits]:
@@ -85,12 +92,12 @@ def _opened(recipe: Recipe) -> tuple[Source, Splits]:
     return source, make_splits(source, recipe.data.labels, recipe.seed)
 
 
-def _try_to_note_failure(run: Run, error: BaseException, ranks: Ranks) -> None:
-    if not ranks.is_first:
+def _try_to_note_failure(stages: Stages, error: BaseException) -> None:
+    if not stages.ranks.is_first:
         return
-    told = ranks.told(error)
+    told = stages.ranks.told(error)
     with contextlib.suppress(RunError):  # the disk is full: the first error is the one to tell
-        run.update_manifest(status="failed", failure=f"{type(told).__name__}: {told}")
+        stages.run.update_manifest(status="failed", failure=f"{type(told).__name__}: {told}")
 
 
 @dataclass(frozen=True)
