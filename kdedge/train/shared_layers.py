@@ -114,7 +114,7 @@ class _Normalize(torch.autograd.Function):
         own = x.numel() // x.shape[1]
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         variance_C, mean_C = (s.double() for s in torch.var_mean(exact, _AXES, correction=0))
-        sums = torch.cat([mean_C * own, (variance_C + mean_C.square()) * own, mean_C.new_tensor([own])])
+        sums = torch.cat([mean_C * own, (variance_C + mean_C.square()) * own, mean_C.new_full((1,), own)])
         sums = layer.shared.total(sums)
         count, channels = sums[-1], x.shape[1]
         mean_C = sums[:channels] / count
