@@ -26,7 +26,7 @@ from kdedge.models.zoo import Network
 from kdedge.train.meeting import meeting_point
 from kdedge.train.shared_layers import Shared, shared_layers
 
-__all__ = ["ALONE", "Ranks", "restarts"]
+__all__ = ["ALONE", "Ranks"]
 
 # A process that dies closes its connections, and that is noticed at once. This is for waiting while the first process
 # does alone what only one may do: download, or choose among a million images.
@@ -34,7 +34,7 @@ _PATIENCE = timedelta(hours=12)
 _CPU = torch.device("cpu")
 
 
-def restarts() -> int:
+def _restarts() -> int:
     """How often torchrun has restarted this run (elastic restart); 0 without torchrun."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -56,7 +56,7 @@ class Ranks:
 
         DeviceError where there are more processes than GPUs, or where all were given the same one.
         """
-        world, again = int(os.environ.get("WORLD_SIZE", "1")), restarts() > 0
+        world, again = int(os.environ.get("WORLD_SIZE", "1")), _restarts() > 0
         if world == 1:
             return cls(device=device, restarted=again)
         import torch.distributed as dist

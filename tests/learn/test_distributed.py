@@ -18,7 +18,7 @@ from toys import toy_network
 from kdedge.errors import BugError, DeviceError, RunError
 from kdedge.methods.distill import DistillConfig
 from kdedge.methods.fixmatch import FixMatch
-from kdedge.train.distributed import ALONE, Ranks, restarts
+from kdedge.train.distributed import ALONE, Ranks
 from kdedge.train.shared_layers import Shared, SharedBatchNorm2d, shared_layers
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
@@ -162,12 +162,10 @@ def test_a_lost_connection_is_told_though_sigterm_comes_while_it_is_handled() ->
 
 
 def test_restarts_of_torchrun_are_known(monkeypatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    assert restarts() == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert restarts() == 2
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert Ranks.from_environment(torch.device("cpu")).restarted
+    for count, restarted in (("0", False), ("2", True)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert Ranks.from_environment(torch.device("cpu")).restarted is restarted
     assert not ALONE.restarted
 
 
