@@ -181,13 +181,19 @@ def shift(x_BCHW: Tensor, offset_B2: Tensor, most: int, fill: float | None = Non
     if most == 0:
         return x_BCHW
     height, width = x_BCHW.shape[2:]
-    padding = (most, most, most, most)
-    padded = (
-        functional.pad(x_BCHW, padding, mode="reflect") if fill is None else functional.pad(x_BCHW, padding, value=fill)
-    )
     rows = offset_B2[:, :1] + torch.arange(height, device=x_BCHW.device)
     columns = offset_B2[:, 1:] + torch.arange(width, device=x_BCHW.device)
+    if fill is None:
+        # By index and not by padding: bytes can be moved so, and nothing is copied twice.
+        rows, columns = _reflected(rows - most, height), _reflected(columns - most, width)
+    else:
+        x_BCHW = functional.pad(x_BCHW, (most, most, most, most), value=fill)
     # [B, H, W, C], since the two index tensors are parted by the channel slice
     batch = torch.arange(len(x_BCHW), device=x_BCHW.device).view(-1, 1, 1)
-    cut: Tensor = padded[batch, :, rows[:, :, None], columns[:, None, :]]
+    cut: Tensor = x_BCHW[batch, :, rows[:, :, None], columns[:, None, :]]
     return cut.permute(0, 3, 1, 2)
+
+
+def _reflected(places: Tensor, count: int) -> Tensor:
+    """Places outside 0..count - 1 mirrored at the outermost pixel, which is not repeated."""
+    return (count - 1) - ((count - 1) - places.abs()).abs()

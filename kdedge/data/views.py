@@ -74,11 +74,12 @@ def weak(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     height, width = images_BCHW.shape[2:]
     most = round(_known(config.shift_fraction) * min(height, width))
     draws = draws_DB.to(images_BCHW.device)
-    x = images_BCHW.float()
     offsets = (draws[:2].T * (2 * most + 1)).long().clamp_(max=2 * most)
-    # Reflection makes no new edges in a photograph; for digits it would double strokes, so the background moves in.
-    x = augment.shift(x, offsets, most, fill=_known(config.fill) if config.geometric_only else None)
-    return augment.flip(x, draws[2] < 0.5) if config.flip else x
+    # Reflection makes no new edges in a photograph; for digits it would double strokes, so the background moves in,
+    # which need not be a whole number. What only moves bytes is done on bytes.
+    fill = _known(config.fill) if config.geometric_only else None
+    x = augment.shift(images_BCHW if fill is None else images_BCHW.float(), offsets, most, fill)
+    return (augment.flip(x, draws[2] < 0.5) if config.flip else x).float()
 
 
 def strong(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
