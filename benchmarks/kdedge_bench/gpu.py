@@ -20,11 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from kdedge import __version__
-from kdedge.data import open_source
-from kdedge.data.pack import pack as pack_images
 from kdedge.errors import DataError, KdedgeError
 from kdedge.runs import SCHEMA, read_json, sha256_file, write_json
-from kdedge.train.engine import pick_device
 from kdedge_bench.gpu_findings import determinism, horizon
 from kdedge_bench.gpu_jobs import IMAGES, PILOT, RESUMED, SAME, Job, Work, jobs
 from kdedge_bench.gpu_sizes import REAL, TOY, Sizes
@@ -65,6 +62,9 @@ def prepare_images(archive: Path, out: Path, sizes: Sizes) -> None:
                 content = images.extractfile(member)
                 (folder / kind).mkdir(parents=True, exist_ok=True)
                 (folder / kind / Path(name).name).write_bytes(content.read() if content else b"")
+    from kdedge.data import open_source
+    from kdedge.data.pack import pack as pack_images
+
     pack_images(open_source(str(folder)), out)
     shutil.rmtree(folder)
 
@@ -231,6 +231,8 @@ def main(recipe: Path, arguments: Sequence[str] | None = None) -> int:
 
 def _all(work: Work, sizes: Sizes, time_slice: _Slice, recipe: Path, options: argparse.Namespace) -> set[str]:
     """Job after job until the slice is over; the names of those that failed. The state is left after each."""
+    from kdedge.train.engine import pick_device  # late, as all that imports torch: the slice has begun by then
+
     everything, here, failed = jobs(sizes), _here(), set[str]()
     device = str(pick_device(options.device))
     chosen = [job for job in everything if options.what == "all" or options.what in job.what]
