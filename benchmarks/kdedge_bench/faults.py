@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +101,7 @@ def full_disk(found: Reference, at: int) -> list[str]:
 def damaged(found: Reference, how: Literal["truncated", "altered", "both"]) -> list[str]:
     """The newest checkpoint cut off, or with one bit turned, or both kept ones so: it is said; the end is the same."""
     trial = found.trial(f"damaged-{how}")
-    trial.go_on(Fault("kill", found.first_after("outer.4")))
+    trial.go_on(Fault("kill", found.first_after("outer.4.")))
     files = sorted(trial.run.checkpoint_path.glob("outer.*.safetensors"))
     for path in files if how == "both" else files[-1:]:
         content = bytearray(path.read_bytes())
@@ -116,7 +116,7 @@ def damaged(found: Reference, how: Literal["truncated", "altered", "both"]) -> l
 def second_writer(found: Reference) -> list[str]:
     """A second process for the same run is refused, and the first one ends as if there had been none."""
     trial = found.trial("second-writer")
-    with trial.held_at(found.first_after("outer.2")) as first:
+    with trial.held_at(found.first_after("outer.2.")) as first:
         code = trial.go_on()
         wrong = [] if code == 2 and "Another kdedge" in trial.told else [f"exit code {code}: {trial.told[-500:]}"]
     if first.exitcode != 0:
@@ -124,10 +124,10 @@ def second_writer(found: Reference) -> list[str]:
     return wrong + found.check(trial)
 
 
-def stopped(found: Reference, checkpoint: str, number: signal.Signals) -> tuple[int | None, list[str]]:
-    """SIGTERM or Ctrl-C once a checkpoint is there: how to go on is said; the exit code, and what is wrong."""
-    trial = found.trial(f"{number.name}-{checkpoint}")
-    with trial.held_at(found.first_after(checkpoint)) as process:
+def stopped(found: Reference, at: int, number: signal.Signals) -> tuple[int | None, list[str]]:
+    """SIGTERM or Ctrl-C at its `at`-th write: how to go on is said; the exit code, and what is wrong."""
+    trial = found.trial(f"{number.name}-{at}")
+    with trial.held_at(at) as process:
         os.kill(process.pid or 0, number)
     wrong = []
     if process.exitcode == 0 or "--resume" not in trial.told or "Traceback" in trial.told:
@@ -196,14 +196,21 @@ def _measure(found: dict[str, Reference], options: argparse.Namespace, draw: ran
     first = variants[0]
     every = range(1, len(first.writes) + 1)
     chosen = list(every) if options.writes is None else sorted(draw.sample(every, options.writes))
-    moments = [killed_at_a_moment(variants[i % len(variants)], f"moment-{i}", draw) for i in range(options.kills)]
-    writes = [killed_at_a_write(first, at) for at in chosen]
-    full = [full_disk(first, at) for at in sorted(draw.sample(every, options.full))]
-    outside = [killed_from_outside(first, f"outside-{i}", draw) for i in range(options.outside)]
+    moments = [
+        killed_at_a_moment(variants[i % len(variants)], f"moment-{i}", draw)
+        for i in _counted("killed at a moment", range(options.kills))
+    ]
+    writes = [killed_at_a_write(first, at) for at in _counted("killed at a write", chosen)]
+    full = [full_disk(first, at) for at in _counted("full disk", sorted(draw.sample(every, options.full)))]
+    outside = [
+        killed_from_outside(first, f"outside-{i}", draw)
+        for i in _counted("killed from outside", range(options.outside))
+    ]
+    moved = ("baseline.1.", "outer.2.", "outer.5.", "trusted.npz", "inner.2.", "result.json")  # 5 is before the last
     signals = {
-        f"{number.name} {checkpoint}": stopped(first, checkpoint, number)
+        f"{number.name} after {name}": stopped(first, first.first_after(name), number)
         for number in (signal.SIGTERM, signal.SIGINT)
-        for checkpoint in ("baseline.1", "outer.2", "inner.2")
+        for name in moved
     }
     return {
         "moments": _part([wrong for _, wrong in moments]) | _kills([trial for trial, _ in moments]),
@@ -215,6 +222,13 @@ def _measure(found: dict[str, Reference], options: argparse.Namespace, draw: ran
         "signals": _part([wrong for _, wrong in signals.values()])
         | {"exit_codes": {name: code for name, (code, _) in signals.items()}},
     }
+
+
+def _counted(what: str, items: Sequence[int]) -> Iterator[int]:
+    """The items, and on standard error where it is: all of it takes a while."""
+    for done, item in enumerate(items, 1):
+        print(f"{what}: {done} of {len(items)}", file=sys.stderr, flush=True)
+        yield item
 
 
 def _part(wrong: Sequence[list[str]]) -> dict[str, Any]:

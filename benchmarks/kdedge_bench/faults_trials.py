@@ -26,7 +26,7 @@ from kdedge_bench.faults_process import Fault, start
 __all__ = ["VARIANTS", "Reference", "Trial", "make_images", "reference"]
 
 _SMALL = [
-    "engine.log_every_steps=1",
+    "engine.log_every_steps=2",  # what is counted between two lines is state too
     "trust.threshold=0.3",
     "student.arch=wide-resnet-10-1",
     "student.width=1.0",
@@ -35,8 +35,12 @@ _SMALL = [
     "student.optim.total_steps=4",
 ]
 VARIANTS = {
-    # Thresholds that learn, clusters, answers made once.
+    # Thresholds that learn, clusters, answers made once. The rates are so high that val chooses an early student.
     "thresholds": [
+        "teacher.optim.warmup_steps=0",
+        "teacher.optim.learning_rate=0.5",
+        "student.optim.warmup_steps=0",
+        "student.optim.learning_rate=0.3",
         "teacher.method.thresholds.policy=freematch",
         "student.method.thresholds.policy=flexmatch",
         "student.method.thresholds.alignment=true",
@@ -187,9 +191,9 @@ class Reference:
             shutil.rmtree(trial.place)
         return wrong
 
-    def first_after(self, checkpoint: str) -> int:
-        """The number of the first write once a checkpoint (stage.step) has its name."""
-        return 2 + next(i for i, w in enumerate(self.writes) if w.startswith("os.rename") and f".{checkpoint}." in w)
+    def first_after(self, name: str) -> int:
+        """The number of the first write once a file has got this name, as `outer.2.` or `trusted.npz`."""
+        return 2 + next(i for i, w in enumerate(self.writes) if w.startswith("os.rename") and f".{name}" in w)
 
 
 def reference(name: str, folder: Path, images: Path, start_from: Path | None = None) -> Reference:
