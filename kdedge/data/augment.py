@@ -99,15 +99,16 @@ def equalize(x_BCHW: Tensor) -> Tensor:
     """Flatten the histogram of each channel of each image (Pillow's ImageOps.equalize)."""
     batch, channels, height, width = x_BCHW.shape
     levels = x_BCHW.reshape(batch * channels, height * width).long()
-    histogram = torch.zeros(batch * channels, 256, device=x_BCHW.device)
-    histogram.scatter_add_(1, levels, torch.ones_like(levels, dtype=histogram.dtype))
+    # Whole numbers: CUDA has no deterministic cumulative sum of floats.
+    histogram = torch.zeros(batch * channels, 256, dtype=torch.int64, device=x_BCHW.device)
+    histogram.scatter_add_(1, levels, torch.ones_like(levels))
     # Pillow: step = (pixels - pixels of the brightest level present) // 255
     brightest = levels.amax(1, keepdim=True)
-    step = torch.floor((histogram.sum(1, keepdim=True) - histogram.gather(1, brightest)) / 255)
+    step = (histogram.sum(1, keepdim=True) - histogram.gather(1, brightest)) // 255
     before = histogram.cumsum(1) - histogram
-    table = torch.floor((before + torch.floor(step / 2)) / step.clamp(min=1)).clamp(0, 255)
-    table = torch.where(step > 0, table, torch.arange(256.0, device=x_BCHW.device))
-    return table.gather(1, levels).reshape(x_BCHW.shape)
+    table = ((before + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    table = torch.where(step > 0, table, torch.arange(256, device=x_BCHW.device))
+    return table.gather(1, levels).to(x_BCHW.dtype).reshape(x_BCHW.shape)
 
 
 def affine(x_BCHW: Tensor, matrix_B23: Tensor, fill: float, mode: str = "bilinear") -> Tensor:
