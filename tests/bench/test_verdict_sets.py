@@ -61,7 +61,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "flowers5/flowers5_160.tar",
         write_tar(tmp_path / "flowers5/flowers5_160.tar", dict.fromkeys(flowers, picture), "w"),
     )
-    monkeypatch.setattr(verdict_sets, "_A_CLASS", {("mnist", "train"): 3, ("cifar10", "train"): 3, ("cifar10", "test"): 4})
+    kept = {("mnist", "train"): 3, ("cifar10", "train"): 3, ("cifar10", "test"): 4}
+    monkeypatch.setattr(verdict_sets, "_A_CLASS", kept)
     return tmp_path
 
 

@@ -195,7 +195,7 @@ def test_the_latest_finished_run_is_found(whole, tmp_path) -> None:
 
 def test_a_failure_is_noted_and_what_was_done_is_kept(tmp_path, whole) -> None:
     broken = tiny("student.optim.learning_rate=1.0e+30")
-    with pytest.raises(RunError, match="of stage inner (became|had|were no longer)"):
+    with pytest.raises(RunError, match=r"of stage inner (became|had|were no longer)"):
         pipeline.train(broken, tmp_path / "run")
     manifest = Run(tmp_path / "run").read_manifest()
     assert manifest["status"] == "failed"
