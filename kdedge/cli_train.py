@@ -85,7 +85,9 @@ def _replayed(run: "Run", replayed: "Replayed") -> Reply:
 
 def _again(recipe: str, settings: tuple[str, ...], flags: dict[str, Any]) -> str:
     """The same command, to go on with."""
-    words = ["kdedge", "train-recipe", recipe]
+    shared = os.environ.get("WORLD_SIZE", "1") != "1"
+    launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if shared else []
+    words = [*launcher, "kdedge", "train-recipe", recipe]
     words += [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     words += [word for setting in settings for word in ("--set", setting)]
     return shlex.join([*words, "--resume"])
