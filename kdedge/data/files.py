@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _TAIL_BYTES = 4096
+_MOST_BYTES = 2**30  # of an image in a tar: a header that lies must not take all memory
 # What a whole file has near its end; cameras and sites append a little behind it.
 _ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND"))
 # Formats that are drawings (EPS is run by Ghostscript), films or weather maps, which Pillow names but does not decode.
@@ -45,7 +46,9 @@ class Member(NamedTuple):
     size: int
 
     def content(self) -> bytes:
-        """ImageUnreadable where the tar cannot be read or was cut."""
+        """ImageUnreadable where the tar cannot be read or was cut, and where the image is absurdly large."""
+        if self.size > _MOST_BYTES:
+            raise ImageUnreadable(str(self.tar), f"it has {self.size:,} bytes, more than an image can have")
         try:
             with self.tar.open("rb", buffering=0) as file:
                 found = os.pread(file.fileno(), self.size, self.offset)

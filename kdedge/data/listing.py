@@ -70,6 +70,8 @@ def _entry(folder: Path, row: dict[str, str]) -> Entry | str:
     name, label, split = (row.get(column, "").strip() for column in ("path", "label", "split"))
     if not name:
         return "its path is empty"
+    if "\0" in name + label:
+        return "its path or label holds a zero byte"
     if split and split not in PARTS:
         return f"split '{split}' is none of {', '.join(PARTS)}.{did_you_mean(split, PARTS)}"
     if split in ("val", "test") and not label:

@@ -10,7 +10,10 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tarfile
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,17 +31,20 @@ from kdedge_device.preprocess import ImageUnreadable
 
 __all__ = ["SHARDS_EXAMPLE", "expand_braces", "is_shards", "open_shards", "shard_entries"]
 
-SHARDS_EXAMPLE = "shards-{000..099}.tar"
-_SCHEMA = 1
+SHARDS_EXAMPLE = "'shards-{000..099}.tar'"  # quoted: bash expands braces
+_SCHEMA = 2
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_SHARDS = 100_000
 _CLASS_BYTES = 1000  # of a .cls member, which holds a number or a name
+_NOT_IN_A_LINE = frozenset({"Cc", "Zl", "Zp"})  # Unicode: controls (escapes, line ends), line and paragraph separators
 
 
 @dataclass(frozen=True)
 class _Listed:
-    """One image of a shard. `reason` says why it cannot be read, and is empty where it can."""
+    """One image of a shard. `reason` says why it cannot be read, and is empty where it can; `bad_class` names a .cls
+    member of it that holds no class.
+    """
 
     name: str
     offset: int
@@ -48,6 +54,7 @@ class _Listed:
     width: int = 0
     mode: str = ""
     reason: str = ""
+    bad_class: str = ""
 
 
 def is_shards(spec: str) -> bool:
@@ -87,11 +94,16 @@ def open_shards(spec: str, max_unreadable_fraction: float) -> Source:
     DataError where a shard is missing, no plain tar, or cut, and where none holds an image.
     """
     paths = [Path(name).expanduser() for name in expand_braces(spec)]
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if _is_missing(path)]
     if missing:
         raise DataError(
             f"{spec} names {counted(len(paths), 'shard')}, of which {len(missing)} cannot be found: "
             f"{first_few(missing)}. Expected all of them; correct the numbers in the braces."
+        )
+    twice = [str(path) for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{spec} names {first_few(twice)} more than once. Expected each shard once; correct the braces."
         )
     folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     names = [path.absolute().relative_to(folder).as_posix() for path in paths]
@@ -106,6 +118,16 @@ def open_shards(spec: str, max_unreadable_fraction: float) -> Source:
     return build_source(_name(spec), spec, entries, max_unreadable_fraction, warnings=[] if known else [note])
 
 
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        return False  # it is there, and is told of when it is read
+    return False
+
+
 def _name(spec: str) -> str:
     """shards-{000..099}.tar is shards."""
     stem = _BRACES.sub("", Path(spec).name).removesuffix(".tar")
@@ -114,23 +136,35 @@ def _name(spec: str) -> str:
 
 def shard_entries(shards: Sequence[tuple[str, Path]], *, labeled: bool = True) -> list[Entry]:
     """Every image of the shards (name, path), its id the shard's name and its own. Without `labeled` classes are not
-    read: images lie in unlabeled/.
+    read: images lie in unlabeled/. DataError where a shard cannot be read, and where a class is read and is none.
     """
     listed = stream_threads(_list, [path for _, path in shards])
-    entries = []
+    entries, bad = [], []
     for (shard, path), images in zip(shards, listed, strict=True):
         for image in images:
+            if labeled and image.bad_class:
+                bad.append(f"{image.bad_class} in {path}")
             label = image.label if labeled else None
             part = "unlabeled" if label is None else "train"
             header = image.reason or FileHeader(image.height, image.width, image.mode, image.size)
             file = Member(path, image.offset, image.size)
             entries.append(Entry(f"{shard}/{image.name}", file, label, part, header))
+    if bad:
+        raise DataError(
+            f"{counted(len(bad), 'image')} with a .cls member that holds no class: {first_few(bad)}. Expected one line "
+            "of text: a number or a class name."
+        )
     return entries
 
 
 def _list(path: Path) -> list[_Listed]:
     """What the shard holds, from the cache where it was listed before."""
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Expected a WebDataset shard, a plain tar.") from None
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait forever
+        raise DataError(f"{path} is not a regular file. Expected a WebDataset shard, a plain tar.")
     facts = {"schema": _SCHEMA, "shard": str(path.resolve()), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
     kept = (
         _cache_folder() / f"{hashlib.sha256(str(path.resolve()).encode('utf-8', 'surrogateescape')).hexdigest()}.json"
@@ -158,19 +192,43 @@ def _read(path: Path) -> list[_Listed]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:  # a name that comes twice is what it is at last, as in tar
-                if member.isreg() and not member.issparse():
+                if member.isreg():
                     suffix = PurePosixPath(member.name).suffix.lower()
                     if suffix == ".cls":
                         classes[_key(member.name)] = member
                     elif suffix in image_suffixes() and not PurePosixPath(member.name).name.startswith("."):
                         images[member.name] = member
+            _require_end(path, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path} cannot be read as a tar: {error}. Expected a whole, uncompressed WebDataset shard; fetch or make "
             "it again."
         ) from None
     labels = {key: _class(path, member) for key, member in classes.items()}
-    return [_look(path, member, labels.get(_key(member.name))) for member in images.values()]
+    listed = []
+    for member in images.values():
+        key = _key(member.name)
+        bad_class = classes[key].name if key in classes and labels[key] is None else ""
+        listed.append(_look(path, member, labels.get(key), bad_class))
+    return listed
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """DataError where no end mark stands at `offset`, or anything behind it.
+
+    `tarfile` takes a damaged header, and a file that ends where a header should stand, for the end of the tar.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        rest = file.read(tarfile.BLOCKSIZE)
+        whole = len(rest) == tarfile.BLOCKSIZE
+        while rest and not rest.strip(b"\0"):
+            rest = file.read(2**20)
+    if rest or not whole:
+        raise DataError(
+            f"{path} is damaged or cut at byte {offset}: neither a member nor the tar's end stands there. Expected a "
+            "whole WebDataset shard; fetch or make it again."
+        )
 
 
 def _key(name: str) -> str:
@@ -178,23 +236,25 @@ def _key(name: str) -> str:
     return f"{folder}/{file.partition('.')[0]}"
 
 
-def _class(path: Path, member: tarfile.TarInfo) -> str:
+def _class(path: Path, member: tarfile.TarInfo) -> str | None:
+    """The class in a .cls member: one line that can be printed; None where it holds something else."""
+    if member.issparse() or member.size > _CLASS_BYTES:
+        return None
     try:
-        if member.size > _CLASS_BYTES:
-            raise ValueError
         label = Member(path, member.offset_data, member.size).content().decode().strip()
-        if not label or "\0" in label or "\n" in label:
-            raise ValueError
     except (ValueError, ImageUnreadable):
-        raise DataError(
-            f"{member.name} in {path} holds no class. Expected one line of text: a number or a class name."
-        ) from None
-    return label
+        return None
+    odd = any(unicodedata.category(letter) in _NOT_IN_A_LINE for letter in label)
+    return None if odd or not label else label
 
 
-def _look(path: Path, member: tarfile.TarInfo, label: str | None) -> _Listed:
+def _look(path: Path, member: tarfile.TarInfo, label: str | None, bad_class: str) -> _Listed:
     place = PurePosixPath(member.name)
-    listed = partial(_Listed, member.name, member.offset_data, member.size, label)
+    listed = partial(_Listed, member.name, member.offset_data, member.size, label, bad_class=bad_class)
+    if "\0" in member.name:
+        return listed(reason="its name holds a zero byte")
+    if member.issparse():
+        return listed(reason="it is stored as a sparse file")
     if place.is_absolute() or ".." in place.parts:
         return listed(reason="its name points out of the shard")
     try:

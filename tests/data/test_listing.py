@@ -69,6 +69,7 @@ def test_a_missing_file_counts_as_unreadable(pictures: Path) -> None:
         ("path,label\n,cat\n", "line 2: its path is empty"),
         ("path,label\nimg/0.png,cat,x\n", "line 2: it has more fields than the header"),
         ("path,label\nimg/0.png,cat\n./img/0.png,dog\n", "line 3: img/0.png is there already, in line 2"),
+        ("path,label\nimg/0\0.png,cat\n", "line 2: its path or label holds a zero byte"),
         ('path,label\n"img/0.png,cat\n', "Expected comma-separated values"),
     ],
 )

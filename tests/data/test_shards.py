@@ -1,6 +1,7 @@
 """WebDataset shards: read where they lie, listed once, alone or beside labelled folders."""
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -114,11 +115,22 @@ def test_classes_come_from_cls_members(tmp_path) -> None:
     assert make_splits(source, 2).labels == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two\nlines", b"x" * 2000])
+GARBAGE = [b"", b"\xff\xfe", b"two\nlines", b"x" * 2000, b"red\x1b[31m", b"a\rb", "a\u2028b".encode()]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
 def test_a_cls_member_that_holds_no_class(content: bytes, tmp_path) -> None:
-    path = _shard(tmp_path / "x.tar", {"1.png": _png(1), "1.cls": content})
-    with pytest.raises(DataError, match=r"1.cls in .*x.tar holds no class"):
+    path = _shard(tmp_path / "x.tar", {"1.png": _png(1), "1.cls": content, "2.png": _png(2), "2.cls": b"cat"})
+    with pytest.raises(
+        DataError, match=r"^1 image with a .cls member that holds no class: 1.cls in .*x.tar\. Expected"
+    ):
         open_source(str(path))
+
+
+def test_classes_that_are_not_read_refuse_nothing(picture, tmp_path) -> None:
+    picture(tmp_path / "labeled" / "cat" / "1.png", 1)
+    _shard(tmp_path / "unlabeled" / "x.tar", {"2.png": _png(2), "2.cls": b""})
+    assert open_source(str(tmp_path)).labels.tolist() == [0, -1]
 
 
 def test_a_pool_of_shards_beside_labelled_folders(unlabeled: str, picture, tmp_path) -> None:
@@ -205,6 +217,66 @@ def test_a_cut_shard_is_a_sentence(keep: int, tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=r"x.tar cannot be read as a tar: .*Expected a whole, uncompressed"):
         open_source(str(path))
+
+
+# Of four members with 3,000 bytes each, 3,584 with header and padding; the end mark begins at 14,336.
+@pytest.mark.parametrize("keep", [3584, 4096, 7168, 10752, 11264, 14336])
+def test_a_shard_cut_at_a_block_is_a_sentence(keep: int, tmp_path) -> None:
+    path = _shard(tmp_path / "x.tar", {f"{i}.png": b"x" * 3000 for i in range(4)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=rf"x.tar (is damaged or cut at byte {keep}|cannot be read as a tar)"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize("member", range(4))
+@pytest.mark.parametrize("damage", [b"X", b"\0" * 512])
+def test_a_damaged_header_hides_no_image(member: int, damage: bytes, tmp_path) -> None:
+    path = _shard(tmp_path / "x.tar", {f"{i}.png": b"x" * 3000 for i in range(4)})
+    content = bytearray(path.read_bytes())
+    content[3584 * member : 3584 * member + len(damage)] = damage
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"x.tar (is damaged or cut at byte {3584 * member}|cannot be read as a tar)"):
+        open_source(str(path))
+
+
+def test_what_is_no_file_is_named(picture, tmp_path) -> None:
+    picture(tmp_path / "labeled" / "cat" / "1.png", 1)
+    shard = tmp_path / "unlabeled" / "x.tar"
+    shard.parent.mkdir()
+    os.mkfifo(shard)
+    for spec in (tmp_path, shard):
+        with pytest.raises(DataError, match=r"x.tar is not a regular file"):
+            open_source(str(spec))
+    shard.unlink()
+    shard.symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"x.tar cannot be read: No such file"):
+        open_source(str(tmp_path))
+
+
+def test_a_shard_is_named_once(unlabeled: str) -> None:
+    with pytest.raises(DataError, match=r"names .*shards-000.tar more than once"):
+        open_source(unlabeled.replace("{000..002}", "{000,000,001}"))
+
+
+def test_an_absurd_member_and_an_odd_name_are_unreadable(tmp_path) -> None:
+    path = _shard(tmp_path / "x.tar", {"1.png": _png(1), "2.png": _png(2)})
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        odd = tarfile.TarInfo("3.png")
+        odd.pax_headers = {"path": "3\0.png"}
+        tar.addfile(odd)
+        end = tar.offset
+    absurd = tarfile.TarInfo("4.png")
+    absurd.size = 2**40
+    with path.open("r+b") as file:  # sparse: takes no room
+        file.seek(end)
+        file.write(absurd.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(end + 512 + 2**40 + 1024)
+    source = open_source(str(path), max_unreadable_fraction=0.5)
+    assert len(source) == 2
+    assert dict(source.unreadable) == {
+        "x.tar/3\0.png": "its name holds a zero byte",
+        "x.tar/4.png": "it has 1,099,511,627,776 bytes, more than an image can have",
+    }
 
 
 def test_a_shard_cut_after_it_was_listed(unlabeled: str) -> None:
