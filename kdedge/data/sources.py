@@ -46,18 +46,23 @@ def open_source(spec: str, *, root: Path | None = None, max_unreadable_fraction:
         exists = path.exists()
     except OSError as error:  # a name too long, no permission on the way
         raise DataError(f"{spec} cannot be opened: {error.strerror}. Expected a folder or a CSV file.") from None
+    if path.is_file() and is_packed(path):  # whatever its name ends in
+        return open_packed(path, spec, max_unreadable_fraction)
     if is_shards(spec):
         return open_shards(spec, max_unreadable_fraction)
     if not exists:
         raise _missing(spec, path)
     if path.suffix.lower() == ".csv":
         return open_csv(path, spec, max_unreadable_fraction)
-    if path.is_file() and is_packed(path):
-        return open_packed(path, spec, max_unreadable_fraction)
     raise _other_file(path)
 
 
 def _missing(spec: str, path: Path) -> DataError:
+    if "{" in spec and path.name.lower().endswith(_ARCHIVES):
+        return DataError(
+            f"{spec} names compressed archives, which are not read as they are. Expected plain tars, such as "
+            f"{SHARDS_EXAMPLE}; decompress them (gunzip, unxz, unzstd) and name the .tar files."
+        )
     if path.suffix.lower() == ".csv" or len(path.parts) > 1 or path.is_absolute():
         kind = "The CSV file" if path.suffix.lower() == ".csv" else "The folder"
         return DataError(

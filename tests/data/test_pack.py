@@ -97,6 +97,11 @@ def test_ids_are_a_sequence_of_strings() -> None:
         ids[4]
 
 
+@pytest.mark.parametrize("name", ["q.csv", "q.tar", "q"])
+def test_a_packed_file_is_known_by_what_it_holds(name: str, packed: Path) -> None:
+    assert isinstance(open_source(str(packed.rename(packed.with_name(name)))).images, PackedImages)
+
+
 # ---- another size
 
 

@@ -25,6 +25,7 @@ def test_known_names() -> None:
         ("", "SPEC is empty"),
         ("  ", "SPEC is empty"),
         ("shards-{000..099}.tar", r"names 100 shards, of which 100 cannot be found: shards-000.tar, shards-001.tar"),
+        ("shards-{000..099}.tar.gz", r"names compressed archives, which are not read as they are. Expected plain tars"),
         ("x" * 5000, "cannot be opened|no data set named"),
     ],
 )
