@@ -20,7 +20,9 @@ from torchvision import transforms
 
 __all__ = ["semilearn_step"]
 
-_STEP_HOOKS = ("ParamUpdateHook", "EMAHook")
+_LEFT_OUT = (
+    "TimerHook", "LoggingHook", "EvaluationHook", "CheckpointHook", "DistSamplerSeedHook", "AimHook", "WANDBHook",
+)  # fmt: skip
 
 
 class _Answers(nn.Module):
@@ -55,7 +57,8 @@ def semilearn_step(
     algorithm = get_algorithm(config, lambda **_: _Answers(copy.deepcopy(network)), tb_log=None, logger=None)
     algorithm.model.to(device).train()
     algorithm.ema_model.to(device)
-    algorithm._hooks = [hook for hook in algorithm._hooks if type(hook).__name__ in _STEP_HOOKS]
+    hooks = {name: hook for name, hook in algorithm.hooks_dict.items() if type(hook).__name__ not in _LEFT_OUT}
+    algorithm._hooks, algorithm.hooks_dict = list(hooks.values()), hooks
     algorithm.call_hook("before_run")
     batches = zip(*_loaders(config, pictures, labels, options), strict=False)
 
@@ -66,7 +69,11 @@ def semilearn_step(
         algorithm.call_hook("after_train_step")
         algorithm.it += 1
 
-    told = {"semilearn": version("semilearn"), "hooks": list(_STEP_HOOKS), "cuda_does_nothing": device.type == "cpu"}
+    told = {
+        "semilearn": version("semilearn"),
+        "hooks": sorted({type(hook).__name__ for hook in hooks.values()}),
+        "cuda_does_nothing": device.type == "cpu",
+    }
     return step, told | {"workers": f"{options.workers} for labeled, {2 * options.workers} for unlabeled images"}
 
 
