@@ -21,14 +21,25 @@ def data() -> None:
     """Check a data set, or pack it into one file."""
 
 
+def _one(context: click.Context, parameter: click.Parameter, specs: tuple[str, ...]) -> str:
+    """The one SPEC; a shell that expanded the braces of shards gives many."""
+    if len(specs) > 1:
+        hint = " Quote the braces: 'shards-{000..099}.tar'." if all(spec.endswith(".tar") for spec in specs) else ""
+        raise click.UsageError(f"{len(specs)} SPECs were given, {specs[0]} to {specs[-1]}; one was expected.{hint}")
+    return specs[0]
+
+
+_SPEC = click.argument("spec", metavar="SPEC", nargs=-1, required=True, callback=_one)
+
+
 @data.command("check")
-@click.argument("spec")
+@_SPEC
 @command_output
 def check(spec: str) -> Reply:
     """Counts, unreadable files, duplicates, leaks.
 
     SPEC is a name (digits, mnist, cifar10, ...), a folder, a .csv file, a packed file, or WebDataset shards
-    (shards-{000..099}.tar). Exits with 1 where something is wrong.
+    ('shards-{000..099}.tar', quoted). Exits with 1 where something is wrong.
     """
     from kdedge.data import check as check_source
 
@@ -37,13 +48,23 @@ def check(spec: str) -> Reply:
 
 
 @data.command("pack")
-@click.argument("spec")
+@_SPEC
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write; one there is kept.")
 @click.option("--px", type=click.IntRange(4), help="Height and width; what a run would choose unless given.")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="1 grey, 3 colour; as the images are unless given.")
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode; one a core unless given.")
+@click.option(
+    "--max-unreadable",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    metavar="FRACTION",
+    help="Of the images; with more that cannot be read nothing is packed.",
+)
 @command_output
-def pack(spec: str, out: Path, px: int | None, channels: str | None, workers: int | None) -> Reply:
+def pack(
+    spec: str, out: Path, px: int | None, channels: str | None, workers: int | None, max_unreadable: float
+) -> Reply:
     """Decode every image once, into one file.
 
     The file is a SPEC like any other, with the same splits, and is read as training needs it: for images that fit no
@@ -51,17 +72,17 @@ def pack(spec: str, out: Path, px: int | None, channels: str | None, workers: in
     """
     from kdedge.data import open_source
     from kdedge.data.pack import pack as pack_source
+    from kdedge.data.pack import require_new
+    from kdedge.train.stop import terminable
 
-    source = open_source(spec)
-    shown = _Shown()
+    require_new(out)  # opening a large set takes minutes
+    source = open_source(spec, max_unreadable_fraction=max_unreadable)
+    shown, planes_asked = _Shown(), int(channels) if channels else None
     try:
-        done = pack_source(
-            source, out, px=px, channels=int(channels) if channels else None, workers=workers, progress=shown.count
-        )
+        with terminable():
+            done = pack_source(source, out, px=px, channels=planes_asked, workers=workers, progress=shown.count)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"Stopped by Ctrl-C. What is packed is kept in {out}.part; the same command goes on there."
-        ) from None
+        raise Interrupted(f"Stopped. What is packed is kept in {out}.part; the same command goes on there.") from None
     for sentence in done.warnings:
         note(sentence)
     count, planes, height, width = done.shape

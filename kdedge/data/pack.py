@@ -19,7 +19,7 @@ from kdedge.data.source import PARTS, Source, check_unreadable, usual_px
 from kdedge.errors import DataError
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 
-__all__ = ["PackReport", "open_packed", "pack"]
+__all__ = ["PackReport", "open_packed", "pack", "require_new"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class PackReport:
     counts: dict[str, int]  # images of each part
 
 
+def require_new(out: Path) -> None:
+    """DataError where something lies at `out`."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out} exists and was not touched. Choose another name with --out, or remove it.")
+
+
 def pack(
     source: Source,
     out: Path,
@@ -50,8 +56,7 @@ def pack(
     Without `px` the size that a run would choose, without `channels` those of the source. Images that cannot be decoded
     are left out. DataError where `out` exists, the disk is full, another pack writes to it, or too many are unreadable.
     """
-    if out.exists() or out.is_symlink():
-        raise DataError(f"{out} exists and was not touched. Choose another name with --out, or remove it.")
+    require_new(out)
     side = px or usual_px(source.kind, min(source.native_px))
     planes = channels or source.channels
     preprocess = Preprocess(side, side, planes, "short-side-crop", (0.0,) * planes, (1.0,) * planes)

@@ -221,6 +221,8 @@ def _read_tail(path: Path, handle: int, size: int) -> tuple[dict[str, Any], dict
     start = bytearray(_PREAMBLE.size)
     read_at(handle, path, 0, memoryview(start))
     _, schema, _, offset, length, digest = _PREAMBLE.unpack(start)
+    if schema < SCHEMA:
+        raise DataError(f"{path} is packed by schema {schema}, which no kdedge wrote: it is damaged. {_AGAIN}")
     if schema > SCHEMA:
         raise DataError(f"{path} is packed by schema {schema}; this kdedge reads up to {SCHEMA}. Update kdedge.")
     if offset + length != size:

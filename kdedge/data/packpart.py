@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -21,12 +22,14 @@ from numpy.typing import NDArray
 from kdedge.data.packfile import PIXELS_AT, SCHEMA, encode_tail, read_at
 from kdedge.data.parallel import Progress
 from kdedge.data.source import PARTS, Source
-from kdedge.errors import DataError
+from kdedge.errors import DataError, RunError
+from kdedge.runs import write_bytes
 from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Block", "Part"]
 
 _BLOCK_BYTES = 2**18  # what is hashed at once: the first image read of a block waits for all of it
+_LINE_BYTES = 2**16  # the most of the log's first line
 _SPARE_BYTES = 64  # an image: label, part, id, its share of a block's hash
 
 
@@ -61,16 +64,45 @@ class Part:
         return min(len(self.lines) * self.in_block, len(self.source))
 
     def __enter__(self) -> "Part":
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_symlink():
+            raise self._foreign(self.path)
+        if self._logged() is None and self.log_path.exists() and self.log_path.stat().st_size:
+            raise self._foreign(self.log_path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._pixels: BinaryIO = os.fdopen(os.open(self.path, flags, 0o666), "r+b")
+        try:
+            self._require_mine()
+        except BaseException:
+            self._pixels.close()
+            raise
+        return self
+
+    def _require_mine(self) -> None:
+        """Lock FILE.part; DataError where another process has it, and where it or its log is not of this pack."""
         import fcntl  # not on Windows, where everything else of this room works
 
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._pixels: BinaryIO = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        busy = DataError(f"Another kdedge packs into {self.out}. Wait for it, or choose another --out.")
         try:
             fcntl.flock(self._pixels, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._pixels.close()
-            raise DataError(f"Another kdedge packs into {self.out}. Wait for it, or choose another --out.") from None
-        return self
+            raise busy from None
+        mine = os.fstat(self._pixels.fileno())
+        if self.out.exists():  # its pack ended between our look and our lock: what is locked may be the whole file
+            raise DataError(f"{self.out} was made meanwhile and was not touched.")
+        if not self.path.exists() or not os.path.samestat(mine, self.path.stat()):
+            raise busy
+        logged = self._logged()
+        if not stat.S_ISREG(mine.st_mode) or (mine.st_size and logged is None):
+            raise self._foreign(self.path)
+        if mine.st_size and logged != self._identity():
+            raise DataError(
+                f"{self.path} is what a stopped pack of other images, or at another --px or --channels, has left, and "
+                f"was not touched. Go on with that one, remove {self.path}, or choose another --out."
+            )
+
+    def _foreign(self, path: Path) -> DataError:
+        return DataError(f"{path} is no pack of kdedge and was not touched. Move it, or choose another --out.")
 
     def __exit__(self, *_: object) -> None:
         self._pixels.close()
@@ -91,10 +123,33 @@ class Part:
                 progress(self.tried, len(self.source))
         self._pixels.truncate(self._end())
         self._pixels.seek(self._end())
-        with self.log_path.open("w", encoding="utf-8") as log:
-            for text in (self._identity(), *self.lines):
-                log.write(json.dumps(text) + "\n")
+        self._keep_log()
         return self.images
+
+    def _keep_log(self) -> None:
+        """The log as it should be, before the first pixel; not written again where it is: a full disk may be why the
+        pack was stopped, and must not cost what is kept.
+        """
+        content = "".join(json.dumps(text) + "\n" for text in (self._identity(), *self.lines)).encode()
+        if self.log_path.is_file() and self.log_path.read_bytes() == content:
+            return
+        try:
+            write_bytes(self.log_path, content)
+        except RunError as error:  # its advice is for a training
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
+
+    def _logged(self) -> dict[str, Any] | None:
+        """What the log says that the pack is of; None where it is missing or not written by kdedge."""
+        if not self.log_path.is_file():  # opening a pipe would wait forever
+            return None
+        try:
+            with self.log_path.open("rb") as log:
+                found = json.loads(log.readline(_LINE_BYTES))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.keys() >= self._identity().keys() else None
 
     def _old_lines(self) -> list[list[Any]]:
         """Blocks that the log tells of, where it is of these images; the last line may be torn."""
@@ -171,8 +226,19 @@ class Part:
         if self.out.exists():
             raise DataError(f"{self.out} was made meanwhile and is not touched; the pack is whole in {self.path}.")
         self.path.replace(self.out)
+        _sync(self.out.parent)
         self.log_path.unlink(missing_ok=True)
         return self.out.stat().st_size
+
+
+def _sync(folder: Path) -> None:
+    """The new name on the disk."""
+    with contextlib.suppress(OSError):  # some file systems cannot; the file itself is synced
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _header(source: Source, preprocess: Preprocess) -> dict[str, Any]:

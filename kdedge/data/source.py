@@ -256,8 +256,8 @@ def check_unreadable(
     if count == of or count / of > max_fraction:
         raise DataError(
             f"{count} of {of} images of {name} cannot be read ({count / of:.1%}): {names}. Expected at most "
-            f"{max_fraction:.1%}. Repair or remove them (kdedge data check lists them all), or allow more with --set "
-            "data.max_unreadable_fraction=F."
+            f"{max_fraction:.1%}. Repair or remove them (kdedge data check lists them all), or allow more: "
+            "--max-unreadable F of kdedge data pack, --set data.max_unreadable_fraction=F of a training."
         )
     return f"{count} of {of} images cannot be read and are left out: {names}." if bad else ""
 

@@ -1,5 +1,7 @@
 """A packed file is the source it was made of: the same images, labels and splits; and damage is found."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -191,9 +193,6 @@ def _counting(function, decoded: list[range]):
         (10, lambda part, log: part.write_bytes(part.read_bytes()[:-1])),
         (10, lambda part, log: log.write_text(log.read_text()[:-5])),  # a torn line
         (15, lambda part, log: part.write_bytes(part.read_bytes() + b"more")),
-        (0, lambda part, log: log.unlink()),
-        (0, lambda part, log: log.write_text("")),
-        (0, lambda part, log: log.write_text(log.read_text().replace('"images": 42', '"images": 43'))),
         (0, lambda part, log: part.unlink()),
     ],
 )
@@ -204,6 +203,77 @@ def test_what_a_stopped_pack_left_is_checked(kept: int, damage, class_folders: P
     damage(tmp_path / "again.pack.part", tmp_path / "again.pack.part.log")
     assert pack(folder, out, px=8).kept == kept
     assert out.read_bytes() == packed.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("message", "damage"),
+    [
+        (r"again.pack.part is no pack of kdedge", lambda part, log: log.unlink()),
+        (r"again.pack.part is no pack of kdedge", lambda part, log: log.write_text("")),
+        (r"again.pack.part.log is no pack of kdedge", lambda part, log: log.write_text("my notes")),
+        (
+            r"again.pack.part is what a stopped pack of other images, or at another --px or --channels, has left",
+            lambda part, log: log.write_text(log.read_text().replace('"images": 42', '"images": 43')),
+        ),
+    ],
+)
+def test_what_this_pack_did_not_write_is_not_touched(message: str, damage, class_folders: Path, tmp_path) -> None:
+    folder, out = open_source(str(class_folders)), tmp_path / "again.pack"
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, out, px=8, progress=_stop_after(1))
+    damage(tmp_path / "again.pack.part", tmp_path / "again.pack.part.log")
+    before = {path: path.read_bytes() for path in tmp_path.glob("again*")}
+    with pytest.raises(DataError, match=message):
+        pack(folder, out, px=8)
+    assert {path: path.read_bytes() for path in tmp_path.glob("again*")} == before
+
+
+def test_files_of_the_user_are_not_written(class_folders: Path, tmp_path) -> None:
+    folder, film = open_source(str(class_folders)), tmp_path / "film.part"
+    film.write_bytes(b"a film")
+    (tmp_path / "link.part").symlink_to(film)
+    for name in ("film", "link"):
+        with pytest.raises(DataError, match=rf"{name}.part is no pack of kdedge and was not touched. Move it, or"):
+            pack(folder, tmp_path / name, px=8)
+    assert film.read_bytes() == b"a film"
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_a_full_disk_does_not_cost_the_log(class_folders: Path, packed: Path, tmp_path, monkeypatch) -> None:
+    folder, out = open_source(str(class_folders)), tmp_path / "again.pack"
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, out, px=8, progress=_stop_after(2))
+    log = tmp_path / "again.pack.part.log"
+    log.write_text(log.read_text()[:-5])  # a torn line, which is to be dropped
+    before = log.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kdedge.runs.os.fsync", full)
+    with pytest.raises(DataError, match=r"Cannot write .*again.pack: No space left on device.*run the same command"):
+        pack(folder, out, px=8)
+    assert log.read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.setattr(packpart, "_BLOCK_BYTES", 5 * 3 * 8 * 8)
+    assert pack(folder, out, px=8).kept == 5
+    assert out.read_bytes() == packed.read_bytes()
+
+
+def test_a_pack_that_ends_before_the_lock_is_not_cut(class_folders: Path, packed: Path, monkeypatch) -> None:
+    """Between opening FILE.part and locking it the other pack gives it its name."""
+    folder, part, whole = open_source(str(class_folders)), packed.with_name("photos.pack.part"), packed.read_bytes()
+    packed.rename(part)
+    lock = fcntl.flock
+
+    def late(file, how: int) -> None:
+        part.replace(packed)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(DataError, match="was made meanwhile and was not touched"):
+        pack(folder, packed, px=8)
+    assert packed.read_bytes() == whole
 
 
 def _flip(path: Path, offset: int) -> None:
@@ -301,11 +371,18 @@ def test_a_cut_file_is_found_before_it_is_read_and_while(packed: Path) -> None:
             open_source(str(packed))
 
 
-def test_a_newer_schema_is_refused(packed: Path) -> None:
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (2, "is packed by schema 2; this kdedge reads up to 1. Update kdedge."),
+        (0, "by schema 0, which no kdedge wrote"),
+    ],
+)
+def test_another_schema_is_refused(schema: int, message: str, packed: Path) -> None:
     content = bytearray(packed.read_bytes())
-    content[16:20] = struct.pack("<I", 2)
+    content[16:20] = struct.pack("<I", schema)
     packed.write_bytes(content)
-    with pytest.raises(DataError, match=r"is packed by schema 2; this kdedge reads up to 1. Update kdedge."):
+    with pytest.raises(DataError, match=message):
         open_source(str(packed))
 
 
@@ -346,3 +423,33 @@ def test_ctrl_c_says_how_to_go_on(class_folders: Path, tmp_path, monkeypatch, ca
     assert f"What is packed is kept in {out}.part; the same command goes on there." in capsys.readouterr().err
     monkeypatch.undo()
     assert run(["data", "pack", str(class_folders), "--out", str(out), "--px", "8"]) == 0
+
+
+def test_more_unreadable_images_than_usual_can_be_packed(class_folders: Path, tmp_path, capsys) -> None:
+    for i in range(4):
+        (class_folders / "train" / "cat" / f"{i:02d}.png").write_bytes(b"no image")
+    command = ["data", "pack", str(class_folders), "--out", str(tmp_path / "x.pack"), "--px", "8"]
+    assert run(command) == 2
+    assert "--max-unreadable F of kdedge data pack" in capsys.readouterr().err
+    assert run([*command, "--max-unreadable", "0.1"]) == 0
+    assert len(open_source(str(tmp_path / "x.pack"))) == 38
+
+
+def test_the_name_is_looked_at_before_the_images(tmp_path, capsys) -> None:
+    (tmp_path / "x.pack").touch()
+    assert run(["data", "pack", "no/such/folder", "--out", str(tmp_path / "x.pack")]) == 2
+    assert "exists and was not touched" in capsys.readouterr().err
+
+
+def test_braces_that_the_shell_expanded(capsys) -> None:
+    assert run(["data", "check", "a-0.tar", "a-1.tar"]) == 2
+    assert "2 SPECs were given, a-0.tar to a-1.tar; one was expected. Quote the braces" in capsys.readouterr().err
+
+
+def test_a_terminated_pack_says_how_to_go_on(class_folders: Path, tmp_path, monkeypatch, capsys) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pack_module.Part, "check_space", lambda part: signal.raise_signal(signal.SIGTERM))
+    out = tmp_path / "x.pack"
+    assert run(["data", "pack", str(class_folders), "--out", str(out), "--px", "8"]) == 130
+    assert f"Stopped. What is packed is kept in {out}.part" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler
