@@ -3,6 +3,7 @@
 Both stores answer alike, so that no stage knows which one it has. N images, n of them, C channels, H and W pixels.
 """
 
+import shlex
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -150,15 +151,20 @@ def open_store(
         if isinstance(pixels, PackedImages) and pixels.shape[1:] == size:
             return Streamed(pixels, device, np.asarray(indices, dtype=np.int64))
         if resident_mib is not None or needed_mib > most_mib:
-            limit = f"{most_mib:.0f} MiB of {device} may be taken"
+            limit = f"{_shown(most_mib)} MiB of {device} may be taken"
             if resident_mib is not None:
                 limit = f"data.resident_mib allows {resident_mib}"
             raise DataError(
-                f"{counted(len(indices), 'training image')} of {' x '.join(map(str, size))} take {needed_mib:.0f} MiB, "
-                f"and {limit}. A packed file is streamed instead: kdedge data pack {source.spec} --out FILE --px "
-                f"{preprocess.height} --channels {preprocess.channels}, then --data FILE."
+                f"{counted(len(indices), 'training image')} of {' x '.join(map(str, size))} take "
+                f"{_shown(needed_mib)} MiB, and {limit}. A packed file is streamed instead: kdedge data pack "
+                f"{shlex.quote(source.spec)} --out FILE --px {preprocess.height} --channels "
+                f"{preprocess.channels}, then --data FILE."
             )
     return Resident(source.load(indices, preprocess).to(device))
+
+
+def _shown(mib: float) -> str:
+    return f"{mib:.0f}" if mib >= 10 else f"{max(mib, 0.1):.1f}"
 
 
 def _memory_mib(device: torch.device) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,13 +146,15 @@ def test_the_limit_of_a_recipe_counts_instead_of_what_is_free(packed: str, monke
 
 def test_what_is_not_packed_and_does_not_fit_is_told_how_to_be_packed(packed: str, monkeypatch) -> None:
     digits, everything = open_source("digits"), np.arange(1797)
-    with pytest.raises(DataError, match=r"1,797 training images of 1 x 8 x 8 take 0 MiB, and .*mib allows 0"):
+    with pytest.raises(DataError, match=r"1,797 training images of 1 x 8 x 8 take 0\.1 MiB, and .*mib allows 0"):
         open_store(digits, everything, DIGITS, CPU, resident_mib=0)
     monkeypatch.setattr(store_module, "available_bytes", lambda: 2 * 1797 * 64)
     assert isinstance(open_store(digits, everything, DIGITS, CPU), Resident)  # more than usual, and it fits
     monkeypatch.setattr(store_module, "available_bytes", lambda: 1797 * 64)
     with pytest.raises(DataError, match=r"may be taken.*kdedge data pack digits --out FILE --px 8 --channels 1, then"):
         open_store(digits, everything, DIGITS, CPU)
+    with pytest.raises(DataError, match=r"kdedge data pack '\{0..9\}.tar' --out"):
+        open_store(replace(digits, spec="{0..9}.tar"), everything, DIGITS, CPU)
     smaller = Preprocess(6, 6, 1, "short-side-crop", (0.0,), (1.0,))
     with pytest.raises(DataError, match="--px 6"):  # packed, but at another size
         open_store(open_source(packed), everything, smaller, CPU, resident_mib=0)
