@@ -70,7 +70,10 @@ def train_recipe(
             run, result = pipeline.train(loaded, out, resume=resume, display=display)
     except pipeline.Stopped:
         again = _again(recipe, settings, {"data": data, "labels": labels, "seed": seed, "out": out, "device": device})
-        raise Interrupted(f"Stopped. What was trained is kept, up to the last step. Go on with: {again}") from None
+        raise Interrupted(
+            "Stopped. What was trained is kept, up to the last step (stopped twice: up to the last checkpoint). "
+            f"Go on with: {again}"
+        ) from None
     return Reply({"run": str(run.path), **result}, _text(run.path, result)) if first else Reply(None)
 
 

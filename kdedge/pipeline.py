@@ -1,6 +1,7 @@
 """From a recipe to a finished run: the images are opened, the folder is begun or gone on with, the stages are done."""
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from kdedge.data import Source, Splits, make_splits, open_source
 from kdedge.data.leaks import without_leaks
 from kdedge.errors import DeviceError, RunError
 from kdedge.recipe import Recipe
-from kdedge.run_begin import begin
+from kdedge.run_begin import Begun, begin
 from kdedge.run_folder import check_folder, run_folder
 from kdedge.runs import Run, read_json
 from kdedge.stages import Stages
@@ -44,6 +45,8 @@ def train(
 
 def _train(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, shown: Display) -> tuple[Run, dict[str, Any]]:
     device = ranks.device
+    if recipe.engine.deterministic:  # cuBLAS asks for it before its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with ranks.first_before_others():  # it may download
         source, splits = _opened(recipe)
     run = Run(out or run_folder(recipe, source, splits))
@@ -62,26 +65,26 @@ def _train(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, shown: 
         shown.say(sentence)
     with run.lock() if ranks.is_first else contextlib.nullcontext():
         try:
-            return run, _through(Stages(begin(run, recipe, source, splits, ranks, shown)))
+            return run, _through(begin(run, recipe, source, splits, ranks, shown))
         except KeyboardInterrupt:
             if not run.manifest_path.is_file():
                 raise  # nothing has begun
             raise Stopped from None  # the manifest goes on saying "running"
 
 
-def _through(stages: Stages) -> dict[str, Any]:
+def _through(begun: Begun) -> dict[str, Any]:
     try:
-        return stages.all()
+        return Stages(begun).all()
     except KeyboardInterrupt:
         raise
     except torch.OutOfMemoryError as error:
-        _try_to_note_failure(stages, error)
+        _try_to_note_failure(begun, error)
         raise DeviceError(
-            f"The memory of {stages.ranks.device} is full: {str(error).splitlines()[0]} Set "
+            f"The memory of {begun.device} is full: {str(error).splitlines()[0]} Set "
             "teacher.optim.labeled_batch and student.optim.labeled_batch, or data.image_px, lower."
         ) from error
     except BaseException as error:
-        _try_to_note_failure(stages, error)
+        _try_to_note_failure(begun, error)
         raise
 
 
@@ -92,12 +95,12 @@ def _opened(recipe: Recipe) -> tuple[Source, Splits]:
     return source, make_splits(source, recipe.data.labels, recipe.seed)
 
 
-def _try_to_note_failure(stages: Stages, error: BaseException) -> None:
-    if not stages.ranks.is_first:
+def _try_to_note_failure(begun: Begun, error: BaseException) -> None:
+    if not begun.ranks.is_first:
         return
-    told = stages.ranks.told(error)
+    told = begun.ranks.told(error)
     with contextlib.suppress(RunError):  # the disk is full: the first error is the one to tell
-        stages.run.update_manifest(status="failed", failure=f"{type(told).__name__}: {told}")
+        begun.run.update_manifest(status="failed", failure=f"{type(told).__name__}: {told}")
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,8 @@ def replay(recipe: Recipe, out: Path | None = None, *, display: Display | None =
         failure = read_json(run.failure_path)
         splits = Splits.from_json(read_json(run.splits_path), source)
         with run.lock():
-            manifest = run.read_manifest()
-            try:
-                begun = begin(run, recipe, source, splits, ranks, shown)
-                found = Stages(begun).replay(failure["stage"], failure["step"])
-            finally:
-                run.update_manifest(**{key: manifest.get(key) for key in ("status", "failure")})
+            begun = begin(run, recipe, source, splits, ranks, shown, writes=False)
+            found = Stages(begun, logs=False).replay(failure["stage"], failure["step"])
     labeled, unlabeled = (
         tuple(source.ids[splits.unlabeled[place]] for place in places)
         for places in (found.position_B, found.position_U)

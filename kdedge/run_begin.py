@@ -96,8 +96,12 @@ class Begun:
         return read_ready_teacher(path, self.source.classes, self.preprocess.channels)
 
 
-def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, ranks: Ranks, display: Display) -> Begun:
-    """Resolve the recipe against the images, load them, and write recipe.yaml, splits.json and the manifest.
+def begin(
+    run: Run, recipe: Recipe, source: Source, splits: Splits, ranks: Ranks, display: Display, *, writes: bool = True
+) -> Begun:
+    """Resolve the recipe against the images, load them, and, unless it only looks, write what a run begins with.
+
+    That is recipe.yaml, splits.json and the manifest.
 
     RecipeError, DataError and RunError where something does not fit, before anything is written or trained.
     """
@@ -119,7 +123,7 @@ def begin(run: Run, recipe: Recipe, source: Source, splits: Splits, ranks: Ranks
     begun = Begun(run, resolved, source, splits, pool, preprocess, starting, display, ranks)
     _refuse_what_does_not_fit(begun)
     ranks.barrier()  # all have looked
-    if ranks.is_first:
+    if ranks.is_first and writes:
         _write(begun, recipe)
     ranks.barrier()
     if not run.manifest_path.is_file():

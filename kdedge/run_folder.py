@@ -59,7 +59,13 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
     return None
 
 
-_MAY_CHANGE = {"data.resident_mib", "engine.checkpoint_every_s", "engine.keep_checkpoints", "engine.tensorboard"}
+_MAY_CHANGE = {
+    "data.resident_mib",
+    "engine.checkpoint_every_s",
+    "engine.device",  # the same type of device is asked for on its own
+    "engine.keep_checkpoints",
+    "engine.tensorboard",
+}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

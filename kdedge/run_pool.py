@@ -1,11 +1,14 @@
 """From a source and its splits to what the stages train on, and to what the recipe is resolved against."""
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
+from kdedge.data.packfile import PackedImages
 from kdedge.data.store import Store
 from kdedge.data.views import columns
 from kdedge.errors import RecipeError
@@ -44,8 +47,8 @@ def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str,
         )
     return DataDescription(
         kind=source.kind,
-        channels=source.channels,
-        shorter_px=min(source.native_px),
+        channels=_channels(source),
+        shorter_px=source.readable_px,
         flip_allowed=source.flip_allowed,
         classes=len(source.classes),
         labeled_images=len(splits.labeled),
@@ -54,6 +57,12 @@ def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str,
         student_weights=starting.get("student"),
         ready=starting.get("ready"),
     )
+
+
+def _channels(source: Source) -> Literal[1, 3]:
+    """Colour images may be packed as grey ones."""
+    packed_grey = isinstance(source.images, PackedImages) and source.images.image_shape[2] == 1
+    return 1 if packed_grey else source.channels
 
 
 def pixel_statistics(images: Store) -> tuple[tuple[float, ...], tuple[float, ...]]:

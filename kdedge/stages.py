@@ -75,14 +75,14 @@ class _Ready:
 class Stages:
     """The stages of a run that has begun, in their order."""
 
-    def __init__(self, begun: Begun) -> None:
+    def __init__(self, begun: Begun, *, logs: bool = True) -> None:
         self.begun, self.notes = begun, begun.notes
         self.run, self.recipe, self.source, self.pool = begun.run, begun.recipe, begun.source, begun.pool
         self.ranks = begun.ranks
         self.metrics = MetricsLog(
             self.run.metrics_path,
             begun.display,
-            writes=self.ranks.is_first,
+            writes=self.ranks.is_first and logs,
             tensorboard=self.recipe.engine.tensorboard,
         )
         self.val = begun.load(begun.splits.val) if len(begun.splits.val) else None
@@ -225,6 +225,8 @@ class Stages:
             images_per_second=round(images / elapsed_s, 1),
             flops=images * (_TRAINING_FLOPS * macs + ready.method.extra_flops_an_image),
         )
+        if self.ranks.is_first:
+            self.run.failure_path.unlink(missing_ok=True)  # a step was lost, and has been got through since
         if not self.recipe.engine.keep_checkpoints:
             ready.checkpoints.clear()
 
@@ -284,6 +286,7 @@ class Stages:
             outlier_N=outlier,
             share=Share(self.ranks.rank, self.ranks.world, self.ranks.sum),
         )
+        self.ranks.barrier()  # all have read the features
         if self.ranks.is_first:
             save_trusted(self.run.trusted_path, trusted)
             features_path.unlink()

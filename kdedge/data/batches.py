@@ -120,6 +120,11 @@ class Batches:
         labels_B = pool.labels[labeled.to(device)]
         return Batch(images, labels_B, position_B, position_U, pool.truth[pool.unlabeled[position_U]])
 
+    def places(self, step: int) -> tuple[Tensor, Tensor]:
+        """Places in `Pool.unlabeled` of the labeled [B] and unlabeled [U] images of `step`; nothing is read."""
+        labeled, unlabeled = self._positions(step)[1].tensor_split([self.labeled_batch])
+        return labeled, unlabeled
+
     def _positions(self, step: int) -> tuple[Tensor, Tensor]:
         """Which labeled images [B], and the places in the pool of labeled and unlabeled images [B + U]; on the CPU."""
         labeled = _draw(len(self._labeled), self.labeled_batch, step, *self._key, "labeled")
@@ -153,8 +158,10 @@ class Batches:
         read = self._read(position_M)
         images_R = self.pool.images.rows(read)
         row_M = torch.searchsorted(read, position_M).clamp_(max=len(read) - 1).to(images_R.device)
-        views = [
-            weak(images_R[row_M[weakly]], self.views, weak_DM[:, weakly]),
-            strong(images_R[row_M[self.labeled_batch :][strongly]], self.views, strong_DU[:, strongly]),
-        ]
-        return normalize(torch.cat(views), self.pool.mean, self.pool.std)
+        # In float32 whatever the step computes in: else a plan would change what the network sees.
+        with torch.autocast(images_R.device.type, enabled=False):
+            views = [
+                weak(images_R[row_M[weakly]], self.views, weak_DM[:, weakly]),
+                strong(images_R[row_M[self.labeled_batch :][strongly]], self.views, strong_DU[:, strongly]),
+            ]
+            return normalize(torch.cat(views), self.pool.mean, self.pool.std)

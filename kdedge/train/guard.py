@@ -5,7 +5,7 @@ Steps are counted as in metrics.jsonl: step 1 is the first.
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
@@ -51,10 +51,15 @@ class Guard:
     checkpoint holds what is lost.
     """
 
-    def __init__(self, stage: str, state: State, batches: Batches, run: Run | None, first: int) -> None:
-        """`run` gets failure.json; None where another process writes. `first` steps are done."""
+    def __init__(
+        self, stage: str, state: State, batches: Batches, run: Run | None, first: int, kept_step: Callable[[], int]
+    ) -> None:
+        """`run` gets failure.json; None where another process writes. `first` steps are done.
+
+        `kept_step` says of which step the newest checkpoint on the disk is.
+        """
         self.stage, self.state, self.batches, self.run = stage, state, batches, run
-        self.kept_step = first  # of the newest checkpoint
+        self.kept_step = kept_step
         self._sound = torch.ones((), dtype=torch.bool, device=state.device)
         self._sound_steps = torch.full((), first, device=state.device)
         self._names: list[str] = []
@@ -83,24 +88,29 @@ class Guard:
             raise self._lost(f"The weights of stage {self.stage} were no longer finite after step {step}", step, terms)
 
     def _lost(self, what: str, step: int, terms: Mapping[str, float]) -> RunError:
-        rate, batch = self.state.rate(step - 1), self.batches.at(step - 1)
+        rate, kept_step, (position_B, position_U) = (
+            self.state.rate(step - 1),
+            self.kept_step(),
+            self.batches.places(step - 1),
+        )
         failure: dict[str, Any] = {
             "schema": SCHEMA,
             "what": what + ".",
             "stage": self.stage,
             "step": step,
             "total_steps": self.state.total_steps,
-            "checkpoint_step": self.kept_step,
+            "checkpoint_step": kept_step,
             "learning_rate": rate,
             "terms": numbers(terms),
             # Places in splits.json's list of unlabeled images.
-            "positions": {"labeled": batch.position_B.tolist(), "unlabeled": batch.position_U.tolist()},
+            "positions": {"labeled": position_B.tolist(), "unlabeled": position_U.tolist()},
         }
         if self.run is not None:
             with contextlib.suppress(RunError):  # the disk is full as well: this error is the one to tell
                 write_json(self.run.failure_path, failure)
+        # Of processes that share a run the one that writes knows what is kept.
+        kept = f" The checkpoint of step {kept_step} is kept, and failure.json names the images of that step."
         return RunError(
-            f"{what} of {self.state.total_steps} with learning rate {rate:.4g}. The checkpoint of step "
-            f"{self.kept_step} is kept, and failure.json names the images of that step. Lower the stage's "
-            "optim.learning_rate; to see where it begins, give the same command with --replay."
+            f"{what} of {self.state.total_steps} with learning rate {rate:.4g}.{kept if self.run is not None else ''} "
+            "Lower the stage's optim.learning_rate; to see where it begins, give the same command with --replay."
         )

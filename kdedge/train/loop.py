@@ -75,7 +75,6 @@ def fit(
         state.restore(checkpoint)
     first = 0 if checkpoint is None else checkpoint.step
     began_at_s = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.header["elapsed_s"])
-    guard = Guard(stage, state, batches, Run(metrics.path.parent) if metrics.writes else None, first)
     metrics.rewind(stage, first)
     metrics.display.stage(stage, total)
     pace = Pace(stage, first, batches)
@@ -83,6 +82,8 @@ def fit(
     # ---- train
     sharing = ranks.sharing(method, batches.images_per_step)
     with stop_asked() as stop, using(plan, device), sharing, Saver(checkpoints, engine.checkpoint_every_s) as saver:
+        run = Run(metrics.path.parent) if metrics.writes else None
+        guard = Guard(stage, state, batches, run, first, lambda: max(first, saver.settled_step()))
         for step in range(first, total):
             torch.manual_seed(step_seed(seed, stage, "network", step))  # dropout
 
@@ -138,9 +139,9 @@ def fit(
             if stopping or (done < total and saver.due()):
                 guard.check(done)
                 saver.save(done, state.tensors(), **state.header(), elapsed_s=time.perf_counter() - began_at_s)
-                guard.kept_step = done
             if stopping:
                 saver.wait()
+                ranks.barrier()  # a launcher that sees one process end ends the others, the one that saves too
                 raise KeyboardInterrupt
 
     if state.best_weights:

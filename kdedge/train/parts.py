@@ -27,7 +27,7 @@ def in_parts(parts: int) -> Callable[[nn.Module, Tensor], Tensor]:
 
     def compute(backbone: nn.Module, x_BCHW: Tensor) -> Tensor:
         norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm) and m.training and m.momentum]
-        chunks, seen = x_BCHW.chunk(parts), 0
+        chunks, seen = x_BCHW.tensor_split(max(1, min(parts, len(x_BCHW) // 2))), 0  # of two images or more
         features = []
         for chunk in chunks:
             seen += len(chunk)

@@ -1,5 +1,6 @@
 """Checkpoints written beside the loop: its thread copies the state, another hashes, writes and syncs it."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from kdedge.errors import RunError
 from kdedge.train.checkpoint import Checkpoints
 
 __all__ = ["Saver"]
@@ -28,6 +30,7 @@ class Saver:
         self._checkpoints, self._every_s = checkpoints, every_s
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kdedge-checkpoint")
         self._write: Future[None] | None = None
+        self._writing_step = self._written_step = 0
         self._copies: dict[str, Tensor] = {}
         self._began_at_s = self._saved_at_s = time.perf_counter()
         self._blocked_s = self._copying_s = 0.0
@@ -66,7 +69,7 @@ class Saver:
         self.wait()  # the copies are its own until they are written
         self._copy(tensors)
         self._write = self._writer.submit(self._checkpoints.save, step, self._copies, **header)
-        self._saved_at_s = time.perf_counter()
+        self._writing_step, self._saved_at_s = step, time.perf_counter()
         self._copying_s = self._saved_at_s - before_s
         self._blocked_s += self._copying_s
 
@@ -75,6 +78,13 @@ class Saver:
         write, self._write = self._write, None
         if write is not None:
             write.result()
+            self._written_step = self._writing_step
+
+    def settled_step(self) -> int:
+        """Of which step the last state is that was written, once what is being written is, or has failed; 0: none."""
+        with contextlib.suppress(RunError):  # for who has an error of their own to tell
+            self.wait()
+        return self._written_step
 
     @torch.no_grad()
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:

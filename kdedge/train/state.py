@@ -2,6 +2,7 @@
 
 from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from kdedge.methods.health import Tally
@@ -79,7 +80,12 @@ class State:
         self.method.load_state_dict(part("method."))
         self.ema.network.load_state_dict(part("ema."))
         state = self.optimizer.state_dict()
-        state["state"] = {int(index): {"momentum_buffer": tensor} for index, tensor in part("momentum.").items()}
+        # In the parameters' own memory format, which a file does not keep.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state["state"] = {
+            int(index): {"momentum_buffer": torch.empty_like(parameters[int(index)]).copy_(tensor)}
+            for index, tensor in part("momentum.").items()
+        }
         self.optimizer.load_state_dict(state)
         self.best_accuracy, self.best_weights = checkpoint.header["best_accuracy"], part("best.")
         self.tally.restore(part("tally."), checkpoint.header["alarmed"])

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import final
 __all__ = ["Stop", "stop_asked", "terminable"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AT_ONCE_S = 1.0  # schedulers and launchers signal a process twice in a moment, and mean it once
 
 
 @final
@@ -22,17 +24,20 @@ class Stop:
 
 @contextmanager
 def stop_asked() -> Iterator[Stop]:
-    """Inside the block the first SIGINT or SIGTERM is only noted, and the second raises KeyboardInterrupt at once.
+    """Inside the block the first SIGINT or SIGTERM is only noted; one a second later raises KeyboardInterrupt at once.
 
     What was asked for and not done is raised where the block ends. Signals that are ignored (nohup, background jobs)
     stay so, and what was installed before is restored. Only the main thread hears signals; elsewhere nothing changes.
     """
-    stop = Stop()
+    stop, first_at_s = Stop(), 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
+        nonlocal first_at_s
+        now_s = time.monotonic()
+        if not stop.asked:
+            stop.asked, first_at_s = True, now_s
+        elif now_s - first_at_s >= _AT_ONCE_S:
             raise KeyboardInterrupt
-        stop.asked = True
 
     with _handled(_SIGNALS, note):
         yield stop
@@ -58,9 +63,9 @@ def _handled(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameT
     if threading.current_thread() is threading.main_thread():
         found = {number: signal.getsignal(number) for number in numbers}
         before = {number: known for number, known in found.items() if known not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, handler)
     try:
+        for number in before:
+            signal.signal(number, handler)
         yield
     finally:
         for number, known in before.items():

@@ -85,3 +85,17 @@ def test_processes_that_share_a_step_have_together_what_one_has(world, unlabeled
     for share in shared:
         for field in dataclasses.fields(whole)[1:]:
             assert torch.equal(getattr(share, field.name), getattr(whole, field.name)), field.name
+
+
+def test_views_are_the_same_whatever_the_step_computes_in() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = batches().at(3).images
+    assert found.dtype == torch.float32
+    assert torch.equal(found, batches().at(3).images)
+
+
+def test_places_are_those_of_the_batch() -> None:
+    labeled, unlabeled = batches().places(5)
+    batch = batches().at(5)
+    assert torch.equal(labeled, batch.position_B)
+    assert torch.equal(unlabeled, batch.position_U)

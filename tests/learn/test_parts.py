@@ -76,7 +76,7 @@ def test_with_frozen_batch_norms_too_and_their_statistics_stay() -> None:
 
 def test_dropout_draws_the_same_in_the_repetition() -> None:
     def chunked(backbone: nn.Module, x_BCHW: Tensor) -> Tensor:
-        return torch.cat([backbone(chunk) for chunk in x_BCHW.chunk(3)])
+        return torch.cat([backbone(chunk) for chunk in x_BCHW.tensor_split(3)])
 
     network = plain_network(dropout=0.5).train()
     assert_same(gradients(network, in_parts(3)), gradients(network, chunked))
@@ -92,9 +92,9 @@ def test_running_statistics_move_once_a_step(momentum) -> None:
     norm.momentum = momentum
     norm.running_mean.fill_(0.7)
     norm.running_var.fill_(2.0)
-    gradients(network, in_parts(4))  # chunks of 3, 3, 3 and 1
-    chunks = images().chunk(4)
-    assert [len(chunk) for chunk in chunks] == [3, 3, 3, 1]
+    gradients(network, in_parts(4))
+    chunks = images().tensor_split(4)
+    assert [len(chunk) for chunk in chunks] == [3, 3, 2, 2]
     mean = sum(len(chunk) / 10 * chunk.mean() for chunk in chunks)
     var = sum(len(chunk) / 10 * chunk.var() for chunk in chunks)
     torch.testing.assert_close(mean, images().mean())
@@ -104,11 +104,21 @@ def test_running_statistics_move_once_a_step(momentum) -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_no_chunk_is_of_one_image_which_batch_norm_cannot_normalise() -> None:
+    seen = []
+    network = Network(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)), nn.Linear(64, 3)).double().train()
+    network.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for parts in (4, 5, 8, 64):
+        seen.clear()
+        gradients(network, in_parts(parts))
+        assert min(seen) >= 2
+
+
 def test_each_chunk_is_normalised_by_its_own_statistics() -> None:
     network = toy_network().double().train()
 
     def chunked(backbone: nn.Module, x_BCHW: Tensor) -> Tensor:
-        return torch.cat([backbone(chunk) for chunk in x_BCHW.chunk(2)])
+        return torch.cat([backbone(chunk) for chunk in x_BCHW.tensor_split(2)])
 
     parts, chunks, whole = (gradients(network, compute) for compute in (in_parts(2), chunked, None))
     assert_same(parts, chunks)
@@ -181,4 +191,4 @@ def test_a_chunk_is_computed_again_right_before_its_own_backward_pass() -> None:
     network = Network(nn.Sequential(nn.Conv2d(1, 2, 3), Layer(), nn.Flatten()), nn.Linear(72, 3)).double()
     gradients(network, in_parts(3))
     assert events[:3] == ["forward"] * 3
-    assert events[3:] == ["forward", "backward of 2", "forward", "backward of 4", "forward", "backward of 4"]
+    assert events[3:] == ["forward", "backward of 3", "forward", "backward of 3", "forward", "backward of 4"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from kdedge import pipeline, recipe_io, stages
 from kdedge.data import open_source
 from kdedge.data.pack import pack
-from kdedge.errors import DataError, DeviceError, RunError
+from kdedge.errors import DataError, DeviceError, MissingPackage, RunError
 from kdedge.models.weights import load_model
 from kdedge.predictions import read_predictions
 from kdedge.run_folder import check_folder
@@ -193,7 +194,7 @@ def test_the_latest_finished_run_is_found(whole, tmp_path) -> None:
         open_finished(tmp_path / "one")
 
 
-def test_a_failure_is_noted_and_what_was_done_is_kept(tmp_path, whole) -> None:
+def test_a_failure_is_noted_and_what_was_done_is_kept(tmp_path, whole, monkeypatch) -> None:
     broken = tiny("student.optim.learning_rate=1.0e+30")
     with pytest.raises(RunError, match=r"of stage inner (became|had|were no longer)"):
         pipeline.train(broken, tmp_path / "run")
@@ -202,7 +203,9 @@ def test_a_failure_is_noted_and_what_was_done_is_kept(tmp_path, whole) -> None:
     assert "learning_rate" in manifest["failure"]
     assert sha256_file(tmp_path / "run" / "teacher.safetensors") == sha256_file(whole.teacher_path)
     before = {path.name: sha256_file(path) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    run, replayed = pipeline.replay(broken, tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # a replay logs nothing
+    looked_at = tiny("student.optim.learning_rate=1.0e+30", "engine.tensorboard=true", "engine.device=cpu")
+    run, replayed = pipeline.replay(looked_at, tmp_path / "run")
     assert {path.name: sha256_file(path) for path in run.path.rglob("*") if path.is_file()} == before
     failure = read_json(run.failure_path)
     assert (replayed.replay.stage, replayed.replay.step) == ("inner", failure["step"])
@@ -297,3 +300,22 @@ def test_images_streamed_from_a_packed_file_train_the_same_weights(whole, tmp_pa
         assert sha256_file(ours) == sha256_file(theirs)
     with pytest.raises(DataError, match="kdedge data pack digits"):
         pipeline.train(tiny("data.resident_mib=0"), tmp_path / "unpacked")
+
+
+def test_a_run_reads_a_packed_set_as_it_was_packed(tmp_path) -> None:
+    draw = np.random.default_rng(0)
+    for k, i in np.ndindex(2, 8):
+        path = tmp_path / "set" / f"class-{k}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+    pack(open_source(str(tmp_path / "set")), tmp_path / "grey.kdpack", px=16, channels=1)
+    recipe = tiny("data.image_px=null", data=str(tmp_path / "grey.kdpack"), labels=4)
+    _, result = pipeline.train(recipe, tmp_path / "run")
+    assert result["input"] == [1, 16, 16]
+
+
+def test_a_missing_package_ends_a_run_that_can_be_gone_on_with(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingPackage, match="tensorboard"):
+        pipeline.train(tiny("engine.tensorboard=true"), tmp_path / "run")
+    assert Run(tmp_path / "run").read_manifest()["status"] == "failed"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kdedge.train import stop
 from kdedge.train.stop import stop_asked, terminable
 
 
@@ -24,10 +25,10 @@ def _python_defaults() -> Iterator[None]:
 def in_the_loop(*signals: signal.Signals, error: Exception | None = None) -> list[bool]:
     """What `asked` was after each signal; the list is `heard`, so that it is there after an exception as well."""
     heard.clear()
-    with stop_asked() as stop:
+    with stop_asked() as found:
         for number in signals:
             os.kill(os.getpid(), number)  # Python hears it before the next line
-            heard.append(stop.asked)
+            heard.append(found.asked)
         if error is not None:
             raise error
     return heard
@@ -57,11 +58,19 @@ def test_the_first_signal_is_noted_and_raised_at_the_end(number) -> None:
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_stops_at_once(second) -> None:
+def test_a_second_signal_stops_at_once(second, monkeypatch) -> None:
+    monkeypatch.setattr(stop, "_AT_ONCE_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         in_the_loop(signal.SIGTERM, second, signal.SIGTERM)
     assert heard == [True]
     assert handlers_are_back()
+
+
+def test_signals_that_come_together_are_one() -> None:
+    """A scheduler signals every process of a group, and torchrun its workers once more."""
+    with pytest.raises(KeyboardInterrupt):
+        in_the_loop(signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+    assert heard == [True, True, True]
 
 
 def test_another_error_is_the_one_that_is_told() -> None:
@@ -100,8 +109,8 @@ def test_other_threads_change_no_handlers() -> None:
     found = []
 
     def work() -> None:
-        with stop_asked() as stop:
-            found.append((signal.getsignal(signal.SIGTERM), stop.asked))
+        with stop_asked() as asked:
+            found.append((signal.getsignal(signal.SIGTERM), asked.asked))
 
     thread = threading.Thread(target=work)
     thread.start()
