@@ -31,7 +31,12 @@ from kdedge.train.stop import terminable
 from kdedge_bench.engine_sides import PX
 from kdedge_device.record import load_average, machine, now
 
-__all__ = ["main", "parser", "race", "ratios"]
+__all__ = ["ROWS_HEAD", "main", "markdown_row", "parser", "race", "ratios"]
+
+ROWS_HEAD = (
+    "| network at 32 px | labeled + unlabeled | ours, unlabeled images/s | over Pillow in workers | over semilearn "
+    "| of a plain step |"
+)
 
 _PEERS = ("published", "semilearn", "supervised")
 _PROGRAM = (sys.executable, "-m", "kdedge_bench.engine_sides")
@@ -123,6 +128,19 @@ def race(network: str, halvings: int, precision: str, options: argparse.Namespac
     if "supervised" in running:
         found["share_of_supervised"] = ratios(rates["ours"], rates["supervised"])
     return shape | {"labeled": options.labeled, "unlabeled": unlabeled, "px": PX} | found
+
+
+def markdown_row(found: Mapping[str, Any]) -> str:
+    """One race under `ROWS_HEAD`: medians, and the extremes of the ratios over the rounds."""
+
+    def told(ratio: Mapping[str, float] | None) -> str:
+        return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+    over = found["ours_over"]
+    rate = statistics.median(found["unlabeled_images_per_second"]["ours"])
+    network = f"{found['network']}, {found['halvings']} halvings, {found['precision']}"
+    ratios_told = (told(over.get("published")), told(over.get("semilearn")), told(found.get("share_of_supervised")))
+    return f"| {network} | {found['labeled']} + {found['unlabeled']} | {rate:.0f} | {' | '.join(ratios_told)} |"
 
 
 def _turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:

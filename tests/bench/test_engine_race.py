@@ -4,6 +4,7 @@ import io
 import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,3 +124,15 @@ def test_a_side_does_steps_for_as_long_as_it_is_told(monkeypatch, capsys) -> Non
     assert first["steps"] == 1
     assert second["elapsed_s"] >= 0.01
     assert len(steps) == 2 + second["steps"]  # one of them to get ready
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_the_readme_tells_what_was_recorded() -> None:
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert engine_race.ROWS_HEAD in readme
+    table = readme.partition(engine_race.ROWS_HEAD)[2].partition("\n\n")[0].splitlines()[2:]
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/engine-race*.json"))]
+    assert len(records) >= 4
+    assert sorted(table) == sorted(engine_race.markdown_row(found) for record in records for found in record["races"])
