@@ -292,13 +292,15 @@ def test_the_environment_has_the_machines_torch_and_this_checkout(tmp_path: Path
     done = setup(ROOM / "setup.sh", tmp_path / "venv")
     assert done.returncode == 0, done.stderr
     assert "every dependency is there" in done.stdout
-    code = "import importlib.util as u; print(u.find_spec('torch').origin, u.find_spec('kdedge_bench').origin)"
+    code = (
+        "import importlib.util as u; print(u.find_spec('torch').origin, u.find_spec('kdedge_bench').origin, sep='\\n')"
+    )
     found = subprocess.run(
         [tmp_path / "venv" / "bin" / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     import torch
 
-    assert found.stdout.split() == [torch.__file__, str(ROOM.parent / "kdedge_bench" / "__init__.py")]
+    assert found.stdout.splitlines() == [torch.__file__, str(ROOM.parent / "kdedge_bench" / "__init__.py")]
 
 
 def test_what_must_be_carried_is_named(tmp_path: Path) -> None:
