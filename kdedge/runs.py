@@ -21,6 +21,7 @@ __all__ = [
     "read_json",
     "sha256_bytes",
     "sha256_file",
+    "sync_folder",
     "write_bytes",
     "write_json",
 ]
@@ -50,11 +51,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """The new name on the disk: a power cut could else bring the old file back."""
+def sync_folder(folder: Path) -> None:
+    """What was renamed in `folder` stays so: a power cut could else bring the old file back."""
     with contextlib.suppress(OSError):  # some file systems cannot; the file itself is synced
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -23,7 +23,7 @@ from kdedge.data.packfile import PIXELS_AT, SCHEMA, encode_tail, read_at
 from kdedge.data.parallel import Progress
 from kdedge.data.source import PARTS, Source
 from kdedge.errors import DataError, RunError
-from kdedge.runs import write_bytes
+from kdedge.runs import sync_folder, write_bytes
 from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Block", "Part"]
@@ -226,19 +226,9 @@ class Part:
         if self.out.exists():
             raise DataError(f"{self.out} was made meanwhile and is not touched; the pack is whole in {self.path}.")
         self.path.replace(self.out)
-        _sync(self.out.parent)
+        sync_folder(self.out.parent)
         self.log_path.unlink(missing_ok=True)
         return self.out.stat().st_size
-
-
-def _sync(folder: Path) -> None:
-    """The new name on the disk."""
-    with contextlib.suppress(OSError):  # some file systems cannot; the file itself is synced
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _header(source: Source, preprocess: Preprocess) -> dict[str, Any]:
