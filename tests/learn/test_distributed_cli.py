@@ -48,6 +48,15 @@ def kill_second_rank(launcher: subprocess.Popen[str], out: Path, lines: int) -> 
     os.kill(second, signal.SIGKILL)
 
 
+def documents(text: str) -> list[dict]:
+    found, rest = [], text.lstrip()
+    while rest:
+        document, end = json.JSONDecoder().raw_decode(rest)
+        found.append(document)
+        rest = rest[end:].lstrip()
+    return found
+
+
 @pytest.fixture(scope="module")
 def restarted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str, str]:
     """A run whose second process was killed once: its folder, standard output, standard error."""
@@ -69,7 +78,10 @@ def test_a_killed_rank_ends_the_others_with_a_sentence_and_the_restart_finishes(
     run, said, remarks = restarted
     assert "--resume" in remarks  # what the surviving one was told: the other has ended
     assert "Traceback" not in remarks
-    result = json.loads(said)  # one document, from the first process
+    # One document from each life of the first process: its error, where it came to tell it, and the result.
+    *errors, result = documents(said)
+    assert len(errors) <= 1
+    assert all("has ended" in document["error"] for document in errors)
     assert result["run"] == str(run.path)
     assert run.read_manifest()["status"] == "finished"
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
