@@ -1,7 +1,6 @@
 """From a recipe to a finished run: the images are opened, the folder is begun or gone on with, the stages are done."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from kdedge.run_folder import check_folder, run_folder
 from kdedge.runs import Run, read_json
 from kdedge.stages import Stages
 from kdedge.train.distributed import Ranks
-from kdedge.train.engine import pick_device
+from kdedge.train.engine import expect_determinism, pick_device
 from kdedge.train.metrics import Display, SilentDisplay
 from kdedge.train.replay import Replay
 from kdedge.train.stop import terminable
@@ -45,8 +44,8 @@ def train(
 
 def _train(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, shown: Display) -> tuple[Run, dict[str, Any]]:
     device = ranks.device
-    if recipe.engine.deterministic:  # cuBLAS asks for it before its first product
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if recipe.engine.deterministic:
+        expect_determinism()
     with ranks.first_before_others():  # it may download
         source, splits = _opened(recipe)
     run = Run(out or run_folder(recipe, source, splits))

@@ -26,12 +26,13 @@ from kdedge_bench.gpu_findings import determinism, horizon
 from kdedge_bench.gpu_jobs import IMAGES, PILOT, RESUMED, SAME, Job, Work, jobs
 from kdedge_bench.gpu_sizes import REAL, TOY, Sizes
 from kdedge_bench.gpu_state import INDEX, pack, unpack, worth_keeping
+from kdedge_bench.verdict_sets import CIFAR10_SHA256
 from kdedge_device.record import machine, now
 
 __all__ = ["ARCHIVE", "SHA256", "main", "parser", "prepare_images"]
 
 ARCHIVE = "cifar10_jpeg.tar.xz"
-SHA256 = "cadfdcb5ef0cffaeccaeb0e3a37352f96e1e3affc55285a7352920bd840629c2"
+SHA256 = CIFAR10_SHA256
 
 _DETERMINISM = "determinism"  # a record of three runs
 _RESERVE_S = 30.0  # of a slice: for the last checkpoint, and for packing

@@ -13,8 +13,6 @@ import hashlib
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,9 +28,9 @@ from kdedge import __version__
 from kdedge.data import Source, open_source
 from kdedge.data.packfile import PIXELS_AT, encode_tail
 from kdedge.data.store import Store, open_store
-from kdedge.errors import BugError, RunError
-from kdedge.runs import read_json, write_json
-from kdedge_bench.peak_memory import peak_mib
+from kdedge.errors import BugError
+from kdedge.runs import write_json
+from kdedge_bench.peak_memory import measured_apart, peak_mib
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.record import machine, now
 
@@ -214,16 +212,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _in_a_process(images: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the file here, so that what that takes is not the memory of the process that reads it."""
-    out, path = folder / f"{images}.json", _path(folder, images)
+    path = _path(folder, images)
     write_packed(path, images, options.px)
-    sizes = ["--images", str(images), "--px", str(options.px), "--batches", str(options.batches)]
-    command = [sys.executable, "-m", "kdedge_bench.pack_memory", *sizes, "--out", str(out), "--one"]
-    done = subprocess.run([*command, "--scratch", str(folder)], check=False)
-    path.unlink()
-    if done.returncode:
-        raise RunError(f"Measuring {images} images ended with exit code {done.returncode}; its output says why.")
-    found: dict[str, Any] = read_json(out)
-    return found
+    try:
+        flags = ["--px", str(options.px), "--batches", str(options.batches)]
+        return measured_apart("kdedge_bench.pack_memory", images, flags, folder)
+    finally:
+        path.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

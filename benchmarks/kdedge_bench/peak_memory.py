@@ -1,11 +1,28 @@
-"""The most memory that this process has held."""
+"""The most memory that a process has held: this one, or one of its own for each measurement."""
 
 import contextlib
 import resource
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["peak_mib"]
+from kdedge.errors import RunError
+from kdedge.runs import read_json
+
+__all__ = ["measured_apart", "peak_mib"]
+
+
+def measured_apart(module: str, images: int, flags: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What `python -m module` measures at `images` images, in a process of its own whose scratch is `folder`."""
+    out = folder / f"{images}.json"
+    command = [sys.executable, "-m", module, "--images", str(images), *flags, "--out", str(out), "--one"]
+    done = subprocess.run([*command, "--scratch", str(folder)], check=False)
+    if done.returncode:
+        raise RunError(f"Measuring {images} images ended with exit code {done.returncode}; its output says why.")
+    found: dict[str, Any] = read_json(out)
+    return found
 
 
 def peak_mib(*, reset: bool = False) -> float:

@@ -8,8 +8,6 @@ from k-means. Memory is the peak of the resident set over the whole selection, l
 
 import argparse
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,10 +18,9 @@ import numpy as np
 import torch
 
 from kdedge import __version__
-from kdedge.errors import RunError
-from kdedge.runs import read_json, write_json
+from kdedge.runs import write_json
 from kdedge.trust.select import TrustConfig, compare_with_confidence, select_trusted
-from kdedge_bench.peak_memory import peak_mib
+from kdedge_bench.peak_memory import measured_apart, peak_mib
 from kdedge_device.record import machine, now
 
 __all__ = ["main", "measure", "parser"]
@@ -91,14 +88,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _in_a_process(images: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    out = folder / f"{images}.json"
-    sizes = ["--images", images, "--features", options.features, "--classes", options.classes]
-    command = [sys.executable, "-m", "kdedge_bench.trust_memory", *map(str, sizes), "--out", str(out), "--one"]
-    done = subprocess.run([*command, "--scratch", str(folder)], check=False)
-    if done.returncode:
-        raise RunError(f"Measuring {images} images ended with exit code {done.returncode}; its output says why.")
-    found: dict[str, Any] = read_json(out)
-    return found
+    flags = ["--features", str(options.features), "--classes", str(options.classes)]
+    return measured_apart("kdedge_bench.trust_memory", images, flags, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

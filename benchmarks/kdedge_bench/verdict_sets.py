@@ -22,10 +22,11 @@ import numpy.typing as npt
 from kdedge.errors import DataError
 from kdedge.runs import sha256_file
 
-__all__ = ["main", "parser"]
+__all__ = ["CIFAR10_SHA256", "main", "parser"]
 
+CIFAR10_SHA256 = "cadfdcb5ef0cffaeccaeb0e3a37352f96e1e3affc55285a7352920bd840629c2"  # of the JPEG copy
 _SHA256 = {
-    "cifar10/cifar10_jpeg.tar.xz": "cadfdcb5ef0cffaeccaeb0e3a37352f96e1e3affc55285a7352920bd840629c2",
+    "cifar10/cifar10_jpeg.tar.xz": CIFAR10_SHA256,
     "flowers5/flowers5_160.tar": "6db16514ae91e94b189ddb1041bc05fc376066931a8c0c03a18e5bac3741c3ff",
 }
 _MNIST_TRAIN_MD5 = "6bbc9ace898e44ae57da46a324031adb"  # of the unpacked training images, as torchvision lists it

@@ -33,6 +33,7 @@ __all__ = [
     "EnginePlan",
     "as_planned",
     "available_cores",
+    "expect_determinism",
     "measure_plan",
     "pick_device",
     "prepare",
@@ -129,6 +130,11 @@ def prepare(images_BCHW: Tensor, plan: EnginePlan) -> Tensor:
     return images_BCHW.contiguous().as_strided(images_BCHW.shape, (height * width, 1, width, 1))
 
 
+def expect_determinism() -> None:
+    """Before anything is computed on a GPU: cuBLAS looks for this at its first product, and never again."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
     """Threads, precision and kernels of the plan, inside the block.
@@ -144,7 +150,7 @@ def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
     settings: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
     strict, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if plan.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+        expect_determinism()
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from kdedge.errors import BugError
-from kdedge_bench import pack_memory
+from kdedge_bench import pack_memory, peak_memory
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 SIZES = ["--images", "4000", "--px", "8", "--batches", "2"]
@@ -23,7 +23,7 @@ def here(monkeypatch) -> None:
         pack_memory.main(command[3:])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(pack_memory, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(peak_memory, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.mark.usefixtures("here")

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-from kdedge_bench import trust_memory
+from kdedge_bench import peak_memory, trust_memory
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -19,7 +19,7 @@ def test_a_record_has_every_size_and_leaves_no_features_behind(tmp_path, monkeyp
         trust_memory.main(command[3:])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(trust_memory, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(peak_memory, "subprocess", SimpleNamespace(run=here))
     sizes = ["--images", "20000", "--features", "16", "--classes", "4"]
     trust_memory.main([*sizes, "--out", str(out), "--scratch", str(scratch)])
     record = json.loads(out.read_text())
