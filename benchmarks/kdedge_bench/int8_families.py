@@ -26,12 +26,11 @@ from kdedge_device.preprocess import Preprocess
 from kdedge_device.record import load_average, machine, now
 from kdedge_device.runners import OrtRunner
 from kdedge_export.calibrate import calibrate
-from kdedge_export.graph import Graph
 from kdedge_export.lint import lint_float, lint_int8, require_clean
 from kdedge_export.onnx_export import export_float
 from kdedge_export.plan import make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import choose_ranges
+from kdedge_export.ranges import make_table
 
 __all__ = ["main", "measure_family", "smooth_images", "speed_ratio"]
 
@@ -66,8 +65,8 @@ def measure_family(arch: str, px: int, *, rounds: int, queries: int) -> dict[str
     require_clean(lint_float(model), f"{arch} in FP32")
     plan = make_plan(model)
     measured = [name for name in plan.tensors if name not in plan.same_scale]
-    ranges = choose_ranges("minmax", plan, Graph(model), calibrate(model, measured, seen, preprocess))
-    int8 = write_int8(model, plan, ranges)
+    table = make_table("minmax", model, plan, calibrate(model, measured, seen, preprocess))
+    int8 = write_int8(model, plan, table)
     require_clean(lint_int8(int8, frozenset(plan.kept_float)), f"{arch} in INT8")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,22 +5,21 @@ are stored as integers (a quarter of the bytes). Every quantized tensor is follo
 DequantizeLinear, which ONNX Runtime folds into its integer kernels.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx
 from onnx import helper
 
 from kdedge_export.graph import Graph, constant_tensor, prune
 from kdedge_export.plan import Plan
-from kdedge_export.ranges import Range, quantize_weight
+from kdedge_export.ranges import quantize_weight
+from kdedge_export.table import RangeTable
 
 __all__ = ["write_int8"]
 
 
-def write_int8(model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Range]) -> onnx.ModelProto:
+def write_int8(model: onnx.ModelProto, plan: Plan, table: RangeTable) -> onnx.ModelProto:
     """A copy of the float `model` with the plan's layers in 8 bits. Inputs and outputs keep their names and types."""
-    writer = _Writer(model, plan, ranges)
+    writer = _Writer(model, plan, table)
     for name in writer.graph.inputs:
         writer.quantize(name)
     for node in writer.graph.nodes:
@@ -31,12 +30,12 @@ def write_int8(model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Range]) 
 
 
 class _Writer:
-    def __init__(self, model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, Range]) -> None:
+    def __init__(self, model: onnx.ModelProto, plan: Plan, table: RangeTable) -> None:
         self.copy = onnx.ModelProto()
         self.copy.CopyFrom(model)
         self.graph = Graph(model)
         self.plan = plan
-        self.ranges = ranges
+        self.table = table
         self.nodes: list[onnx.NodeProto] = []
         self.absorbed = {
             node.input[0]: node.output[0] for node in self.graph.nodes if node.name in plan.absorbed
@@ -63,7 +62,7 @@ class _Writer:
         """Q and DQ behind the tensor `name`, where the plan wants them."""
         if name not in self.plan.tensors:
             return
-        found = self.ranges[name]
+        found = self.table.u8(name)
         self._constant(f"{name}_scale", np.array(found.scale, np.float32))
         self._constant(f"{name}_zero_point", np.array(found.zero_point, np.uint8))
         parameters = [f"{name}_scale", f"{name}_zero_point"]
@@ -76,8 +75,8 @@ class _Writer:
         weight = self.graph.constant(node.input[1])
         assert weight is not None  # the plan left computed weights in float
         bias = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        input_scale = self.ranges[node.input[0]].scale
-        codes, scales, integers = quantize_weight(weight, bias, input_scale)
+        input_scale = self.table.u8(node.input[0]).scale
+        codes, scales, integers = quantize_weight(weight, self.table.weight_scales[node.name], bias, input_scale)
         # Named after the layer: two layers that share a weight may still need two scales.
         copy.input[1] = self._dequantized(f"{node.name}.weight_q", codes, scales)
         if integers is not None:

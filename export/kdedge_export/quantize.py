@@ -20,7 +20,8 @@ from kdedge_export.images import Part
 from kdedge_export.lint import lint_int8, require_clean
 from kdedge_export.plan import Plan, make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import CALIBRATORS, Range, choose_ranges, quantize_weight
+from kdedge_export.ranges import CALIBRATORS, make_table
+from kdedge_export.table import RangeTable
 
 __all__ = ["Quantized", "quantize"]
 
@@ -47,10 +48,10 @@ def quantize(
     measured = [name for name in plan.tensors if name not in plan.same_scale]
     say(f"Calibrating {len(measured)} tensors on {len(calibration)} images ({calibration.name})")
     histograms = calibrate(model, measured, calibration.load(preprocess), preprocess, threads)
-    tables = {name: choose_ranges(name, plan, graph, histograms) for name in CALIBRATORS}
+    tables = {name: make_table(name, model, plan, histograms) for name in CALIBRATORS}
     models: dict[str, onnx.ModelProto] = {}
-    for name, ranges in tables.items():
-        models[name] = write_int8(model, plan, ranges)
+    for name, table in tables.items():
+        models[name] = write_int8(model, plan, table)
         require_clean(lint_int8(models[name], frozenset(plan.kept_float)), f"the INT8 file of calibrator {name}")
         (folder / f"candidate-{name}.onnx").write_bytes(models[name].SerializeToString())
     files = [folder / "model.onnx", *(folder / f"candidate-{name}.onnx" for name in models)]
@@ -74,33 +75,32 @@ def _document(
     found: Mapping[str, Agreement],
     plan: Plan,
     graph: Graph,
-    ranges: Mapping[str, Range],
+    table: RangeTable,
     histograms: Mapping[str, Histogram],
     calibration: Part,
 ) -> dict[str, Any]:
-    tensors = {}
-    for name in plan.tensors:
+    document = table.to_json()
+    for name, entry in document["tensors"].items():
         seen = histograms[plan.same_scale.get(name, name)]
-        entry = {"low": ranges[name].low, "high": ranges[name].high, **asdict(ranges[name])}
-        tensors[name] = entry | {"seen_low": seen.low, "seen_high": seen.high, "same_as": plan.same_scale.get(name)}
+        entry |= {"seen_low": seen.low, "seen_high": seen.high, "same_as": plan.same_scale.get(name)}
+    operators = {node.name: node for node in graph.nodes}
+    layers = {
+        name: {
+            "operator": operators[name].op_type,
+            "input": operators[name].input[0],
+            **document["layers"].get(name, {}),
+        }
+        for name in sorted(plan.layers)
+    }
     return {
         "schema": SCHEMA,
         "calibrator": chosen,
         "candidates": {name: asdict(each) for name, each in found.items()},
         "chosen_on": "gate",
         "images": {"from": calibration.name, "count": len(calibration), "sha256": calibration.sha256},
-        "form": "q = clamp(round(x / scale) + zero_point, 0, 255); weights int8 = round(w / scale), per output channel",
-        "tensors": tensors,
-        "layers": {node.name: _layer(node, graph, ranges) for node in graph.nodes if node.name in plan.layers},
+        "form": "u8: q = clamp(round(x / scale) + zero_point, 0, 255); s8: q = clamp(round(x / scale), -128, 127); "
+        "weights: int8 = round(w / scale), per output channel",
+        "tensors": document["tensors"],
+        "layers": layers,
         "kept_float": plan.kept_float,
     }
-
-
-def _layer(node: onnx.NodeProto, graph: Graph, ranges: Mapping[str, Range]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"operator": node.op_type, "input": node.input[0]}
-    weight = graph.constant(node.input[1]) if node.op_type in ("Conv", "Gemm") else None
-    if weight is not None:
-        bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        _, scales, _ = quantize_weight(weight, bias, ranges[node.input[0]].scale)
-        entry["weight_scales"] = [float(scale) for scale in scales]
-    return entry

@@ -8,8 +8,9 @@ from torch import nn
 from kdedge.errors import DataError, ExportError
 from kdedge_export.calibrate import BINS, VALUES, Histogram, _sample, calibrate
 from kdedge_export.plan import make_plan
-from kdedge_export.ranges import Range, minmax, mse, percentile, quantize_weight
+from kdedge_export.ranges import minmax, mse, percentile, quantize_weight
 from kdedge_export.sessions import open_session
+from kdedge_export.table import U8
 
 from .conftest import SMALL, images
 
@@ -88,16 +89,16 @@ def test_quantile() -> None:
 
 def test_ranges_hold_zero_exactly() -> None:
     for low, high in ((-1.0, 3.0), (0.0, 6.0), (0.5, 2.0), (-3.0, -1.0), (-1e-3, 1e3)):
-        found = Range.over(low, high)
+        found = U8.over((low, high))
         assert found.apply(np.zeros(1))[0] == 0.0
         assert 0 <= found.zero_point <= 255
         inside = np.linspace(min(low, 0), max(high, 0), 1001)
         assert np.abs(found.apply(inside) - inside).max() <= found.scale * 1.0001, (
             "at the ends zero's place costs half a step"
         )
-    assert Range.over(0.5, 2.0) == Range.over(0.0, 2.0)
-    assert Range.over(0.0, 0.0) == Range(1.0, 0)
-    assert Range.over(0.0, 6.0).high == pytest.approx(6.0, rel=1e-6)
+    assert U8.over((0.5, 2.0)) == U8.over((0.0, 2.0))
+    assert U8.over((0.0, 0.0)) == U8(1.0, 0)
+    assert U8.over((0.0, 6.0)).high == pytest.approx(6.0, rel=1e-6)
 
 
 def test_calibrators() -> None:
@@ -108,7 +109,7 @@ def test_calibrators() -> None:
     low, high = percentile(found)
     assert (low, high) == (pytest.approx(-3.75, abs=0.3), pytest.approx(3.75, abs=0.3))
     errors = {
-        name: np.mean((Range.over(*each(found)).apply(values) - values) ** 2)
+        name: np.mean((U8.over(each(found)).apply(values) - values) ** 2)
         for name, each in (("mse", mse), ("minmax", minmax))
     }
     assert errors["mse"] <= errors["minmax"]
@@ -124,7 +125,7 @@ def test_mse_against_a_search_over_all_ends() -> None:
     ends = mse(found)
 
     def error(low: float, high: float) -> float:
-        return float(np.mean((Range.over(low, high).apply(values) - values) ** 2))
+        return float(np.mean((U8.over((low, high)).apply(values) - values) ** 2))
 
     grid = np.linspace(0.2, 1.0, 25)
     best = min(error(a * found.low, b * found.high) for a in grid for b in grid)
@@ -136,7 +137,8 @@ def test_weights_are_symmetric_per_channel() -> None:
     sizes = np.array([1e-4, 0.1, 1, 10, 0, 1e-12]).reshape(6, 1, 1, 1)
     weight = (rng.normal(size=(6, 3, 3, 3)) * sizes).astype(np.float32)
     bias = rng.normal(size=6).astype(np.float32)
-    codes, scales, integers = quantize_weight(weight, bias, input_scale=0.02)
+    own = np.maximum(np.abs(weight).reshape(6, -1).max(1) / 127, 1e-30).astype(np.float32)
+    codes, scales, integers = quantize_weight(weight, own, bias, input_scale=0.02)
     assert codes.dtype == np.int8
     assert codes.min() >= -127
     assert (np.abs(codes[:4]).reshape(4, -1).max(1) == 127).all(), "each channel uses its whole range"
@@ -145,4 +147,4 @@ def test_weights_are_symmetric_per_channel() -> None:
     assert integers is not None
     unit = (np.float32(0.02) * scales).astype(np.float64)
     assert (np.abs(integers * unit - bias) <= unit / 2 + 1e-6).all()
-    assert quantize_weight(weight, None, 0.02)[2] is None
+    assert quantize_weight(weight, own, None, 0.02)[2] is None

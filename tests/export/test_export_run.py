@@ -142,8 +142,8 @@ def test_the_table_names_every_range(whole: tuple[Run, dict[str, Any], list[str]
     quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     assert quantized == set(table["tensors"])
     for name, each in table["tensors"].items():
-        assert constants[f"{name}_scale"] == np.float32(each["scale"])
-        assert constants[f"{name}_zero_point"] == each["zero_point"]
+        assert constants[f"{name}_scale"] == np.float32(each["u8"]["scale"])
+        assert constants[f"{name}_zero_point"] == each["u8"]["zero_point"]
     for name, layer in table["layers"].items():
         if "weight_scales" in layer:
             np.testing.assert_array_equal(constants[f"{name}.weight_q_scale"], np.float32(layer["weight_scales"]))

@@ -11,12 +11,11 @@ from torch import nn
 from kdedge.models.zoo import ARCHITECTURES, ModelSpec, build
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.calibrate import calibrate
-from kdedge_export.graph import Graph
 from kdedge_export.lint import lint_float, lint_int8
 from kdedge_export.onnx_export import export_float, verify
 from kdedge_export.plan import make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import choose_ranges
+from kdedge_export.ranges import make_table
 from kdedge_export.sessions import run_onnx
 
 from .conftest import CLASSES, images, warm
@@ -70,8 +69,8 @@ def test_a_family_is_exported_and_quantized(arch: str, tmp_path: Path) -> None:
 
     plan = make_plan(model)
     measured = [name for name in plan.tensors if name not in plan.same_scale]
-    ranges = choose_ranges("minmax", plan, Graph(model), calibrate(model, measured, pixels[:48], PREPROCESS))
-    int8 = write_int8(model, plan, ranges)
+    table = make_table("minmax", model, plan, calibrate(model, measured, pixels[:48], PREPROCESS))
+    int8 = write_int8(model, plan, table)
     assert lint_int8(int8, frozenset(plan.kept_float)) == []
     kept = {node.op_type for node in model.graph.node if node.name in plan.kept_float}
     assert kept == IN_FLOAT.get(arch, set())
@@ -119,8 +118,8 @@ def test_what_only_moves_values_hands_on_the_scale() -> None:
     assert plan.same_scale[kinds["Transpose"].output[0]] == kinds["Concat"].output[0]
 
     measured = [name for name in plan.tensors if name not in plan.same_scale]
-    ranges = choose_ranges("minmax", plan, Graph(model), calibrate(model, measured, pixels, PREPROCESS))
-    int8 = write_int8(model, plan, ranges)
+    table = make_table("minmax", model, plan, calibrate(model, measured, pixels, PREPROCESS))
+    int8 = write_int8(model, plan, table)
     assert lint_int8(int8) == []
     batch = PREPROCESS.normalize(pixels)
     expected, found = (run_onnx(each.SerializeToString(), batch) for each in (model, int8))

@@ -13,24 +13,24 @@ from torch import nn
 
 from kdedge.errors import BugError
 from kdedge_export.calibrate import calibrate
-from kdedge_export.graph import Graph
 from kdedge_export.lint import lint_int8, require_clean
 from kdedge_export.onnx_export import export_float
 from kdedge_export.plan import Plan, make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import CALIBRATORS, Range, choose_ranges
+from kdedge_export.ranges import CALIBRATORS, make_table
 from kdedge_export.sessions import run_onnx
+from kdedge_export.table import U8, RangeTable
 
 from .conftest import CLASSES, SMALL, images, network, warm
 
 Exported = tuple[nn.Module, onnx.ModelProto]
 
 
-def int8_of(model: onnx.ModelProto, calibrator: str = "minmax") -> tuple[onnx.ModelProto, Plan, dict[str, Range]]:
+def int8_of(model: onnx.ModelProto, calibrator: str = "minmax") -> tuple[onnx.ModelProto, Plan, RangeTable]:
     plan = make_plan(model)
     measured = [name for name in plan.tensors if name not in plan.same_scale]
-    ranges = choose_ranges(calibrator, plan, Graph(model), calibrate(model, measured, images(48), SMALL))
-    return write_int8(model, plan, ranges), plan, ranges
+    table = make_table(calibrator, model, plan, calibrate(model, measured, images(48), SMALL))
+    return write_int8(model, plan, table), plan, table
 
 
 def fused(model: onnx.ModelProto, folder: Path) -> Counter[str]:
@@ -141,7 +141,7 @@ def test_no_further_from_float_than_onnx_runtimes_own_quantizer(mobilenet_v2: Ex
     assert ours <= 1.1 * relative_rms(run_onnx(theirs.read_bytes(), batch), expected)
 
 
-def oracle_conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, ranges: tuple[Range, Range]) -> np.ndarray:
+def oracle_conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, ranges: tuple[U8, U8]) -> np.ndarray:
     """Fake quantization of a 1 x 1 convolution in float64: input, weight per channel, output."""
     quantized_x = ranges[0].apply(x)
     scales = np.abs(weight.reshape(len(weight), -1)).max(1) / 127
@@ -158,18 +158,18 @@ def test_one_layer_by_value() -> None:
         conv.weight.mul_(6)
     module = nn.Sequential(conv, nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 10)).eval()
     model = export_float(module, SMALL, CLASSES)
-    int8, plan, ranges = int8_of(model)
+    int8, plan, table = int8_of(model)
     layer, activation = model.graph.node[0], model.graph.node[1]
     assert plan.absorbed == {activation.name: (0.0, 6.0)}
-    assert ranges[activation.output[0]].zero_point == 0
-    assert ranges[activation.output[0]].high <= 6.0 * (1 + 1e-6)
+    assert table.u8(activation.output[0]).zero_point == 0
+    assert table.u8(activation.output[0]).high <= 6.0 * (1 + 1e-6)
     watched = onnx.ModelProto()
     watched.CopyFrom(int8)
     name = f"{activation.output[0]}_dq"
     watched.graph.output.insert(0, onnx.helper.make_tensor_value_info(name, 1, None))
     batch = SMALL.normalize(images(4))
     found = run_onnx(watched.SerializeToString(), batch, optimize=False)
-    pair = (ranges[layer.input[0]], ranges[activation.output[0]])
+    pair = (table.u8(layer.input[0]), table.u8(activation.output[0]))
     expected = oracle_conv(batch, conv.weight.detach().numpy(), conv.bias.detach().numpy(), pair)
     off = np.abs(found - expected)
     assert off.max() <= pair[1].scale * 1.001, "never more than the next code"
@@ -228,11 +228,11 @@ def test_max_pool_and_flatten_hand_on_the_scale(tmp_path: Path) -> None:
         nn.Flatten(),
         nn.Linear(8, 10),
     )
-    int8, plan, ranges = int8_of(export_float(module.eval(), SMALL, CLASSES))
+    int8, plan, table = int8_of(export_float(module.eval(), SMALL, CLASSES))
     assert lint_int8(int8) == []
     assert len(plan.same_scale) == 2
     for name, source in plan.same_scale.items():
-        assert ranges[name] == ranges[source]
+        assert table.spans[name] == table.spans[source]
     assert not set(fused(int8, tmp_path)) & {"Conv", "Gemm", "Relu", "DequantizeLinear"}
 
 
@@ -318,6 +318,6 @@ def test_the_linter_finds_an_activation_in_the_way(mobilenet_v2: Exported) -> No
     model = mobilenet_v2[1]
     plan = make_plan(model)
     measured = [name for name in plan.tensors if name not in plan.same_scale]
-    ranges = choose_ranges("minmax", plan, Graph(model), calibrate(model, measured, images(4), SMALL))
+    table = make_table("minmax", model, plan, calibrate(model, measured, images(4), SMALL))
     clumsy = Plan(plan.layers, plan.tensors, {}, plan.made, plan.same_scale, {})
-    assert any("kept from it by Clip" in problem for problem in lint_int8(write_int8(model, clumsy, ranges)))
+    assert any("kept from it by Clip" in problem for problem in lint_int8(write_int8(model, clumsy, table)))

@@ -31,7 +31,7 @@ from kdedge.methods.thresholds import ThresholdConfig, make_policy
 from kdedge.train.optim import learning_rate
 from kdedge.trust.dec import kl_loss, map_clusters, soft_assignment, target_distribution
 from kdedge.trust.select import TrustConfig, select_trusted
-from kdedge_export.ranges import Range
+from kdedge_export.table import U8
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_13_clusters_make_a_confident_set_no_less_precise() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-1.3, 2.7), (0.0, 6.0), (-4.0, 0.0), (0.5, 2.0)])
 def test_14_zero_is_exact_and_rounding_is_half_a_step(low, high) -> None:
-    found = Range.over(low, high)
+    found = U8.over((low, high))
     assert found.apply(np.zeros(1))[0] == 0.0
     inside = np.linspace(found.low, found.high, 1001)
     assert np.abs(found.apply(inside) - inside).max() <= found.scale / 2 * (1 + 1e-6)
