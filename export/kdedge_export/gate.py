@@ -1,34 +1,55 @@
-"""What ships: INT8 where it decides as FP32 does and is not slower, measured; else FP32. The gate split alone decides.
+"""What ships on a target: the fastest file that decides as FP32 does, measured; else FP32. Pure functions of numbers.
 
-A point is one image of a hundred. The budget is on disagreement (another class than FP32 gives), which needs no labels
-and is never below the loss of accuracy on the same images; where gate images have labels, their loss counts as well.
+A gate has two sides, and both must hold. *Accuracy*, on the gate split alone: of 100 images at most so many points may
+get another class than FP32 gives, or be lost where labels are known. *Speed*, on the target: faster than FP32.
+The point estimate decides what ships; the paired intervals say how sure that is, and that is the verdict.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from kdedge.intervals import wilson
+from kdedge.intervals import tango, wilson
+from kdedge_export.latency import Speedup
 
-__all__ = ["Agreement", "Decision", "agreement", "decide"]
+__all__ = [
+    "Agreement",
+    "Candidate",
+    "Decision",
+    "Judgement",
+    "agreement",
+    "decide",
+    "fill_in",
+    "gate_document",
+    "judge",
+]
 
 Logits = npt.NDArray[np.float32]
+Points = tuple[float, float]
+Verdict = Literal["pass", "fail", "cannot tell", "undecided"]
+SCHEMA = 1
 MIN_LABELED = 50  # below, one image is more than two points, and a single flip would decide
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """INT8 beside FP32 on the gate images, with a 95 % Wilson interval of the disagreement. None: not measured."""
+    """A file beside FP32 on the same gate images, in points: images of a hundred. None: not measured.
+
+    `interval_points`: 95 % Wilson interval of the disagreement. `accuracy_interval_points`: 95 % score interval (Tango
+    1998) of the difference of the two accuracies, which are paired: only images that one alone gets right count.
+    """
 
     images: int
     disagreement_points: float | None
-    interval_points: tuple[float, float] | None
+    interval_points: Points | None
     labeled_images: int
     accuracy_drop_points: float | None
-    # Mean KL(FP32 || INT8) in nats: finer than whole classes, it breaks ties between calibrators.
+    # Mean KL(FP32 || the file) in nats: finer than whole classes, it breaks ties between calibrators.
     divergence: float | None
+    accuracy_interval_points: Points | None = None
 
     @property
     def drop_points(self) -> float | None:
@@ -37,28 +58,56 @@ class Agreement:
             return None
         return max(self.disagreement_points, self.accuracy_drop_points or 0.0)
 
+    @property
+    def drop_interval_points(self) -> Points | None:
+        """The interval of what `drop_points` gives."""
+        return self.interval_points if self.drop_points == self.disagreement_points else self.accuracy_interval_points
 
-def agreement(fp32: Logits, int8: Logits, labels: npt.NDArray[np.int64]) -> Agreement:
+    def within(self, max_drop_points: float) -> bool:
+        """The point estimate keeps the budget; without images nothing does."""
+        return self.drop_points is not None and self.drop_points <= max_drop_points
+
+    def surely_within(self, max_drop_points: float) -> bool:
+        """No image loses its class without getting another, so the bound on those bounds the loss of accuracy too."""
+        return self.within(max_drop_points) and (self.interval_points or (0.0, np.inf))[1] <= max_drop_points
+
+    def surely_beyond(self, max_drop_points: float) -> bool:
+        lows = [each[0] for each in (self.interval_points, self.accuracy_interval_points) if each]
+        return any(low > max_drop_points for low in lows)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Agreement":
+        pairs = {key: tuple(value) for key, value in document.items() if isinstance(value, list)}
+        return cls(**{**document, **pairs})
+
+
+def agreement(fp32: Logits, other: Logits, labels: npt.NDArray[np.int64]) -> Agreement:
     """Both logits [N, K]; labels [N] with -1 where the class is not known."""
     if len(fp32) == 0:
         return Agreement(0, None, None, 0, None, None)
-    ours, theirs = int8.argmax(1), fp32.argmax(1)
+    ours, theirs = other.argmax(1), fp32.argmax(1)
     differ = int((ours != theirs).sum())
-    low, high = wilson(differ / len(fp32), len(fp32))
     known = labels >= 0
-    drop = None
-    if known.sum() >= MIN_LABELED:
-        drop = 100 * float((theirs == labels)[known].mean() - (ours == labels)[known].mean())
-    log_p, log_q = _log_softmax(fp32), _log_softmax(int8)
-    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
+    count = int(known.sum())
+    drop, drop_interval = None, None
+    if count >= MIN_LABELED:
+        lost = int(((theirs == labels) & (ours != labels) & known).sum())
+        won = int(((theirs != labels) & (ours == labels) & known).sum())
+        drop, drop_interval = 100 * (lost - won) / count, _points(tango(lost, won, count))
+    log_p, log_q = _log_softmax(fp32), _log_softmax(other)
     return Agreement(
         images=len(fp32),
         disagreement_points=100 * differ / len(fp32),
-        interval_points=(100 * low, 100 * high),
-        labeled_images=int(known.sum()),
+        interval_points=_points(wilson(differ / len(fp32), len(fp32))),
+        labeled_images=count,
         accuracy_drop_points=drop,
-        divergence=divergence,
+        divergence=float((np.exp(log_p) * (log_p - log_q)).sum(1).mean()),
+        accuracy_interval_points=drop_interval,
     )
+
+
+def _points(fractions: tuple[float, float]) -> Points:
+    return 100 * fractions[0], 100 * fractions[1]
 
 
 def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
@@ -67,53 +116,141 @@ def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """`verdict` says what the measurement shows of INT8, `shipped` what is done about it, `why` both in a sentence."""
+class Candidate:
+    """A file that could ship instead of FP32. `name`: of the artifact. `speedup` None: not measured on the target."""
 
-    shipped: Literal["fp32", "int8"]
-    verdict: Literal["pass", "fail", "cannot tell", "undecided"]
-    speedup: float | None
-    drop_points: float | None
+    name: str
+    precision: Literal["int8", "fp16"]
+    agreement: Agreement
+    speedup: Speedup | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`holds`: both sides of the gate, by their point estimates. `why`: of this candidate, without its subject."""
+
+    candidate: Candidate
+    verdict: Verdict
+    holds: bool
     why: str
+    doubt: str | None = None
 
-    def to_json(self, found: Agreement | None, max_drop_points: float) -> dict[str, Any]:
-        compared = asdict(found) if found else {}
-        interval = compared.pop("interval_points", None)
-        return asdict(self) | {
+    def to_json(self) -> dict[str, Any]:
+        each = self.candidate
+        measured = each.speedup.to_json() if each.speedup else {"speedup": None, "speedup_interval": None, "rounds": 0}
+        found = {"precision": each.precision, "verdict": self.verdict, "holds": self.holds, **measured}
+        return found | {"agreement": asdict(each.agreement)}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What ships on `target`, and why. `verdict` is on the file that was asked for, the first of `judged`."""
+
+    target: str
+    shipped: Literal["fp32", "fp16", "int8"]
+    artifact: str
+    verdict: Verdict
+    why: str
+    warning: str | None
+    max_drop_points: float
+    judged: tuple[Judgement, ...] = ()
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the file that was asked for, whatever ships."""
+        found = self.judged[0].candidate.speedup if self.judged else None
+        return found.value if found else None
+
+    @property
+    def drop_points(self) -> float | None:
+        return self.judged[0].candidate.agreement.drop_points if self.judged else None
+
+    def to_json(self, *_until_wired: object) -> dict[str, Any]:
+        """The target's entry in gate.json."""
+        asked = self.judged[0].to_json() if self.judged else {}
+        interval = self.judged[0].candidate.agreement.drop_interval_points if self.judged else None
+        return {
+            "shipped": self.shipped,
+            "artifact": self.artifact,
+            "verdict": self.verdict,
+            "speedup": self.speedup,
+            "speedup_interval": asked.get("speedup_interval"),
+            "drop_points": self.drop_points,
             "drop_points_interval": list(interval) if interval else None,
-            "max_drop_points": max_drop_points,
-            "agreement": compared or None,
+            "max_drop_points": self.max_drop_points,
+            "why": self.why,
+            "warning": self.warning,
+            "agreement": asked.get("agreement"),
+            "candidates": {each.candidate.name: each.to_json() for each in self.judged},
         }
 
 
-def decide(found: Agreement | None, speedup: float | None, max_drop_points: float) -> Decision:
-    """`found` None: no INT8 file was asked for. `speedup`: FP32's median latency over INT8's; None: not measured."""
-    if found is None:
-        return Decision("fp32", "undecided", None, None, "FP32 is shipped, because no INT8 file was asked for.")
-    drop = found.drop_points
-    if drop is None or found.interval_points is None:
-        return Decision(
-            "fp32",
-            "cannot tell",
-            speedup,
-            None,
-            "FP32 is shipped, because there are no gate images to compare INT8 on.",
-        )
+def judge(target: str, candidates: Sequence[Candidate], max_drop_points: float) -> Decision:
+    """Decide for one target. Candidates come in the order in which they were asked for; without any, FP32 ships."""
+    judged = tuple(_judge_one(each, max_drop_points) for each in candidates)
+    if not judged:
+        why = "FP32 is shipped, because no INT8 file was asked for."
+        return Decision(target, "fp32", "fp32", "undecided", why, None, max_drop_points)
+    asked = judged[0]
+    fitting = [each for each in judged if each.holds]
+    chosen = max(fitting, key=lambda each: _speed(each.candidate)) if fitting else None
+    if chosen is not None and chosen is not asked and asked.holds:
+        asked = _overtaken(asked, chosen)
+    verdict: Verdict = asked.verdict
+    if all(each.speedup is None for each in candidates):
+        verdict = "undecided"
+    others = [each for each in (asked, *judged[1:]) if each.candidate is not (chosen or asked).candidate]
+    said = "; ".join(f"{_title(each.candidate)} {each.why}" for each in others)
+    more = f". Not shipped: {said}" if said else ""
+    if chosen is None:
+        why = f"FP32 is shipped on {target}, because {_title(asked.candidate)} {asked.why}{more}."
+        return Decision(target, "fp32", "fp32", verdict, why, None, max_drop_points, (asked, *judged[1:]))
+    title, doubt = _title(chosen.candidate), chosen.doubt
+    why = f"{title} is shipped on {target}: it {chosen.why}{f'; {doubt}' if doubt else ''}{more}."
+    warning = f"{title} is shipped on the point estimate: {doubt}." if doubt else None
+    name, precision = chosen.candidate.name, chosen.candidate.precision
+    return Decision(target, precision, name, verdict, why, warning, max_drop_points, (asked, *judged[1:]))
+
+
+def _judge_one(each: Candidate, budget: float) -> Judgement:
+    found, speed = each.agreement, each.speedup
+    if found.drop_points is None:
+        lack = "cannot be compared with FP32: there are no gate images"
+        return Judgement(each, "cannot tell" if speed else "undecided", False, lack)
     told = _told(found)
-    if drop > max_drop_points:
-        unsure = found.interval_points[0] <= max_drop_points and drop == found.disagreement_points
-        why = f"FP32 is shipped, because {told}, and {max_drop_points:g} is allowed."
-        return Decision("fp32", "cannot tell" if unsure else "fail", speedup, drop, why)
-    if speedup is None:
-        why = f"FP32 is shipped, because the latency of INT8 was not measured; {told}."
-        return Decision("fp32", "cannot tell", None, drop, why)
-    if speedup < 1.0:
-        why = f"FP32 is shipped, because INT8 is slower here ({_times(speedup)} the speed of FP32), though {told}."
-        return Decision("fp32", "fail", speedup, drop, why)
-    unsure = found.interval_points[1] > max_drop_points
-    doubt = f"; so few images cannot rule out a drop above {max_drop_points:g}" if unsure else ""
-    why = f"INT8 is shipped: it runs at {_times(speedup)} the speed of FP32 here, and {told}{doubt}."
-    return Decision("int8", "cannot tell" if unsure else "pass", speedup, drop, why)
+    if speed is None:
+        kept = "" if found.within(budget) else f", where {budget:g} is allowed"
+        return Judgement(each, "undecided", False, f"has not been timed there yet; it {told}{kept}")
+    fast = f"runs at {_times(speed.value)} the speed of FP32 ({_interval((speed.low, speed.high))})"
+    if not found.within(budget):
+        sure = found.surely_beyond(budget) or speed.high < 1.0
+        joint = "though it" if speed.value >= 1.0 else "and"
+        why = f"{told}, where {budget:g} is allowed, {joint} {fast}"
+        return Judgement(each, "fail" if sure else "cannot tell", False, why)
+    if speed.value < 1.0:
+        return Judgement(each, "fail" if speed.high < 1.0 else "cannot tell", False, f"{fast}, though it {told}")
+    doubts = []
+    if speed.low < 1.0:
+        doubts.append(f"{speed.rounds} rounds cannot tell whether it is faster")
+    if not found.surely_within(budget):
+        doubts.append(f"so few images cannot rule out a drop above {budget:g}")
+    doubt = " and ".join(doubts) or None
+    return Judgement(each, "cannot tell" if doubt else "pass", True, f"{fast}, and {told}", doubt)
+
+
+def _overtaken(asked: Judgement, chosen: Judgement) -> Judgement:
+    """The file that was asked for holds, but another float file is faster: beaten, surely or by the point."""
+    ours, theirs = asked.candidate.speedup, chosen.candidate.speedup
+    sure = ours is not None and theirs is not None and theirs.low > ours.high
+    return Judgement(asked.candidate, "fail" if sure else "cannot tell", False, asked.why)
+
+
+def _speed(candidate: Candidate) -> float:
+    return candidate.speedup.value if candidate.speedup else 0.0
+
+
+def _title(candidate: Candidate) -> str:
+    return candidate.precision.upper()
 
 
 def _times(speedup: float) -> str:
@@ -121,14 +258,57 @@ def _times(speedup: float) -> str:
     return f"{speedup:.2f} times" if abs(speedup - 1) >= 0.005 else f"{speedup:.4f} times"
 
 
+def _interval(ends: Points) -> str:
+    return f"95 % interval {ends[0]:.2f} to {ends[1]:.2f}"
+
+
 def _told(found: Agreement) -> str:
-    low, high = found.interval_points or (0.0, 0.0)
+    ends = _interval(found.interval_points or (0.0, 0.0))
     text = (
-        f"INT8 gives another class than FP32 for {found.disagreement_points:.2f} of 100 gate images "
-        f"(95 % interval {low:.2f} to {high:.2f}, {found.images} images)"
+        f"gives another class than FP32 for {found.disagreement_points:.2f} of 100 gate images "
+        f"({ends}, {found.images} images)"
     )
-    if found.accuracy_drop_points is not None:
-        text += (
-            f" and loses {found.accuracy_drop_points:.2f} points of accuracy on {found.labeled_images} labelled ones"
-        )
+    drop = found.accuracy_drop_points
+    if drop is not None:
+        ends = _interval(found.accuracy_interval_points or (0.0, 0.0))
+        change = f"loses {drop:.2f}" if drop >= 0 else f"wins {-drop:.2f}"
+        text += f" and {change} points of accuracy ({ends} lost) on {found.labeled_images} labelled ones"
     return text
+
+
+def gate_document(decisions: Sequence[Decision], measured: str) -> dict[str, Any]:
+    """gate.json: an entry for each target; `shipped` on top is that of the target `measured` on this machine."""
+    entries = {each.target: each for each in decisions}
+    targets = {name: each.to_json() for name, each in entries.items()}
+    return {"schema": SCHEMA, "shipped": entries[measured].shipped, "targets": targets}
+
+
+def fill_in(document: Mapping[str, Any], target: str, speedups: Mapping[str, Speedup]) -> dict[str, Any]:
+    """gate.json with `target` decided anew, now that its files were timed there; what else its entry says is kept.
+
+    `speedups`: by artifact. KeyError where the document has no such target or no such candidate.
+    """
+    entry = document["targets"][target]
+    unknown = set(speedups) - set(entry["candidates"])
+    if unknown:
+        raise KeyError(f"{sorted(unknown)} are no candidates for {target}")
+    candidates = [
+        Candidate(name, each["precision"], Agreement.from_json(each["agreement"]), speedups.get(name) or _timed(each))
+        for name, each in entry["candidates"].items()
+    ]
+    decided = judge(target, candidates, entry["max_drop_points"])
+    return {**document, "targets": {**document["targets"], target: {**entry, **decided.to_json()}}}
+
+
+def _timed(entry: Mapping[str, Any]) -> Speedup | None:
+    if entry["speedup"] is None:
+        return None
+    low, high = entry["speedup_interval"]
+    return Speedup(entry["speedup"], low, high, entry["rounds"])
+
+
+def decide(found: Agreement | None, speedup: float | None, max_drop_points: float) -> Decision:
+    """`judge` for one INT8 file and a speedup without interval: for export.py, until it races."""
+    speed = None if speedup is None else Speedup(speedup, speedup, speedup, 1)
+    candidates = [] if found is None else [Candidate("int8", "int8", found, speed)]
+    return judge("onnxruntime-cpu", candidates, max_drop_points)

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from kdedge.intervals import wilson
-from kdedge_export.gate import Agreement, agreement, decide
+from kdedge.intervals import tango, wilson
+from kdedge_export.gate import Agreement, Candidate, Decision, agreement, fill_in, gate_document, judge
+from kdedge_export.latency import Speedup
 
 UNKNOWN = np.full(1000, -1, np.int64)
+CPU = "onnxruntime-cpu"
 
 
 def logits(classes: np.ndarray) -> np.ndarray:
@@ -15,20 +17,29 @@ def logits(classes: np.ndarray) -> np.ndarray:
 
 def found(images: int = 1000, differ: int = 0, labels: np.ndarray = UNKNOWN) -> Agreement:
     fp32 = np.arange(images) % 10
-    int8 = fp32.copy()
-    int8[:differ] = (int8[:differ] + 1) % 10
-    return agreement(logits(fp32), logits(int8), labels[:images])
+    other = fp32.copy()
+    other[:differ] = (other[:differ] + 1) % 10
+    return agreement(logits(fp32), logits(other), labels[:images])
+
+
+def speed(value: float, spread: float = 0.02) -> Speedup:
+    return Speedup(value, value - spread, value + spread, 6)
+
+
+def int8(differ: int, speedup: Speedup | None, budget: float = 1.0, images: int = 1000) -> Decision:
+    return judge(CPU, [Candidate("int8", "int8", found(images, differ), speedup)], budget)
 
 
 def test_agreement_by_value() -> None:
     each = found(differ=7)
     assert (each.images, each.disagreement_points, each.labeled_images) == (1000, pytest.approx(0.7), 0)
-    assert each.accuracy_drop_points is None
+    assert each.interval_points == pytest.approx([100 * end for end in wilson(0.007, 1000)])
+    assert (each.accuracy_drop_points, each.accuracy_interval_points) == (None, None)
     assert each.divergence is not None
     assert each.divergence > 0
     assert found(differ=0).divergence == pytest.approx(0.0, abs=1e-9)
     nothing = agreement(np.zeros((0, 10), np.float32), np.zeros((0, 10), np.float32), np.zeros(0, np.int64))
-    assert (nothing.images, nothing.drop_points) == (0, None)
+    assert (nothing.images, nothing.drop_points, nothing.within(100)) == (0, None, False)
 
 
 def test_accuracy_counts_where_enough_labels_are_known() -> None:
@@ -36,54 +47,163 @@ def test_accuracy_counts_where_enough_labels_are_known() -> None:
     labels[:100] = np.arange(100) % 10
     each = found(differ=7, labels=labels)
     assert (each.labeled_images, each.accuracy_drop_points) == (100, pytest.approx(7.0))
+    assert each.accuracy_interval_points == pytest.approx([100 * end for end in tango(7, 0, 100)])
     assert each.drop_points == pytest.approx(7.0)
+    assert each.drop_interval_points == each.accuracy_interval_points
     labels[20:] = -1
     few = found(differ=7, labels=labels)
     assert (few.labeled_images, few.accuracy_drop_points) == (20, None), "one image of 20 is five points"
-    right = labels.copy()
-    right[:20] = (np.arange(20) + 1) % 10
-    assert found(differ=20, labels=right).drop_points == 2.0
+
+
+def test_won_and_lost_images_are_paired() -> None:
+    labels = np.arange(1000) % 10
+    labels[:4] = (labels[:4] + 1) % 10  # where INT8 is right and FP32 is not
+    each = found(differ=10, labels=labels)
+    assert each.accuracy_drop_points == pytest.approx(100 * (6 - 4) / 1000)
+    assert each.accuracy_interval_points == pytest.approx([100 * end for end in tango(6, 4, 1000)])
+    assert each.drop_points == pytest.approx(1.0), "the disagreement is larger than the loss"
+    assert each.drop_interval_points == each.interval_points
+
+
+def test_the_paired_interval_covers() -> None:
+    """In 95 of 100 gate splits the interval of the loss of accuracy holds the true loss."""
+    rng = np.random.default_rng(0)
+    for lost, won in ((0.012, 0.004), (0.03, 0.03), (0.001, 0.0)):
+        draws = rng.multinomial(1000, [lost, won, 1 - lost - won], 500)
+        intervals = {(a, b): tango(a, b, 1000) for a, b, _ in draws}
+        inside = [intervals[a, b][0] <= lost - won <= intervals[a, b][1] for a, b, _ in draws]
+        assert np.mean(inside) > 0.93
 
 
 def test_int8_ships_when_it_agrees_and_is_faster() -> None:
-    decision = decide(found(differ=2), 1.5, 1.0)
-    assert (decision.shipped, decision.verdict, decision.speedup) == ("int8", "pass", 1.5)
-    assert decision.drop_points == pytest.approx(0.2)
+    decision = int8(2, speed(1.5))
+    assert (decision.shipped, decision.artifact, decision.verdict, decision.warning) == ("int8", "int8", "pass", None)
+    assert (decision.speedup, decision.drop_points) == (1.5, pytest.approx(0.2))
     assert decision.why == (
-        "INT8 is shipped: it runs at 1.50 times the speed of FP32 here, and INT8 gives another class than FP32 for "
-        "0.20 of 100 gate images (95 % interval 0.05 to 0.73, 1000 images)."
+        "INT8 is shipped on onnxruntime-cpu: it runs at 1.50 times the speed of FP32 (95 % interval 1.48 to 1.52), and "
+        "gives another class than FP32 for 0.20 of 100 gate images (95 % interval 0.05 to 0.73, 1000 images)."
     )
-    assert decide(found(differ=2), 1.0, 1.0).shipped == "int8", "as fast is fast enough"
 
 
 def test_float_ships_when_int8_is_slower_or_disagrees() -> None:
-    slower = decide(found(differ=0), 0.99, 1.0)
-    assert (slower.shipped, slower.verdict) == ("fp32", "fail")
-    assert "INT8 is slower here (0.99 times the speed of FP32)" in slower.why
-    assert "(0.9970 times the speed" in decide(found(differ=0), 0.997, 1.0).why, "a near tie is not told as 1.00"
-    apart = decide(found(differ=50), 3.0, 1.0)
-    assert (apart.shipped, apart.verdict, apart.drop_points) == ("fp32", "fail", 5.0)
+    slower = int8(0, speed(0.9))
+    assert (slower.shipped, slower.artifact, slower.verdict) == ("fp32", "fp32", "fail")
+    assert "FP32 is shipped on onnxruntime-cpu, because INT8 runs at 0.90 times the speed of FP32" in slower.why
+    assert "0.9970 times the speed" in int8(0, speed(0.997)).why, "a near tie is not told as 1.00"
+    apart = int8(50, speed(3.0))
+    assert (apart.shipped, apart.verdict, apart.drop_points, apart.speedup) == ("fp32", "fail", 5.0, 3.0)
     assert "for 5.00 of 100 gate images" in apart.why
-    assert "and 1 is allowed" in apart.why
-    assert decide(found(differ=50), 3.0, 6.5).shipped == "int8"
+    assert "where 1 is allowed, though it runs at 3.00 times" in apart.why
+    assert int8(50, speed(3.0), budget=7.0).verdict == "pass"
+    both = int8(50, speed(0.5))
+    assert "where 1 is allowed, and runs at 0.50 times" in both.why, "both numbers are told"
 
 
-def test_what_cannot_be_told() -> None:
-    near = decide(found(differ=8), 2.0, 1.0)
-    assert (near.shipped, near.verdict) == ("int8", "cannot tell")
-    assert "so few images cannot rule out a drop above 1" in near.why
-    above = decide(found(differ=12), 2.0, 1.0)
-    assert (above.shipped, above.verdict) == ("fp32", "cannot tell")
-    assert decide(found(differ=0), None, 1.0).verdict == "cannot tell"
-    none = decide(found(images=0), 2.0, 1.0)
-    assert (none.shipped, none.verdict) == ("fp32", "cannot tell")
-    unasked = decide(None, None, 1.0)
+@pytest.mark.parametrize(
+    ("differ", "speedup", "shipped"),
+    [
+        (8, speed(2.0), "int8"),  # 0.8 points, up to 1.57
+        (12, speed(2.0), "fp32"),  # 1.2 points, from 0.69
+        (0, speed(1.01), "int8"),  # from 0.99
+        (0, speed(0.99), "fp32"),  # up to 1.01
+        (12, speed(0.99), "fp32"),
+    ],
+)
+def test_what_cannot_be_told_ships_on_the_point(differ: int, speedup: Speedup, shipped: str) -> None:
+    decision = int8(differ, speedup)
+    assert (decision.shipped, decision.verdict) == (shipped, "cannot tell")
+    assert (decision.warning is not None) == (shipped == "int8")
+
+
+def test_one_side_that_surely_fails_is_enough() -> None:
+    assert int8(12, speed(0.5)).verdict == "fail"
+    assert int8(50, speed(0.99)).verdict == "fail"
+
+
+def test_warnings_say_what_is_not_sure() -> None:
+    doubtful = int8(8, speed(1.01))
+    assert doubtful.warning == (
+        "INT8 is shipped on the point estimate: 6 rounds cannot tell whether it is faster "
+        "and so few images cannot rule out a drop above 1."
+    )
+    assert "; 6 rounds cannot tell whether it is faster" in doubtful.why
+
+
+def test_labels_can_fail_a_file_that_its_disagreement_cannot() -> None:
+    """All flips lie on labelled images: the loss there is above the budget, the disagreement over all is not."""
+    labels = UNKNOWN.copy()
+    labels[:200] = np.arange(200) % 10
+    each = Candidate("int8", "int8", found(differ=9, labels=labels), speed(2.0))
+    decision = judge(CPU, [each], 1.0)
+    assert (decision.shipped, decision.verdict, decision.drop_points) == ("fp32", "fail", pytest.approx(4.5))
+    assert "loses 4.50 points of accuracy" in decision.why
+
+
+def test_without_images_or_measurement() -> None:
+    assert (int8(0, speed(2.0), images=0).shipped, int8(0, speed(2.0), images=0).verdict) == ("fp32", "cannot tell")
+    assert int8(0, speed(2.0), images=0).why.endswith("there are no gate images.")
+    later = judge("tensorrt", [Candidate("trt", "int8", found(differ=2))], 1.0)
+    assert (later.shipped, later.verdict, later.speedup) == ("fp32", "undecided", None)
+    assert "INT8 has not been timed there yet; it gives another class" in later.why
+    assert judge("tensorrt", [Candidate("trt", "int8", found(differ=500))], 1.0).verdict == "undecided"
+    unasked = judge(CPU, [], 1.0)
     assert (unasked.shipped, unasked.verdict, unasked.drop_points) == ("fp32", "undecided", None)
 
 
+def test_fp16_ships_only_where_it_is_measured_faster() -> None:
+    def three(int8_speed: Speedup, fp16_speed: Speedup | None, differ: int = 0) -> Decision:
+        candidates = [
+            Candidate("int8", "int8", found(differ=differ), int8_speed),
+            Candidate("fp16", "fp16", found(), fp16_speed),
+        ]
+        return judge(CPU, candidates, 1.0)
+
+    slow = three(speed(2.0), speed(0.3))
+    assert (slow.shipped, slow.verdict) == ("int8", "pass")
+    assert "Not shipped: FP16 runs at 0.30 times the speed of FP32" in slow.why
+    assert three(speed(2.0), None).shipped == "int8"
+    assert three(speed(0.8), speed(0.3)).shipped == "fp32"
+    instead = three(speed(2.0), speed(1.4), differ=50)
+    assert (instead.shipped, instead.artifact, instead.verdict) == ("fp16", "fp16", "fail")
+    assert (instead.speedup, instead.drop_points) == (2.0, 5.0), "of what was asked for"
+    assert "FP16 is shipped on onnxruntime-cpu: it runs at 1.40" in instead.why
+    assert "Not shipped: INT8 gives another class than FP32 for 5.00" in instead.why
+    beaten = three(speed(1.4), speed(1.6))
+    assert (beaten.shipped, beaten.verdict) == ("fp16", "fail")
+    assert three(speed(1.40), speed(1.41)).verdict == "cannot tell", "the intervals of the two overlap"
+
+
 def test_document() -> None:
-    each = found(differ=2)
-    document = decide(each, 1.5, 1.0).to_json(each, 1.0)
-    assert {"shipped", "verdict", "speedup", "drop_points", "drop_points_interval", "why"} <= set(document)
-    assert document["drop_points_interval"] == pytest.approx([100 * end for end in wilson(0.002, 1000)])
-    assert decide(None, None, 1.0).to_json(None, 1.0)["drop_points_interval"] is None
+    here = int8(2, speed(1.5))
+    there = judge("tensorrt", [Candidate("trt", "int8", found(differ=2)), Candidate("fp16", "fp16", found())], 1.0)
+    document = gate_document([here, there], CPU)
+    assert (document["schema"], document["shipped"], list(document["targets"])) == (1, "int8", [CPU, "tensorrt"])
+    entry = document["targets"][CPU]
+    assert {"shipped", "verdict", "speedup", "drop_points", "drop_points_interval", "why"} <= set(entry)
+    assert entry["drop_points_interval"] == pytest.approx([100 * end for end in wilson(0.002, 1000)])
+    assert entry["speedup_interval"] == [1.48, 1.52]
+    assert entry["candidates"]["int8"]["verdict"] == "pass"
+    assert document["targets"]["tensorrt"]["verdict"] == "undecided"
+    assert judge(CPU, [], 1.0).to_json()["drop_points_interval"] is None
+
+
+def test_a_target_is_filled_in_when_it_was_measured() -> None:
+    labels = np.arange(1000) % 10
+    candidates = [
+        Candidate("trt", "int8", found(differ=2, labels=labels)),
+        Candidate("fp16", "fp16", found(labels=labels)),
+    ]
+    decisions = [int8(2, speed(1.5)), judge("tensorrt", candidates, 1.0)]
+    document = gate_document(decisions, CPU)
+    document["targets"]["tensorrt"]["note"] = "kept"
+    filled = fill_in(document, "tensorrt", {"trt": speed(2.1)})
+    expected = judge(
+        "tensorrt", [Candidate("trt", "int8", found(differ=2, labels=labels), speed(2.1)), candidates[1]], 1.0
+    )
+    assert filled["targets"]["tensorrt"] == {**expected.to_json(), "note": "kept"}
+    assert (filled["targets"]["tensorrt"]["artifact"], filled["shipped"]) == ("trt", "int8")
+    assert filled["targets"][CPU] == document["targets"][CPU]
+    again = fill_in(filled, "tensorrt", {"fp16": speed(2.5)})["targets"]["tensorrt"]
+    assert (again["shipped"], again["candidates"]["trt"]["speedup"]) == ("fp16", 2.1)
+    with pytest.raises(KeyError, match="no candidates"):
+        fill_in(document, "tensorrt", {"int8": speed(2.0)})
