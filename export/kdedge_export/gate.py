@@ -75,6 +75,10 @@ class Agreement:
         lows = [each[0] for each in (self.interval_points, self.accuracy_interval_points) if each]
         return any(low > max_drop_points for low in lows)
 
+    def to_json(self) -> dict[str, Any]:
+        """With lists for pairs, as it is read back from a file."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Agreement":
         pairs = {key: tuple(value) for key, value in document.items() if isinstance(value, list)}
@@ -139,7 +143,7 @@ class Judgement:
         each = self.candidate
         measured = each.speedup.to_json() if each.speedup else {"speedup": None, "speedup_interval": None, "rounds": 0}
         found = {"precision": each.precision, "verdict": self.verdict, "holds": self.holds, **measured}
-        return found | {"agreement": asdict(each.agreement)}
+        return found | {"agreement": each.agreement.to_json()}
 
 
 @dataclass(frozen=True)

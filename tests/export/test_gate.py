@@ -1,5 +1,7 @@
 """What ships, from numbers; no model is run here."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -178,6 +180,7 @@ def test_document() -> None:
     there = judge("tensorrt", [Candidate("trt", "int8", found(differ=2)), Candidate("fp16", "fp16", found())], 1.0)
     document = gate_document([here, there], CPU)
     assert (document["schema"], document["shipped"], list(document["targets"])) == (1, "int8", [CPU, "tensorrt"])
+    assert json.loads(json.dumps(document)) == document, "what is told is what can be read back"
     entry = document["targets"][CPU]
     assert {"shipped", "verdict", "speedup", "drop_points", "drop_points_interval", "why"} <= set(entry)
     assert entry["drop_points_interval"] == pytest.approx([100 * end for end in wilson(0.002, 1000)])
