@@ -1,0 +1,127 @@
+"""The ONNX graph as a torch module: ONNX Runtime's numbers in float, and code for code those of the INT8 file."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from kdedge.errors import ExportError
+from kdedge.models.zoo import ModelSpec, build
+from kdedge_export.onnx_export import export_float
+from kdedge_export.plan import Plan, make_plan
+from kdedge_export.qdq import write_int8
+from kdedge_export.sessions import open_session, run_onnx
+from kdedge_export.table import RangeTable, natural_weight_scales
+from kdedge_export.torch_graph import TorchGraph
+
+from .conftest import CLASSES, SMALL, images, warm
+from .test_families import shallow
+
+BATCH = SMALL.normalize(images(48))
+# In these, all between two roundings is sums and products. The others compute square roots and exponentials as well,
+# where two libraries may differ in the last digit.
+EXACT = ("mobilenet-v2", "resnet18", "shufflenet-v2")
+FAMILIES = (*EXACT, "mobilenet-v3-small", "efficientnet-b0")
+
+
+@pytest.fixture(scope="module")
+def float_models(mobilenet_v2: tuple[nn.Module, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
+    models = {"mobilenet-v2": mobilenet_v2[1]}
+    for arch in set(FAMILIES) - set(models):
+        torch.manual_seed(0)
+        module: nn.Module = shallow(build(ModelSpec(arch, len(CLASSES), halvings=2)))
+        if arch not in EXACT:  # a code that differs makes others differ: in so few blocks they can still be counted
+            blocks = module.get_submodule("backbone.features")[:4]  # type: ignore[operator]
+            module = nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(len(CLASSES)))
+        models[arch] = export_float(warm(module, torch.from_numpy(BATCH)), SMALL, CLASSES)
+    return models
+
+
+def table_of(model: onnx.ModelProto) -> tuple[Plan, RangeTable]:
+    """Nothing is clipped, but what behind an absorbed activation would be anyway."""
+    plan = make_plan(model)
+    with torch.inference_mode():
+        _, seen = TorchGraph(model).watch(torch.from_numpy(BATCH), plan.tensors)
+    ends = {name: (min(0.0, float(seen[name].min())), max(0.0, float(seen[name].max()))) for name in plan.tensors}
+    spans = {name: ends[plan.same_scale.get(name, name)] for name in plan.tensors}
+    return plan, RangeTable(spans, natural_weight_scales(model, plan.layers))
+
+
+def in_powers_of_two(table: RangeTable) -> RangeTable:
+    """Every scale is the next power of two: sums of products are then exact in float32, in whatever order."""
+
+    def up(scale: Any) -> Any:
+        return np.exp2(np.ceil(np.log2(scale)))
+
+    spans = {}
+    for name in table.spans:
+        scale, zero_point = float(up(table.u8(name).scale)), table.u8(name).zero_point
+        spans[name] = (-zero_point * scale, (255 - zero_point) * scale)
+    return RangeTable(spans, {name: up(scales).astype(np.float32) for name, scales in table.weight_scales.items()})
+
+
+def codes_of_file(int8: onnx.ModelProto, plan: Plan, batch: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits, and the uint8 values of every quantized tensor, of the file as written."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(int8)
+    for name in plan.tensors:
+        copy.graph.output.append(helper.make_tensor_value_info(f"{name}_q", TensorProto.UINT8, None))
+    session = open_session(copy.SerializeToString(), optimize=False)
+    logits, *codes = session.run(None, {"input": batch})
+    return logits, dict(zip(plan.tensors, codes, strict=True))
+
+
+def codes_of_graph(graph: TorchGraph, plan: Plan, table: RangeTable, batch: np.ndarray) -> Any:
+    with torch.inference_mode():
+        logits, found = graph.watch(torch.from_numpy(batch), [f"{name}_dq" for name in plan.tensors])
+    codes = {
+        name: np.rint(found[f"{name}_dq"].numpy() / table.u8(name).scale) + table.u8(name).zero_point
+        for name in plan.tensors
+    }
+    return logits.numpy(), codes
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_in_float_it_is_onnx_runtime(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
+    model = float_models[arch]
+    with torch.inference_mode():
+        found = TorchGraph(model)(torch.from_numpy(BATCH)).numpy()
+    expected = run_onnx(model.SerializeToString(), BATCH)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("arch", EXACT)
+def test_it_rounds_what_the_file_rounds(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
+    model = float_models[arch]
+    plan, table = table_of(model)
+    table = in_powers_of_two(table)
+    expected_logits, expected = codes_of_file(write_int8(model, plan, table), plan, BATCH[:16])
+    logits, codes = codes_of_graph(TorchGraph(model, plan, table), plan, table, BATCH[:16])
+    assert plan.kept_float == {}
+    assert all(np.ptp(each) > 50 for each in expected.values()), "codes that say nothing"
+    for name in plan.tensors:
+        assert np.array_equal(codes[name], expected[name]), name
+    assert np.abs(logits - expected_logits).max() <= 1e-5 * np.abs(expected_logits).max()
+
+
+@pytest.mark.parametrize("arch", [arch for arch in FAMILIES if arch not in EXACT])
+def test_it_rounds_alike_but_at_borders(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
+    model = float_models[arch]
+    plan, table = table_of(model)
+    table = in_powers_of_two(table)
+    _, expected = codes_of_file(write_int8(model, plan, table), plan, BATCH[:16])
+    _, codes = codes_of_graph(TorchGraph(model, plan, table), plan, table, BATCH[:16])
+    differ = np.concatenate([(codes[name] != expected[name]).ravel() for name in plan.tensors])
+    assert differ.mean() <= 1e-3
+
+
+def test_an_unknown_operator_is_named() -> None:
+    node = helper.make_node("Erf", ["input"], ["logits"], name="gelu")
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("input", "logits")]
+    model = helper.make_model(helper.make_graph([node], "one", value[:1], value[1:]))
+    with pytest.raises(ExportError, match="gelu is a Erf"):
+        TorchGraph(model)
