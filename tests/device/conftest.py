@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +67,16 @@ def bundle(tmp_path: Path) -> Path:
     np.savez(folder / "golden.npz", images=images, logits__fp32=np.stack([-means, means], 1))
     write_manifest(folder)
     onnx.checker.check_model(str(folder / "model.onnx"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with libcuda.so.1, a driver that works on malloc'ed memory (fake_cuda.c)."""
+    compiler = shutil.which("gcc")
+    assert compiler, "gcc is not on PATH; install it (apt-get install gcc): the CUDA calls are tested on a fake driver"
+    folder = tmp_path_factory.mktemp("cuda")
+    source = Path(__file__).with_name("fake_cuda.c")
+    command = [compiler, "-Wall", "-Werror", "-shared", "-fPIC", "-O1", "-o", str(folder / "libcuda.so.1"), str(source)]
+    subprocess.run(command, check=True)
     return folder
