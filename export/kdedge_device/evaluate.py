@@ -8,12 +8,12 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from kdedge_device.failures import BudgetFailure, Failure
+from kdedge_device.failures import BudgetFailure, Failure, RuntimeFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 from kdedge_device.runners import OrtRunner
 
-__all__ = ["check", "evaluate", "logits_of", "predict"]
+__all__ = ["check", "evaluate", "logits_of", "open_runner", "predict"]
 
 BATCH = 32
 
@@ -22,6 +22,26 @@ def logits_of(runner: OrtRunner, preprocess: Preprocess, images: "np.ndarray[Any
     """float32 [N, K] of uint8 [N, H, W, C], N above 0, in batches of BATCH."""
     parts = [runner.run(preprocess.normalize(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
     return np.concatenate(parts)
+
+
+def open_runner(bundle: Bundle, artifact: Optional[str] = None, threads: int = 1) -> OrtRunner:
+    """A runner of an artifact, the shipped one unless named. RuntimeFailure where its file is for another runtime."""
+    name = bundle.artifact(artifact)
+    why = _not_run_here(bundle, name)
+    if why:
+        runnable = ", ".join(sorted(each for each in bundle.artifacts if not _not_run_here(bundle, each)))
+        raise RuntimeFailure(f"The artifact '{name}' cannot be run by ONNX Runtime: {why}. It runs: {runnable}.")
+    return OrtRunner(bundle.model_path(name), threads)
+
+
+def _not_run_here(bundle: Bundle, name: str) -> str:
+    """Why an artifact is not for ONNX Runtime; empty where it is. A TensorRT file would load, and be slow or wrong."""
+    runtime = bundle.artifacts[name].get("runtime", OrtRunner.runtime)
+    if runtime == OrtRunner.runtime:
+        return ""
+    if runtime == "tensorrt":
+        return "it needs TensorRT and an engine, which `python run.pyz build` makes"
+    return f"it needs {runtime}"
 
 
 def softmax(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
@@ -34,7 +54,7 @@ def predict(
 ) -> List[Dict[str, Any]]:
     """One document per path: {path, class, probability, top: [[class, probability] x 5]}, or {path, error}."""
     answers: List[Dict[str, Any]] = []
-    with OrtRunner(bundle.model_path(artifact), threads) as runner:
+    with open_runner(bundle, artifact, threads) as runner:
         for path in paths:
             try:
                 image = bundle.preprocess.decode(path)
@@ -55,7 +75,7 @@ def evaluate(bundle: Bundle, data: str, artifact: Optional[str] = None, threads:
     name = bundle.artifact(artifact)
     unreadable: List[Dict[str, str]] = []
     counts = {cls: [0, 0] for cls in bundle.classes}
-    with OrtRunner(bundle.model_path(name), threads) as runner:
+    with open_runner(bundle, name, threads) as runner:
         for images, labels in _batches(_labelled(bundle, data, unreadable)):
             hits = logits_of(runner, bundle.preprocess, images).argmax(1) == labels
             for label, hit in zip(labels, hits):
@@ -134,17 +154,21 @@ def _batches(
 
 
 def check(bundle: Bundle, threads: int = 1) -> Dict[str, Any]:
-    """Hash every file, run every artifact on the golden images and compare with the logits noted when it was exported.
+    """Hash every file, run the artifacts on the golden images and compare with the logits noted at export.
 
-    {files, golden: {artifact: {max_abs_difference, tolerance, same_class}}}. CorruptFailure where a file is altered,
-    BudgetFailure where a logit is further off than the tolerance of the manifest.
+    {files, golden: {artifact: {max_abs_difference, tolerance, same_class}}, not_run: {artifact: why}}. CorruptFailure
+    where a file is altered, BudgetFailure where a logit is further off than the tolerance of the manifest.
     """
     files = bundle.verify()
     golden = bundle.golden()
     found: Dict[str, Any] = {}
+    why = {name: _not_run_here(bundle, name) for name in sorted(bundle.artifacts)}
+    not_run = {name: each for name, each in why.items() if each}
     for name, entry in sorted(bundle.artifacts.items()):
+        if name in not_run:
+            continue
         expected = golden["logits__" + name]
-        with OrtRunner(bundle.model_path(name), threads) as runner:
+        with open_runner(bundle, name, threads) as runner:
             logits = logits_of(runner, bundle.preprocess, golden["images"])
         found[name] = {
             "max_abs_difference": float(np.abs(logits - expected).max()),
@@ -161,4 +185,4 @@ def check(bundle: Bundle, threads: int = 1) -> Dict[str, Any]:
                 )
             )
         )
-    return {"files": files, "golden": found}
+    return {"files": files, "golden": found, "not_run": not_run}

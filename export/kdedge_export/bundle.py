@@ -4,23 +4,54 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
-from kdedge.errors import ExportError
+from kdedge.errors import DataError, ExportError
 from kdedge.runs import sha256_file, write_json
 from kdedge_device.manifest import SCHEMA
 from kdedge_device.preprocess import Preprocess
+from kdedge_export.images import Part
 
-__all__ = ["FILES", "golden_tolerance", "new_bundle", "write_golden", "write_manifest"]
+__all__ = [
+    "ARTIFACTS",
+    "FILES",
+    "Artifact",
+    "eval_part",
+    "golden_tolerance",
+    "new_bundle",
+    "write_eval",
+    "write_golden",
+    "write_manifest",
+]
 
-FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
-# Of the span of the golden logits. Another processor adds in another order, and near its border an 8-bit code then
-# becomes its neighbour: INT8 moves by a few of the 255 steps, FP32 by its last digits.
-_GOLDEN_TOLERANCE = {"fp32": 0.001, "int8": 0.08}
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model file of the bundle. `golden_tolerance`: of the span of the golden logits, on another machine."""
+
+    file: str
+    runtime: str
+    precision: str
+    golden_tolerance: float
+
+
+# Another processor adds in another order, and near its border an 8-bit code then becomes its neighbour: INT8 moves by a
+# few of the 255 steps, FP32 by its last digits, FP16 by some of its eleven bits. The golden logits of a TensorRT file
+# are emulated in float32; the real thing may besides run its float layers in TF32 or FP16.
+ARTIFACTS = {
+    "fp32": Artifact("model.onnx", "onnxruntime", "fp32", 0.001),
+    "int8": Artifact("model.int8.onnx", "onnxruntime", "int8", 0.08),
+    "trt": Artifact("model.trt.onnx", "tensorrt", "int8", 0.1),
+    "trt-fp16": Artifact("model.trt-fp16.onnx", "tensorrt", "int8", 0.1),
+    "fp16": Artifact("model.fp16.onnx", "onnxruntime", "fp16", 0.01),
+}
+FILES = {name: ARTIFACTS[name].file for name in ("fp32", "int8")}
 
 
 @contextlib.contextmanager
@@ -69,7 +100,28 @@ def write_golden(path: Path, images: npt.NDArray[np.uint8], logits: Mapping[str,
 
 def golden_tolerance(name: str, logits: npt.NDArray[np.float32]) -> float:
     """How far a golden logit may be off on another machine."""
-    return _GOLDEN_TOLERANCE[name] * max(float(logits.max() - logits.min()), 1e-6)
+    return ARTIFACTS[name].golden_tolerance * max(float(logits.max() - logits.min()), 1e-6)
+
+
+def eval_part(part: Part, count: int) -> tuple[Part, npt.NDArray[np.int64]]:
+    """`count` labelled images, evenly over those of `part`, or all where it has fewer; and their places in it.
+
+    They go to the device to be scored there, beside what the manifest says of the same images, so they are test ones: a
+    choice was made on any others. DataError where none has a label.
+    """
+    known = np.flatnonzero(part.labels >= 0)
+    if len(known) == 0:
+        raise DataError(
+            f"The {part.name} images have no labels, so there is nothing to score on the device. "
+            "Leave out --with-eval, or use data with a labelled test split."
+        )
+    places = known[np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(np.int64))]
+    return replace(part, indices=part.indices[places], labels=part.labels[places], sha256=None), places
+
+
+def write_eval(path: Path, part: Part, preprocess: Preprocess) -> None:
+    """`images` uint8 [N, H, W, C] as the model takes them before normalisation, and `labels` int64 [N]."""
+    np.savez_compressed(path, images=part.load(preprocess), labels=part.labels.astype(np.int64))
 
 
 def write_manifest(
@@ -81,32 +133,51 @@ def write_manifest(
     accuracy: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """manifest.json over every file that lies in `folder`. `artifacts`: what is known of each beside file and hash."""
-    entries = {
-        name: {"file": FILES[name], **_hashed(folder / FILES[name]), "precision": name, **known}
-        for name, known in artifacts.items()
+    """manifest.json over every file that lies in `folder`. `artifacts`: what is known of each beside the file."""
+    models = {ARTIFACTS[name].file for name in artifacts}
+    others = sorted(path for path in folder.iterdir() if path.name not in models)
+    document = {
+        "schema": SCHEMA,
+        "shipped": shipped,
+        "artifacts": {name: {**_artifact(folder, name), **known} for name, known in artifacts.items()},
+        "input": _input(folder / ARTIFACTS["fp32"].file),
+        "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
+        "preprocess": preprocess.to_json(),
+        "classes": list(classes),
+        "accuracy": dict(accuracy),
+        "files": {path.name: _hashed(path) for path in others},
+        "provenance": dict(provenance),
     }
-    others = sorted(path for path in folder.iterdir() if path.name not in FILES.values())
-    write_json(
-        folder / "manifest.json",
-        {
-            "schema": SCHEMA,
-            "shipped": shipped,
-            "artifacts": entries,
-            "input": {
-                "name": "input",
-                "shape": ["batch", preprocess.channels, preprocess.height, preprocess.width],
-                "dtype": "float32",
-                "layout": "NCHW",
-            },
-            "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
-            "preprocess": preprocess.to_json(),
-            "classes": list(classes),
-            "accuracy": dict(accuracy),
-            "files": {path.name: _hashed(path) for path in others},
-            "provenance": dict(provenance),
-        },
-    )
+    write_json(folder / "manifest.json", document)
+
+
+def _artifact(folder: Path, name: str) -> dict[str, Any]:
+    """What can be read from the file, and what runs it."""
+    kind = ARTIFACTS[name]
+    path = folder / kind.file
+    model = onnx.load(str(path), load_external_data=False)
+    opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+    return {
+        "file": kind.file,
+        **_hashed(path),
+        "precision": kind.precision,
+        "runtime": kind.runtime,
+        "opset": opset,
+        "ir_version": model.ir_version,
+    }
+
+
+def _input(path: Path) -> dict[str, Any]:
+    """Name, shape, type and layout as the file has them: pixels come as NHWC, normalised numbers as NCHW."""
+    value = onnx.load(str(path), load_external_data=False).graph.input[0]
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return {
+        "name": value.name,
+        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+        "dtype": dtype,
+        "layout": "NHWC" if dtype == "uint8" else "NCHW",
+    }
 
 
 def _hashed(path: Path) -> dict[str, Any]:
