@@ -1,4 +1,4 @@
-"""`python run.pyz info | check | bench | eval | predict`, also `python -m kdedge_device ...`.
+"""`python run.pyz info | check | build | bench | eval | predict`, also `python -m kdedge_device ...`.
 
 With --json exactly one JSON document goes to standard output, also when it fails.
 
@@ -17,6 +17,8 @@ from kdedge_device.clock import EFFORTS, Effort
 from kdedge_device.failures import Failure
 
 __all__ = ["main"]
+
+_ENGINES = {"trt": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}  # what --artifact names -> its precision
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--json", action="store_true", help="exactly one JSON document on standard output")
     shared.add_argument("--out", metavar="FILE", help="also write the JSON document to FILE")
     shared.add_argument("--bundle", default=here, help="bundle folder (default: where run.pyz lies)")
-    shared.add_argument("--artifact", help="fp32 or int8 (default: the shipped one)")
+    shared.add_argument("--artifact", help="fp32, int8, ... (default: the shipped one; of build: trt)")
     shared.add_argument("--threads", type=int, default=1, help="threads inside an operator (default 1)")
 
     def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
@@ -61,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add("info", _info, "what the bundle holds, and what this machine can run")
     add("check", _check, "hash every file and compare the logits of the golden images")
+    build = add("build", _build, "a TensorRT engine for this machine's GPU, kept for as long as it fits")
+    build.add_argument("model", nargs="?", metavar="BUNDLE", help="a bundle folder (default: --bundle)")
+    build.add_argument("--batch", type=int, default=1, help="images a call (default 1)")
+    build.add_argument("--workspace-mib", type=int, default=512, help="what a kernel may use (default 512)")
+    build.add_argument("--engines", metavar="FOLDER", help="where engines are kept (default: in the bundle)")
+    build.add_argument("--rebuild", action="store_true", help="also where an engine that fits is there")
     bench = add("bench", _bench, "latency of one artifact: the record as JSON")
     bench.add_argument("model", nargs="?", help="a bundle folder or an .onnx file")
     bench.add_argument("--effort", choices=sorted(EFFORTS), default="quick")
@@ -119,6 +127,29 @@ def _check(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
                 name, **each
             )
         )
+    for name, why in document.get("not_run", {}).items():
+        lines.append(f"{name}: not run here, {why}")
+    return document, "\n".join(lines), 0
+
+
+def _build(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
+    from kdedge_device.trt_build import BuildOptions
+    from kdedge_device.trt_bundle import build_for_bundle
+
+    options.bundle = options.model or options.bundle
+    wanted = options.artifact or "trt"
+    if wanted not in _ENGINES:
+        raise Failure(f"There is no engine '{wanted}'; --artifact takes one of {', '.join(_ENGINES)}.")
+    choice = BuildOptions(_ENGINES[wanted], (options.batch,) * 3, options.workspace_mib)
+    document = build_for_bundle(_bundle(options), choice, options.engines, options.rebuild)
+    report = document["side"]["report"]
+    layers = report["layers"]
+    lines = [
+        "{}{}".format(document["engine"], " (kept)" if document["reused"] else " ({seconds} s)".format(**report)),
+        "layers: {int8} INT8, {fp16} FP16, {fp32} FP32, {other} other; {reformats} reformats".format(**layers),
+    ]
+    if choice.precision == "int8" and layers["int8"] == 0:
+        lines.append("Not one layer runs in INT8: an FP16 engine (--artifact fp16) is as fast.")
     return document, "\n".join(lines), 0
 
 

@@ -104,7 +104,8 @@ def _class(name: str, column: int, classes: dict[str, type], written: dict[str, 
 
     space["__setattr__"] = setter
     space["__getattribute__"] = getter
-    bases = tuple(classes[base] for base, there in table.get("bases", {}).items() if there[column] == "x")
+    named = [base for base, there in table.get("bases", {}).items() if there[column] == "x"]
+    bases = tuple(classes[base] for base in sorted(named, key=_depth, reverse=True))
     return type(name.rpartition(".")[2], bases, space)
 
 

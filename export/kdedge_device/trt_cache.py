@@ -1,0 +1,157 @@
+"""Engines on disk: which one belongs to this GPU, TensorRT, driver, model and options, and which may be loaded at all.
+
+An engine holds native code that runs as soon as TensorRT reads it, and it works on one kind of GPU, one driver and one
+TensorRT only. So each has a side file, `NAME.engine.json`, that says what it is made of; both are checked byte by byte
+before TensorRT sees the engine. One that was built elsewhere, altered, or has no side file is refused, not tried.
+"""
+
+import hashlib
+import json
+import os
+import re
+from typing import Any, Dict, Optional, Tuple
+
+from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, VersionFailure
+from kdedge_device.manifest import sha256_file
+from kdedge_device.trt import Here
+
+__all__ = [
+    "SCHEMA",
+    "engine_name",
+    "fingerprint",
+    "read_engine",
+    "side_path",
+    "slug",
+    "write_atomically",
+    "write_engine",
+]
+
+SCHEMA = 1
+_REBUILD = "Build it again on this machine with: python run.pyz build --rebuild"
+_KINDS = {"fingerprint": dict, "sha256": str, "bytes": int, "onnx_file": str}
+
+
+def fingerprint(here: Here, onnx_sha256: str, options: Dict[str, Any]) -> Dict[str, Any]:
+    """All that an engine depends on. Engines of equal fingerprints may stand in for each other; no others may."""
+    return {
+        "gpu": here.gpu.name,
+        "capability": here.gpu.capability,
+        "driver": here.gpu.driver,
+        "cuda": here.gpu.cuda,
+        "tensorrt": here.version,
+        "onnx_sha256": onnx_sha256,
+        "options": options,
+    }
+
+
+def slug(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+def engine_name(mark: Dict[str, Any]) -> str:
+    """The file name of the engine with the fingerprint `mark`."""
+    digest = hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:12]
+    precision = mark["options"].get("precision", "engine")
+    return slug("{}-sm{capability}-trt{tensorrt}-{}".format(precision, digest, **mark)) + ".engine"
+
+
+def side_path(path: str) -> str:
+    return path + ".json"
+
+
+def write_engine(path: str, content: bytes, mark: Dict[str, Any], onnx_file: str, report: Dict[str, Any]) -> None:
+    """The engine, then its side file, each whole or not at all. Failure where the folder cannot be written."""
+    side = {
+        "schema": SCHEMA,
+        "fingerprint": mark,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "onnx_file": onnx_file,
+        "report": report,
+    }
+    try:
+        write_atomically(path, content)
+        write_atomically(side_path(path), json.dumps(side, indent=1).encode("utf-8"))
+    except OSError as error:
+        raise Failure(f"Cannot write {path}: {error.strerror}. Choose another folder with --engines.") from None
+
+
+def write_atomically(path: str, content: bytes) -> None:
+    """Under a temporary name first, and on the disk before it takes its own: boards lose their power."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None) -> Tuple[bytes, Dict[str, Any]]:
+    """The engine's bytes and its side file, once everything matched; `expected` is the whole fingerprint, if known.
+
+    VersionFailure: another TensorRT, driver, model or options. DeviceFailure: another GPU. CorruptFailure: altered, or
+    of unknown origin.
+    """
+    side = _read_side(path)
+    _match(path, side["fingerprint"], here)
+    if expected is not None and side["fingerprint"] != json.loads(json.dumps(expected)):
+        raise VersionFailure(f"{path} was built from another model or with other options. {_REBUILD}")
+    model = os.path.join(os.path.dirname(path), os.path.basename(side["onnx_file"]))
+    if os.path.isfile(model) and sha256_file(model) != side["fingerprint"].get("onnx_sha256"):
+        raise VersionFailure(f"{path} was built from another {os.path.basename(model)} than lies beside it. {_REBUILD}")
+    if os.path.getsize(path) != side["bytes"]:
+        size = os.path.getsize(path)
+        raise CorruptFailure("{} has {} bytes; its side file says {}. {}".format(path, size, side["bytes"], _REBUILD))
+    with open(path, "rb") as file:
+        content = file.read()
+    found = hashlib.sha256(content).hexdigest()  # of the very bytes that TensorRT gets
+    if found != side["sha256"]:
+        raise CorruptFailure(
+            "{} has sha256 {}...; its side file says {}.... It was altered. {}".format(
+                path, found[:12], side["sha256"][:12], _REBUILD
+            )
+        )
+    return content, side
+
+
+def _read_side(path: str) -> Dict[str, Any]:
+    if not os.path.isfile(path):
+        raise Failure(f"The engine {path} does not exist.")
+    try:
+        with open(side_path(path), encoding="utf-8") as file:
+            side = json.load(file)
+    except FileNotFoundError:
+        raise CorruptFailure(
+            f"{path} has no {os.path.basename(side_path(path))} that tells where it was built. Engines hold native "
+            f"code; one of unknown origin is not loaded. {_REBUILD}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CorruptFailure(f"{side_path(path)} cannot be read as JSON ({error}). {_REBUILD}") from None
+    if not isinstance(side, dict) or not isinstance(side.get("schema"), int):
+        raise CorruptFailure(f"{side_path(path)} has no whole number 'schema'. {_REBUILD}")
+    if side["schema"] > SCHEMA:
+        raise VersionFailure(
+            f"{side_path(path)} has schema {side['schema']}; this program reads up to {SCHEMA}. {_REBUILD}"
+        )
+    for key, kind in _KINDS.items():
+        if not isinstance(side.get(key), kind):
+            raise CorruptFailure(f"{side_path(path)} has no {kind.__name__} '{key}'. {_REBUILD}")
+    return side
+
+
+def _match(path: str, mark: Dict[str, Any], here: Here) -> None:
+    present = fingerprint(here, "", {})
+    wrong = [key for key in ("gpu", "capability", "tensorrt", "cuda", "driver") if mark.get(key) != present[key]]
+    if not wrong:
+        return
+    key = wrong[0]
+    words = {"gpu": "GPU", "capability": "compute capability", "tensorrt": "TensorRT", "cuda": "CUDA"}
+    failure = DeviceFailure if key in ("gpu", "capability") else VersionFailure
+    raise failure(
+        f"{path} was built for {words.get(key, key)} {mark.get(key)}; this machine has {present[key]}. {_REBUILD}"
+    )

@@ -1,0 +1,206 @@
+"""Engines behind the shape of every runner: a context manager whose `run` takes float32 [N, C, H, W], gives [N, K].
+
+The parts of a run can be called apart, to be timed apart: `put` copies a batch in, `launch` computes, `get` copies the
+logits out. Nothing is loaded before `__enter__`.
+"""
+
+import os
+from types import TracebackType
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, Union
+
+import numpy as np
+
+from kdedge_device.cuda import LIBRARY, Cuda
+from kdedge_device.failures import Failure
+from kdedge_device.trt import Here, Log, load_tensorrt, new_log
+from kdedge_device.trt_cache import read_engine
+from kdedge_device.trt_errors import classify
+
+__all__ = ["TrtRunner"]
+
+# tensorrt.nptype cannot be used: that of 8.5 needs a numpy alias that is gone.
+_TYPES: Dict[str, Any] = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32}
+
+
+class _Tensor(NamedTuple):
+    """An input or output: its largest shape, and where its bytes are, here and on the device."""
+
+    name: str
+    shape: Tuple[int, ...]
+    array: "np.ndarray[Any, Any]"  # over the page-locked bytes
+    host: Any
+    device: int
+
+    def size(self, count: int) -> int:
+        """Bytes of `count` images."""
+        return count * int(self.array[0].nbytes)
+
+
+class TrtRunner:
+    """An engine that was built on this machine; any other is refused before TensorRT sees it (trt_cache).
+
+    A batch larger than the engine's is run in parts; a smaller one fills up an engine of a fixed batch.
+    """
+
+    runtime = "tensorrt"
+
+    def __init__(
+        self,
+        model_path: Union[str, "os.PathLike[str]"],
+        here: Optional[Here] = None,
+        library: str = LIBRARY,
+    ) -> None:
+        self.model_path = os.fspath(model_path)
+        self.side: Dict[str, Any] = {}
+        self._library = library
+        self._here = here
+        self._cuda: Optional[Cuda] = None
+        self._log: Optional[Log] = None
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self._stream = 0
+        self._declared: Tuple[int, ...] = ()
+
+    def __enter__(self) -> "TrtRunner":
+        self._here = load_tensorrt(self._library) if self._here is None else self._here
+        content, self.side = read_engine(self.model_path, self._here)
+        cuda = Cuda(0, self._library)
+        cuda.__enter__()
+        self._cuda = cuda
+        try:
+            self._load(content)
+            self._allocate(cuda)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        # In this order: what was made from something goes before it, and the CUDA context last.
+        self._context = None
+        self._engine = None
+        self._runtime = None
+        self._log = None
+        cuda, self._cuda = self._cuda, None
+        if cuda is not None:
+            cuda.__exit__(kind, error, trace)
+
+    def _load(self, content: bytes) -> None:
+        assert self._here is not None
+        trt = self._here.trt
+        self._log = new_log(trt)
+        self._runtime = trt.Runtime(self._log.logger)
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise classify(self._log.errors, f"TensorRT {self._here.version} refuses {self.model_path}")
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise classify(self._log.errors, f"TensorRT {self._here.version} cannot run {self.model_path}")
+
+    def _allocate(self, cuda: Cuda) -> None:
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
+        if len(inputs) != 1 or len(names) != 2:
+            raise Failure(f"{self.model_path} has the tensors {names}; one input and one output were expected.")
+        (output,) = set(names) - set(inputs)
+        self._declared = tuple(engine.get_tensor_shape(inputs[0]))
+        shape = self._declared
+        if shape[0] < 0:
+            shape = tuple(engine.get_tensor_profile_shape(inputs[0], 0)[2])  # the largest of (min, best, max)
+            self._check(self._context.set_input_shape(inputs[0], shape), f"an input of shape {shape}")
+        self._stream = cuda.stream()
+        self._input = self._tensor(cuda, inputs[0], shape)
+        self._output = self._tensor(cuda, output, tuple(self._context.get_tensor_shape(output)))
+        if self._output.shape[:1] != shape[:1] or len(self._output.shape) != 2:
+            raise Failure(f"{self.model_path} gives {self._output.shape}; logits of shape [N, K] were expected.")
+
+    def _tensor(self, cuda: Cuda, name: str, shape: Tuple[int, ...]) -> _Tensor:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _TYPES:
+            raise Failure(
+                f"The tensor {name} of {self.model_path} has type {kind}; one of {list(_TYPES)} was expected."
+            )
+        size = int(np.prod(shape)) * np.dtype(_TYPES[kind]).itemsize
+        host, device = cuda.allocate_host(size), cuda.allocate(size)
+        array = np.frombuffer(memoryview(host), dtype=_TYPES[kind]).reshape(shape)
+        self._check(self._context.set_tensor_address(name, device), f"the address of {name}")
+        return _Tensor(name, shape, array, host, device)
+
+    @property
+    def version(self) -> str:
+        return self._opened()[0].version
+
+    @property
+    def input_shape(self) -> List[Any]:
+        """As in the engine: numbers, and "batch" where several sizes are possible."""
+        self._opened()
+        return ["batch" if size < 0 else size for size in self._declared]
+
+    @property
+    def takes_pixels(self) -> bool:
+        """True where the input is uint8 [N, H, W, C] and normalisation is part of the engine."""
+        self._opened()
+        return bool(self._input.array.dtype == np.uint8)
+
+    def run(self, batch: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        """Logits float32 [N, K] of [N, C, H, W]: in parts of the engine's batch, if need be."""
+        self._opened()
+        largest = self._input.shape[0]
+        parts = []
+        for start in range(0, len(batch), largest):
+            count = self.put(batch[start : start + largest])
+            self.launch()
+            parts.append(self.get(count))
+        if not parts:
+            raise Failure(
+                f"{self.model_path} was given an input of shape {batch.shape}; at least one image was expected."
+            )
+        return np.concatenate(parts)
+
+    def put(self, batch: "np.ndarray[Any, Any]") -> int:
+        """Begins to copy at most one engine's batch to the device: how many images it is."""
+        cuda = self._opened()[1]
+        kind = self._input.array.dtype
+        count = len(batch)
+        floats = kind.kind == "f" and batch.dtype.kind == "f"
+        if batch.shape[1:] != self._input.shape[1:] or not (floats or batch.dtype == kind):
+            raise Failure(
+                f"{self.model_path} refused an input of shape {batch.shape} and type {batch.dtype}; "
+                f"{kind} {list(self._input.shape)} was expected."
+            )
+        if self._declared[0] < 0:
+            smallest = int(tuple(self._engine.get_tensor_profile_shape(self._input.name, 0)[0])[0])
+            used = max(count, smallest)
+            self._check(self._context.set_input_shape(self._input.name, (used,) + batch.shape[1:]), f"{used} images")
+        else:
+            used = self._input.shape[0]
+        self._input.array[:count] = batch
+        self._input.array[count:used] = 0
+        cuda.copy_in(self._input.device, self._input.host, self._input.size(used), self._stream)
+        return count
+
+    def launch(self) -> None:
+        """Begins to compute on what was put."""
+        self._check(self._context.execute_async_v3(self._stream), "to run")
+
+    def get(self, count: int) -> "np.ndarray[Any, Any]":
+        """Waits for the logits of the first `count` images: float32 [count, K], a copy."""
+        cuda = self._opened()[1]
+        cuda.copy_out(self._output.host, self._output.device, self._output.size(count), self._stream)
+        cuda.synchronize(self._stream)
+        return self._output.array[:count].astype(np.float32)
+
+    def _check(self, done: Any, what: str) -> None:
+        """TensorRT answers False instead of raising."""
+        if done is False or done is None:
+            errors = self._log.errors if self._log is not None else []
+            raise classify(errors, f"The engine {self.model_path} refused {what}")
+
+    def _opened(self) -> Tuple[Here, Cuda]:
+        if self._cuda is None or self._here is None:
+            raise Failure(f"The runner of {self.model_path} is not open; use it in a with statement.")
+        return self._here, self._cuda

@@ -1,0 +1,66 @@
+"""`kdedge export --tensorrt`: the engines of a bundle, built on this machine's GPU by the bundle's own program.
+
+The build runs in a process of its own: torch and TensorRT bring their own CUDA libraries, and a crash of TensorRT must
+not take the export with it. What is built here fits this machine; a board builds its own with `run.pyz build`.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import kdedge_device
+from kdedge.errors import BundleError, DeviceError, ExportError, KdedgeError, MissingPackage
+from kdedge_device.trt import INSTALL
+
+__all__ = ["build_here"]
+
+# The device's failure classes that are not about the machine.
+_ERRORS: dict[str, type[KdedgeError]] = {"Failure": ExportError, "CorruptFailure": BundleError}
+
+
+def build_here(
+    bundle: Path,
+    precisions: Sequence[str] = ("int8", "fp16"),
+    say: Callable[[str], None] = lambda sentence: None,
+) -> dict[str, dict[str, Any]]:
+    """An engine for each of `precisions` ("int8", "fp16", "fp32") in the finished `bundle`, or kept from before.
+
+    {precision: {engine, reused, why, artifact, side}}; `side` is the engine's side file: GPU, versions, hashes, and
+    the report with its layers by type. Raises MissingPackage without TensorRT, DeviceError without a GPU or where
+    TensorRT fails, BundleError for an altered bundle, ExportError where a file to build from is missing.
+    """
+    # A process that has no TensorRT gives the same answer; this one need not be started for it.
+    if importlib.util.find_spec("tensorrt") is None:
+        raise MissingPackage("tensorrt", "building an engine (--tensorrt)", INSTALL)
+    found = {}
+    for precision in precisions:
+        say(f"Building a TensorRT engine, {precision.upper()}")
+        found[precision] = _build(bundle, precision)
+    return found
+
+
+def _build(bundle: Path, precision: str) -> dict[str, Any]:
+    root = str(Path(kdedge_device.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "kdedge_device", "build", str(bundle), "--artifact", precision, "--json"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise DeviceError(
+            f"TensorRT ended with {name} while it built an engine from {bundle}. "
+            "Update the NVIDIA driver and TensorRT, or build on the device with: python run.pyz build"
+        )
+    try:
+        document: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DeviceError(f"Building an engine from {bundle} failed: {last}") from None
+    if "error" in document:
+        raise _ERRORS.get(document["class"], DeviceError)(document["error"])
+    return document

@@ -1,0 +1,134 @@
+"""`python -m kdedge_device build` as a user runs it, with a fake TensorRT and a fake driver on the process's paths."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdedge_device
+from kdedge.errors import BundleError, DeviceError, ExportError, KdedgeError, MissingPackage
+from kdedge_export.tensorrt import build_here
+
+from .trt_world import NEW, OLD, complete
+
+ROOT = Path(kdedge_device.__file__).parents[1]
+# What stands for the installed package: it makes the fake in the process that imports it.
+PACKAGE = """
+import ctypes, importlib.util, os, sys
+if os.environ.get("FAKE_TENSORRT_CRASH"):
+    os.abort()
+spec = importlib.util.spec_from_file_location("fake_tensorrt", {source!r})
+fake = importlib.util.module_from_spec(spec)
+sys.modules["fake_tensorrt"] = fake
+spec.loader.exec_module(fake)
+world = fake.World(cuda=ctypes.CDLL("libcuda.so.1"), capability=os.environ.get("FAKE_CUDA_CAPABILITY", "8.7"))
+sys.modules["tensorrt"] = fake.make(os.environ["FAKE_TENSORRT"], world)
+"""
+
+
+@pytest.fixture
+def board(tmp_path: Path, fake_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment of a machine with a GPU and TensorRT 10.3.0; the folder is where its cache goes."""
+    (tmp_path / "site").mkdir()
+    source = str(Path(__file__).with_name("fake_tensorrt.py"))
+    (tmp_path / "site" / "tensorrt.py").write_text(PACKAGE.format(source=source))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path / "site")]))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(fake_cuda))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_TENSORRT", "10.3.0")
+    return tmp_path
+
+
+def build(*arguments: object) -> tuple[int, dict]:  # type: ignore[type-arg]
+    command = [sys.executable, "-m", "kdedge_device", "build", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_build_keep_and_build_again(bundle: Path, board: Path) -> None:
+    complete(bundle)
+    code, first = build(bundle)
+    assert (code, first["reused"], first["artifact"]) == (0, False, "trt")
+    assert Path(first["engine"]).parent == bundle
+    assert list((board / "cache" / "kdedge" / "tensorrt").iterdir()), "the timing cache is the user's own"
+    assert build("--bundle", bundle, "--artifact", "int8")[1]["reused"]
+    assert build(bundle, "--rebuild")[1]["why"] == "asked for"
+    code, other = build(bundle, "--artifact", "fp16", "--batch", 4, "--engines", board / "engines")
+    assert (code, Path(other["engine"]).parent) == (0, board / "engines")
+    assert other["side"]["report"]["batch"] == [4, 4, 4]
+    done = subprocess.run(
+        [sys.executable, "-m", "kdedge_device", "build", bundle], capture_output=True, text=True, check=True
+    )
+    assert "(kept)\nlayers: 1 INT8, " in done.stdout
+
+
+def test_exit_codes(bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(bundle, leave_out=("trt-fp16",))
+    code, document = build(bundle, "--artifact", "int3")
+    assert (code, document["class"]) == (2, "Failure")
+    assert build(bundle, "--batch", 0)[0] == 2
+    monkeypatch.setenv("FAKE_TENSORRT", NEW)
+    code, document = build(bundle)
+    assert (code, "kdedge export --int8" in document["error"]) == (2, True)
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
+    code, document = build(bundle)
+    assert (code, document["class"]) == (6, "RuntimeFailure")
+    assert "finds no GPU" in document["error"]
+    monkeypatch.delenv("FAKE_CUDA_DEVICES")
+    monkeypatch.setenv("FAKE_TENSORRT", OLD)
+    (bundle / "model.trt.onnx").write_bytes(b"altered")
+    assert build(bundle)[0] == 5
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code, document = build(bundle)
+    assert (code, "pip install 'kdedge[tensorrt]'" in document["error"]) == (6, True)
+
+
+def test_a_driver_that_crashes_is_told_before_tensorrt_is_imported(
+    bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 11 would end the process."""
+    complete(bundle)
+    monkeypatch.setenv("FAKE_CUDA_CRASH", "1")
+    monkeypatch.setenv("FAKE_TENSORRT_CRASH", "1")
+    code, document = build(bundle)
+    assert (code, "crashed (SIGABRT)" in document["error"]) == (6, True)
+
+
+def test_export_builds_in_a_process_of_its_own(bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(bundle)
+    monkeypatch.syspath_prepend(board / "site")
+    found = build_here(bundle)
+    assert set(found) == {"int8", "fp16"}
+    assert Path(found["int8"]["engine"]).is_file()
+    assert found["int8"]["side"]["report"]["layers"]["int8"] == 1
+    assert "tensorrt" not in sys.modules, "a crash of TensorRT would end the export"
+    monkeypatch.setenv("FAKE_TENSORRT_CRASH", "1")
+    with pytest.raises(DeviceError, match=r"ended with SIGABRT while it built"):
+        build_here(bundle)
+    monkeypatch.delenv("FAKE_TENSORRT_CRASH")
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
+    with pytest.raises(DeviceError, match=r"TensorRT needs a GPU\. The CUDA driver finds no GPU"):
+        build_here(bundle)
+
+
+def test_export_names_what_is_missing(bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=r"tensorrt is not installed; .* pip install 'kdedge\[tensorrt\]'"):
+        build_here(bundle)
+    monkeypatch.undo()
+    assert issubclass(ExportError, KdedgeError)
+    assert issubclass(BundleError, KdedgeError)
+
+
+def test_export_tells_an_altered_bundle(bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(bundle)
+    monkeypatch.syspath_prepend(board / "site")
+    (bundle / "model.trt.onnx").write_bytes(b"altered")
+    with pytest.raises(BundleError, match=r"model\.trt\.onnx has 7 bytes"):
+        build_here(bundle)
+    complete(bundle, leave_out=("trt",))
+    with pytest.raises(ExportError, match=r"has no model\.trt\.onnx"):
+        build_here(bundle, precisions=("int8",))
