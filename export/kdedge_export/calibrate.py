@@ -1,118 +1,92 @@
-"""What values the tensors of a float model take on real images: minimum, maximum and a histogram of each.
+"""What values the tensors of a float model take on real images: the exact extremes and a histogram of each.
 
-Two passes over the images: the first finds the limits, the second counts between them. So memory is bounded whatever
-the number of images, and a bin means the same for every batch, whatever the batch size.
+One pass, one image at a time: a convolution gains nothing from a batch on one core, the values are looked at while they
+are in the cache, and neither memory nor any number depends on how many images there are or how they are grouped.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from kdedge.errors import DataError, ExportError
+from kdedge.data.words import counted
+from kdedge.errors import DataError
 from kdedge_device.preprocess import Preprocess
+from kdedge_export.calibration_state import Collected, key_of, read_state, write_state
+from kdedge_export.histogram import Histogram
+from kdedge_export.images import Held, Images
 from kdedge_export.sessions import open_session
 
-__all__ = ["BINS", "Histogram", "calibrate"]
+__all__ = ["Histogram", "Say", "calibrate"]
 
-BINS = 4096  # sixteen bins for each of the 256 codes
-VALUES = 16384  # counted of one tensor of one image, evenly over it; the limits look at all
-BATCH_BYTES = 64 << 20  # of all watched tensors together
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """`counts` int64 [BINS] of values in equal bins from `low` to `high`, the exact extremes."""
-
-    low: float
-    high: float
-    counts: npt.NDArray[np.int64]
-
-    @property
-    def centres(self) -> npt.NDArray[np.float64]:
-        width = (self.high - self.low) / len(self.counts)
-        return np.asarray(self.low + width * (np.arange(len(self.counts)) + 0.5), dtype=np.float64)
-
-    def quantile(self, fraction: float) -> float:
-        """The value that `fraction` of all values do not exceed, interpolated inside its bin."""
-        cumulative = np.concatenate([[0], np.cumsum(self.counts)]) / self.counts.sum()
-        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
-        index = int(np.searchsorted(cumulative, fraction, side="left"))
-        if index == 0:
-            return self.low
-        before, after = cumulative[index - 1], cumulative[index]
-        share = (fraction - before) / (after - before) if after > before else 1.0
-        return float(edges[index - 1] + share * (edges[index] - edges[index - 1]))
+Say = Callable[[str], None]
+CHUNK = 32  # images decoded at a time
+SAY_EVERY_S = 5.0
+SAVE_EVERY_S = 30.0
 
 
 def calibrate(
     model: onnx.ModelProto,
     tensors: Sequence[str],
-    images: npt.NDArray[np.uint8],
+    images: Images | npt.NDArray[np.uint8],
     preprocess: Preprocess,
     threads: int = 1,
-    batch_bytes: int = BATCH_BYTES,
+    *,
+    say: Say | None = None,
+    state: Path | None = None,
 ) -> dict[str, Histogram]:
-    """The histogram of each of `tensors` over `images` uint8 [N, H, W, C].
+    """The histogram of each of `tensors` over `images`, or over an array uint8 [N, H, W, C]; equal in any order.
 
-    DataError without images; ExportError where a value is not finite.
+    `say` is told how far it is. `state`: a file to go on from after an interruption, with an equal result; it is the
+    caller's to remove. DataError without images or where each is of one colour; ExportError where a value is not
+    finite.
     """
-    if len(images) == 0:
+    source = Held(images) if isinstance(images, np.ndarray) else images
+    if len(source) == 0:
         raise DataError("There are no images to calibrate on; INT8 needs some training or unlabeled images.")
-    watched = [name for name in tensors if name != model.graph.input[0].name]
-    session = open_session(_with_outputs(model, watched), threads)
-
-    def batches(size: int) -> Iterator[dict[str, npt.NDArray[np.float32]]]:
-        for start in range(0, len(images), size):
-            batch = preprocess.normalize(images[start : start + size])
-            values = session.run(watched, {session.get_inputs()[0].name: batch}) if watched else []
-            yield {model.graph.input[0].name: batch, **dict(zip(watched, values, strict=True))}
-
-    one = sum(value.nbytes for value in next(batches(1)).values())
-    size = int(min(64, max(1, batch_bytes // one)))
-    limits = _limits(batches(size), tensors)
-    counts = {name: np.zeros(BINS, np.int64) for name in tensors}
-    for values in batches(size):
-        for name in tensors:
-            counts[name] += _count(values[name], *limits[name])
-    return {name: Histogram(*limits[name], counts[name]) for name in tensors}
-
-
-def _limits(
-    batches: Iterator[dict[str, npt.NDArray[np.float32]]], tensors: Sequence[str]
-) -> dict[str, tuple[float, float]]:
-    limits = dict.fromkeys(tensors, (np.inf, -np.inf))
-    for values in batches:
-        for name in tensors:
-            low, high = float(values[name].min()), float(values[name].max())
-            if not np.isfinite([low, high]).all():
-                raise ExportError(
-                    f"The tensor {name} takes the values {low} to {high}; finite ones were expected. Train again."
-                )
-            limits[name] = (min(limits[name][0], low), max(limits[name][1], high))
-    return limits
+    key = key_of(model, tensors, preprocess, source) if state else ""
+    told = _Told(len(source), say)
+    collected = (read_state(state, key, tensors, told.say) if state else None) or Collected(tensors)
+    told.begin(collected.images)
+    saved_at_s = time.monotonic()
+    take = _values(model, tensors, threads)
+    for chunk in source.chunks(preprocess, CHUNK, collected.images):
+        for image in chunk:
+            values = take(preprocess.normalize(image[None]))
+            for name, tally in collected.tallies.items():
+                tally.add(values[name])
+        collected.images += len(chunk)
+        collected.varied |= not _one_colour_each(chunk)
+        told.progress(collected.images)
+        if state and (time.monotonic() - saved_at_s > SAVE_EVERY_S or collected.images == len(source)):
+            write_state(state, key, collected)
+            saved_at_s = time.monotonic()
+    if not collected.varied:
+        raise DataError(
+            f"All {counted(len(source), 'image')} to calibrate on are of one colour each, from which no range can be "
+            "learned. Expected real images, of training or unlabeled ones; name a set of them with --calibrate."
+        )
+    return {name: tally.histogram() for name, tally in collected.tallies.items()}
 
 
-def _count(values: npt.NDArray[np.float32], low: float, high: float) -> npt.NDArray[np.int64]:
-    sampled = _sample(values.reshape(len(values), -1))
-    if not high > low:
-        counts = np.zeros(BINS, np.int64)
-        counts[0] = sampled.size
-        return counts
-    index = ((sampled - np.float32(low)) * np.float32(BINS / (high - low))).astype(np.int32)
-    return np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+def _values(
+    model: onnx.ModelProto, tensors: Sequence[str], threads: int
+) -> Callable[[npt.NDArray[np.float32]], dict[str, npt.NDArray[np.float32]]]:
+    """A function from a batch of one image to the value of each of `tensors`."""
+    entry = model.graph.input[0].name
+    watched = [name for name in tensors if name != entry]
+    session: Any = open_session(_with_outputs(model, watched), threads) if watched else None
 
+    def take(batch: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+        values = session.run(watched, {entry: batch}) if watched else []
+        return {entry: batch, **dict(zip(watched, values, strict=True))}
 
-def _sample(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """About VALUES of each image [N, size], in steps that share no factor with its size: every column has its turn."""
-    step = max(1, values.shape[1] // VALUES)
-    while math.gcd(step, values.shape[1]) > 1:
-        step += 1
-    return values[:, ::step].ravel()
+    return take
 
 
 def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> bytes:
@@ -123,3 +97,32 @@ def _with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> bytes:
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors if name not in known
     )
     return bytes(copy.SerializeToString())
+
+
+def _one_colour_each(images: npt.NDArray[np.uint8]) -> bool:
+    """Whether no image [n, H, W, C] has two different pixels. An image of one pixel may be of any colour."""
+    return bool(images[0, :, :, 0].size > 1 and (images == images[:, :1, :1]).all())
+
+
+class _Told:
+    """A line of progress every few seconds, with the time left."""
+
+    def __init__(self, total: int, say: Say | None) -> None:
+        self.total = total
+        self.say: Say = say or (lambda sentence: None)
+        self.begun = 0
+        self.begun_at_s = self.said_at_s = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        self.begun = done
+        if done:
+            self.say(f"Calibration goes on after {counted(done, 'image')}")
+
+    def progress(self, done: int) -> None:
+        now_s = time.monotonic()
+        if done == self.total or now_s - self.said_at_s < SAY_EVERY_S:
+            return
+        self.said_at_s = now_s
+        left_s = (now_s - self.begun_at_s) / (done - self.begun) * (self.total - done)
+        left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min"
+        self.say(f"Calibrating: {done:,} of {counted(self.total, 'image')}, {left} left")

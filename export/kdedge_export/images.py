@@ -3,9 +3,11 @@
 N images, H x W pixels, C channels, K classes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +22,54 @@ from kdedge_device.evaluate import logits_of
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.runners import OrtRunner
 
-__all__ = ["Part", "RunImages", "calibration_part", "open_run_images"]
+__all__ = [
+    "CALIBRATION_IMAGES",
+    "HELD_OUT_IMAGES",
+    "Held",
+    "Images",
+    "Part",
+    "RunImages",
+    "calibration_part",
+    "open_run_images",
+]
 
 CALIBRATION_IMAGES = 512
+HELD_OUT_IMAGES = 48  # of those, kept from the histograms to choose between ranges
 _CHUNK = 256  # images in memory at a time where only their logits are kept
 
 Labels = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+
+class Images(Protocol):
+    """Images that need not be in memory together. `fingerprint` tells one sequence of images from another."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def chunks(self, preprocess: Preprocess, size: int, start: int = 0) -> Iterator[Pixels]:
+        """uint8 [up to `size`, H, W, C] in turn, from image `start` on."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Images that are in memory anyway, uint8 [N, H, W, C]."""
+
+    pixels: Pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.pixels.shape).encode() + self.pixels.tobytes()).hexdigest()
+
+    def chunks(self, preprocess: Preprocess, size: int, start: int = 0) -> Iterator[Pixels]:
+        for first in range(start, len(self), size):
+            yield self.pixels[first : first + size]
 
 
 @dataclass(frozen=True)
@@ -45,20 +89,41 @@ class Part:
     def ids(self) -> list[str]:
         return [self.source.ids[i] for i in self.indices]
 
-    def load(self, preprocess: Preprocess, chosen: slice = slice(None)) -> npt.NDArray[np.uint8]:
+    @property
+    def fingerprint(self) -> str:
+        """Of the set as it lies on disk, and of which of its images these are, in which order."""
+        return hashlib.sha256("\n".join([self.source.fingerprint, *self.ids]).encode()).hexdigest()
+
+    def load(self, preprocess: Preprocess, chosen: slice = slice(None)) -> Pixels:
         """uint8 [N, H, W, C]."""
         tensor = self.source.load(self.indices[chosen], preprocess)
         return np.ascontiguousarray(tensor.numpy().transpose(0, 2, 3, 1))
 
+    def chunks(self, preprocess: Preprocess, size: int, start: int = 0) -> Iterator[Pixels]:
+        """uint8 [up to `size`, H, W, C] in turn, from image `start` on; one chunk is in memory at a time."""
+        for first in range(start, len(self), size):
+            yield self.load(preprocess, slice(first, first + size))
+
+    def hold_out(self, count: int = HELD_OUT_IMAGES) -> tuple["Part", "Part"]:
+        """(the others, `count` of the images, at most an eighth), whatever their order. One image alone is in both."""
+        if len(self) < 2:
+            return self, self
+        ids = self.ids
+        drawn = sorted(range(len(self)), key=lambda place: hashlib.sha256(ids[place].encode()).digest())
+        held = min(count, max(1, len(self) // 8))
+        return self._some(sorted(drawn[held:])), self._some(sorted(drawn[:held]))
+
     def logits(self, models: Sequence[Path], preprocess: Preprocess, threads: int = 1) -> list[npt.NDArray[np.float32]]:
         """float32 [N, K] of each model; every image is decoded once, and few are in memory at a time."""
         parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in models]
-        for start in range(0, len(self), _CHUNK):
-            images = self.load(preprocess, slice(start, start + _CHUNK))
+        for images in self.chunks(preprocess, _CHUNK):
             for model, found in zip(models, parts, strict=True):
                 with OrtRunner(model, threads) as runner:
                     found.append(logits_of(runner, preprocess, images))
         return [np.concatenate(found) if found else np.zeros((0, 0), np.float32) for found in parts]
+
+    def _some(self, places: list[int]) -> "Part":
+        return replace(self, indices=self.indices[places], labels=self.labels[places], sha256=None)
 
 
 @dataclass(frozen=True)
@@ -91,13 +156,13 @@ def open_run_images(run: Run) -> RunImages:
     )
 
 
-def calibration_part(spec: str) -> Part:
-    """Up to 512 images of another set, evenly over it, none of its val or test."""
+def calibration_part(spec: str, images: int = CALIBRATION_IMAGES) -> Part:
+    """Up to `images` of another set, evenly over it, none of its val or test."""
     source = open_source(spec).decodable()
     pool = np.flatnonzero(np.isin(source.part, ("train", "unlabeled")))
     if len(pool) == 0:
         raise DataError(
             f"{spec} has no training or unlabeled images to calibrate on. Name another set with --calibrate."
         )
-    places = np.unique(np.linspace(0, len(pool) - 1, min(CALIBRATION_IMAGES, len(pool))).round().astype(np.int64))
+    places = np.unique(np.linspace(0, len(pool) - 1, min(images, len(pool))).round().astype(np.int64))
     return Part(spec, source, pool[places], np.full(len(places), -1), source.fingerprint)

@@ -1,17 +1,33 @@
-"""From histograms to spans: three ways to choose what a tensor keeps."""
+"""From histograms to spans: six ways to choose what a tensor keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from kdedge_export.calibrate import Histogram
 from kdedge_export.graph import Graph
+from kdedge_export.histogram import SIDE, Histogram
 from kdedge_export.plan import Plan
 from kdedge_export.table import U8, RangeTable, Span, natural_weight_scales
 
-__all__ = ["CALIBRATORS", "choose_spans", "make_table", "minmax", "mse", "percentile", "quantize_weight"]
+__all__ = [
+    "CALIBRATORS",
+    "choose_spans",
+    "entropy",
+    "inside",
+    "make_table",
+    "measured",
+    "minmax",
+    "mse",
+    "percentile",
+    "quantize_weight",
+]
+
+EMPTY = 1e-4  # of a value, in a group of bins that holds none
+Levels = npt.NDArray[np.float64]
 
 
 def minmax(histogram: Histogram) -> Span:
@@ -19,7 +35,7 @@ def minmax(histogram: Histogram) -> Span:
     return histogram.low, histogram.high
 
 
-def percentile(histogram: Histogram, percent: float = 99.99) -> Span:
+def percentile(histogram: Histogram, percent: float) -> Span:
     """The share 100 - `percent` is clipped at each end that is not 0 anyway."""
     return min(0.0, histogram.quantile(1 - percent / 100)), max(0.0, histogram.quantile(percent / 100))
 
@@ -28,7 +44,8 @@ def mse(histogram: Histogram, steps: int = 40) -> Span:
     """The ends with the smallest mean squared error, found one end at a time between 20 % and all of the range."""
     low, high = min(0.0, histogram.low), max(0.0, histogram.high)
     shares = np.linspace(0.2, 1.0, steps)
-    centres, counts = histogram.centres, histogram.counts.astype(np.float64)
+    filled = np.flatnonzero(histogram.counts)
+    centres, counts = histogram.centres[filled], histogram.counts[filled].astype(np.float64)
 
     def error(ends: Span) -> float:
         return float((counts * (U8.over(ends).apply(centres) - centres) ** 2).sum())
@@ -40,21 +57,91 @@ def mse(histogram: Histogram, steps: int = 40) -> Span:
     return best
 
 
-CALIBRATORS = {"minmax": minmax, "percentile-99.99": percentile, "mse": mse}
+def entropy(histogram: Histogram, stride: int = 16) -> Span:
+    """The magnitude whose 8-bit form has the smallest KL divergence from what was seen (Migacz, "8-bit Inference with
+    TensorRT", GTC 2017), tried every `stride` bins; each end keeps no more than was seen.
+
+    P is the histogram of magnitudes up to a threshold, with all beyond it in its last bin. Q is the same without what
+    is beyond, in as many groups as there are codes, each spread evenly over those of its bins that P fills. Values in
+    the bin of 0 count as those beside it: 0 itself is exact at every scale, and often most of a tensor.
+    """
+    magnitudes = histogram.counts[SIDE - 1 :].astype(np.float64)
+    magnitudes[1:] += histogram.counts[SIDE - 2 :: -1]
+    magnitudes[0] = magnitudes[1]
+    codes = 128 if histogram.low < 0 < histogram.high else 256
+    last = int(np.max(np.flatnonzero(magnitudes), initial=0)) + 1
+    half = (
+        int(np.searchsorted(np.cumsum(magnitudes), magnitudes.sum() / 2)) + 1
+    )  # less would be no threshold for a tail
+    ends = np.array([*range(max(codes, half), last, stride), last])
+    best = int(ends[np.argmin(_divergences(magnitudes, ends, codes))]) if len(ends) > 1 else last
+    if best == last:
+        return histogram.low, histogram.high
+    threshold = best * histogram.width
+    return max(histogram.low, -threshold), min(histogram.high, threshold)
+
+
+def _divergences(magnitudes: Levels, ends: npt.NDArray[np.int64], codes: int) -> Levels:
+    """KL(P || Q) in nats of `entropy` for thresholds after `ends` bins; P and Q are normalised, each for itself.
+
+    Sums over bins are differences of running sums, so a threshold costs as much as it has codes.
+    """
+    total, kept = magnitudes.sum(), _running(magnitudes)[ends]
+    beyond, last = total - kept, magnitudes[ends - 1]
+    logs = _running(_x_log_x(magnitudes))[ends] - _x_log_x(last) + _x_log_x(last + beyond)
+    borders = np.arange(codes + 1) * ends[:, None] // codes
+    q_groups = np.diff(_running(magnitudes)[borders])
+    filled = np.diff(_running(magnitudes > 0)[borders])
+    p_groups = q_groups.copy()
+    p_groups[:, -1] += beyond
+    filled[:, -1] += (last == 0) & (beyond > 0)
+    # Where only what is beyond the threshold lies, Q would be 0 and no gap before an outlier could be the threshold.
+    q_groups = np.where(p_groups > 0, np.maximum(q_groups, EMPTY), 0.0)
+    q_bins = q_groups / np.maximum(filled, 1) / q_groups.sum(1, keepdims=True)
+    cross = (p_groups * np.log(np.where(p_groups > 0, q_bins, 1.0))).sum(1)
+    return np.asarray((logs - cross) / total - np.log(total), np.float64)
+
+
+def _running(values: npt.NDArray[Any]) -> Levels:
+    return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+
+
+def _x_log_x(values: Levels) -> Levels:
+    return np.asarray(values * np.log(np.where(values > 0, values, 1.0)), np.float64)
+
+
+CALIBRATORS: dict[str, Callable[[Histogram], Span]] = {
+    "minmax": minmax,
+    "percentile-99.9": partial(percentile, percent=99.9),
+    "percentile-99.99": partial(percentile, percent=99.99),
+    "percentile-99.999": partial(percentile, percent=99.999),
+    "entropy": entropy,
+    "mse": mse,
+}
+
+
+def measured(plan: Plan) -> list[str]:
+    """The tensors of the plan whose span is to be seen: no follower of another's scale, none that the graph tells."""
+    return [name for name in plan.tensors if name not in plan.same_scale and name not in known_spans(plan)]
+
+
+def known_spans(plan: Plan) -> dict[str, Span]:
+    """Spans that follow from the graph."""
+    return dict(getattr(plan, "known", {}))
+
+
+def inside(plan: Plan, graph: Graph, tensor: str, span: Span) -> Span:
+    """`span` with 0 in it, and nothing that an activation absorbed in front of `tensor` would not let pass."""
+    floor, ceiling = plan.limits(graph, tensor)
+    return min(0.0, max(span[0], floor)), max(0.0, min(span[1], ceiling))
 
 
 def choose_spans(calibrator: str, plan: Plan, graph: Graph, histograms: Mapping[str, Histogram]) -> dict[str, Span]:
     """The span of every tensor of the plan; behind an absorbed activation it stays inside what that lets pass."""
-    spans: dict[str, Span] = {}
-    for name in plan.tensors:
-        source = plan.same_scale.get(name)
-        if source is not None:
-            spans[name] = spans[source]
-            continue
-        low, high = CALIBRATORS[calibrator](histograms[name])
-        floor, ceiling = plan.limits(graph, name)
-        spans[name] = (min(0.0, max(low, floor)), max(0.0, min(high, ceiling)))
-    return spans
+    chosen = {
+        name: inside(plan, graph, name, CALIBRATORS[calibrator](histograms[name])) for name in measured(plan)
+    } | known_spans(plan)
+    return {name: chosen[plan.same_scale.get(name, name)] for name in plan.tensors}
 
 
 def make_table(calibrator: str, model: onnx.ModelProto, plan: Plan, histograms: Mapping[str, Histogram]) -> RangeTable:

@@ -1,0 +1,107 @@
+"""The way to choose a range, chosen for each tensor: the one that disturbs what reads the tensor least.
+
+A candidate is judged by the error that 8 bits make in the tensor t alone, e = DQ(Q(t)) - t, on images that the
+histograms have not seen. A convolution is linear, so Conv(e) is exactly what that error makes of its output: no INT8
+file has to be written and run. All candidates of all tensors are judged in one graph, in one run an image (`judge`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from kdedge.errors import DataError
+from kdedge_device.preprocess import Preprocess
+from kdedge_export.graph import Graph
+from kdedge_export.histogram import Histogram
+from kdedge_export.images import Held, Images
+from kdedge_export.judge import Form, Judge, Options
+from kdedge_export.plan import Plan
+from kdedge_export.ranges import CALIBRATORS, inside, known_spans, measured
+from kdedge_export.table import Span
+
+__all__ = ["Choice", "choose_among", "choose_spans_per_tensor"]
+
+KNOWN = "known"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`spans` of every planned tensor. `methods`: the way each was chosen, "known" where it follows from the graph.
+
+    `errors`: tensor -> method -> squared error in what reads the tensor, over that one's own sum of squares, summed
+    over the readers; nothing where all ways give one range.
+    """
+
+    spans: dict[str, Span]
+    methods: dict[str, str]
+    errors: dict[str, dict[str, float]]
+
+    def to_json(self, tensor: str) -> dict[str, Any]:
+        """What quantization.json says of a tensor with a range of its own; of the others, nothing."""
+        if tensor not in self.methods:
+            return {}
+        return {"method": self.methods[tensor], "errors": self.errors.get(tensor, {})}
+
+
+def choose_spans_per_tensor(
+    model: onnx.ModelProto,
+    plan: Plan,
+    histograms: Mapping[str, Histogram],
+    images: Images | npt.NDArray[np.uint8],
+    preprocess: Preprocess,
+    threads: int = 1,
+) -> Choice:
+    """The spans of all tensors of `plan`, each by the best of CALIBRATORS on `images`; equal in any order of these.
+
+    `histograms` of `measured(plan)`, from other images. Behind an absorbed activation a span stays inside what that
+    lets pass; tensors of one scale have one span, chosen by what reads any of them. DataError without images.
+    """
+    graph = Graph(model)
+    candidates = {
+        name: {method: inside(plan, graph, name, way(histograms[name])) for method, way in CALIBRATORS.items()}
+        for name in measured(plan)
+    }
+    methods, errors = choose_among(
+        model, candidates, images, preprocess, same_scale=plan.same_scale, moved=plan.layers, threads=threads
+    )
+    known = known_spans(plan)
+    chosen = {name: candidates[name][method] for name, method in methods.items()} | known
+    spans = {name: chosen[plan.same_scale.get(name, name)] for name in plan.tensors}
+    return Choice(spans, {**dict.fromkeys(known, KNOWN), **methods}, errors)
+
+
+def choose_among(
+    model: onnx.ModelProto,
+    candidates: Mapping[str, Mapping[str, Span]],
+    images: Images | npt.NDArray[np.uint8],
+    preprocess: Preprocess,
+    *,
+    same_scale: Mapping[str, str] | None = None,
+    moved: frozenset[str] = frozenset(),
+    form: Form = "u8",
+    threads: int = 1,
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """(tensor -> the best method, tensor -> method -> error) of `candidates`: tensor -> method -> span.
+
+    Of equal ones the first is taken. `same_scale`: tensor -> the one among the candidates whose range it takes.
+    `moved`: quantized nodes; those that only move values are judged at their outputs. `form`: what a span becomes.
+    """
+    source = Held(images) if isinstance(images, np.ndarray) else images
+    if len(source) == 0:
+        raise DataError("There are no images to choose the ranges on; some of those to calibrate on were expected.")
+    options = {name: Options.among(spans, form) for name, spans in candidates.items()}
+    judge = Judge(model, form, moved)
+    for tensor in (*judge.graph.inputs, *judge.graph.producer):
+        name = (same_scale or {}).get(tensor, tensor)
+        if name in options:
+            judge.add(tensor, name, options[name])
+    found = judge.run(source, preprocess, threads)
+    errors = {name: {way: each[place] for way, place in options[name].place.items()} for name, each in found.items()}
+    methods = {
+        name: min(spans, key=lambda way: errors.get(name, {}).get(way, 0.0)) for name, spans in candidates.items()
+    }
+    return methods, errors

@@ -1,0 +1,224 @@
+"""The choice per tensor against a slow oracle: the float network computed once more for each candidate."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from torch import nn
+
+from kdedge.data.sources import open_source
+from kdedge.errors import DataError
+from kdedge_export.calibrate import calibrate
+from kdedge_export.choose import Choice, choose_among, choose_spans_per_tensor
+from kdedge_export.graph import Graph, constant_tensor
+from kdedge_export.images import Part
+from kdedge_export.judge import Form
+from kdedge_export.plan import Plan, make_plan
+from kdedge_export.ranges import CALIBRATORS, inside, measured
+from kdedge_export.sessions import open_session
+from kdedge_export.table import U8
+
+from .conftest import SMALL, images
+
+Exported = tuple[nn.Module, onnx.ModelProto]
+
+
+def made(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], inputs: str, outputs: str) -> onnx.ModelProto:
+    """A model of opset 17 whose nodes are named after what they make."""
+    for node in nodes:
+        node.name = node.output[0]
+    graph = helper.make_graph(
+        nodes,
+        "made",
+        [helper.make_tensor_value_info(inputs, 1, ["n", 3, 16, 16])],
+        [helper.make_tensor_value_info(outputs, 1, None)],
+        [constant_tensor(name, value) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def shuffled() -> onnx.ModelProto:
+    """What a ShuffleNet does between two convolutions: half of the channels goes on, then all are shuffled."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.normal(size=(8, 3, 3, 3)).astype(np.float32),
+        "b1": rng.normal(size=8).astype(np.float32),
+        "w2": rng.normal(size=(4, 4, 1, 1)).astype(np.float32),
+        "w3": rng.normal(size=(4, 8, 1, 1)).astype(np.float32),
+        "w4": rng.normal(size=(5, 4)).astype(np.float32),
+        "b4": rng.normal(size=5).astype(np.float32),
+        "groups": np.array([0, 2, 4, 16, 16], np.int64),
+        "flat": np.array([0, 8, 16, 16], np.int64),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["input", "w1", "b1"], ["conv1"], pads=[1, 1, 1, 1]),
+        node("Relu", ["conv1"], ["relu1"]),
+        node("Reshape", ["relu1", "groups"], ["grouped"]),
+        node("Transpose", ["grouped"], ["turned"], perm=[0, 2, 1, 3, 4]),
+        node("Reshape", ["turned", "flat"], ["shuffled"]),
+        node("Split", ["shuffled"], ["left", "right"], axis=1),
+        node("Conv", ["left", "w2"], ["conv2"]),
+        node("Concat", ["conv2", "right"], ["joined"], axis=1),
+        node("Conv", ["joined", "w3"], ["conv3"]),
+        node("GlobalAveragePool", ["conv3"], ["pooled"]),
+        node("Flatten", ["pooled"], ["features"]),
+        node("Gemm", ["features", "w4", "b4"], ["logits"], transB=1),
+    ]
+    nodes[5].name = "split"
+    return made(nodes, weights, "input", "logits")
+
+
+def outlier(weight: float) -> onnx.ModelProto:
+    """A convolution of the input that weighs its green channel with `weight`."""
+    weights = {"w": np.ones((4, 3, 1, 1), np.float32)}
+    weights["w"][:, 1] = weight
+    return made([helper.make_node("Conv", ["input", "w"], ["conv"])], weights, "input", "conv")
+
+
+def values_of(model: onnx.ModelProto, batch: np.ndarray) -> dict[str, np.ndarray]:
+    """Every tensor of the model."""
+    names = [name for node in model.graph.node for name in node.output]
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(helper.make_tensor_value_info(name, 1, None) for name in names)
+    found = open_session(copy.SerializeToString()).run(names, {"input": batch})
+    return dict(zip(names, found, strict=True)) | {"input": batch}
+
+
+def convolved(model: onnx.ModelProto, node: onnx.NodeProto, error: np.ndarray) -> np.ndarray:
+    """`node` alone, without its bias, on `error`."""
+    weight = Graph(model).constant(node.input[1])
+    assert weight is not None
+    alone = onnx.NodeProto()
+    alone.CopyFrom(node)
+    del alone.input[:]
+    alone.input.extend(["x", "w"])
+    graph = helper.make_graph(
+        [alone],
+        "one",
+        [helper.make_tensor_value_info("x", 1, error.shape)],
+        [helper.make_tensor_value_info(node.output[0], 1, None)],
+        [constant_tensor("w", weight)],
+    )
+    made = helper.make_model(graph, opset_imports=model.opset_import, ir_version=8)
+    return np.asarray(open_session(made.SerializeToString()).run(None, {"x": error})[0])
+
+
+def oracle(
+    model: onnx.ModelProto, plan: Plan, tensor: str, span: tuple[float, float], values: dict[str, np.ndarray]
+) -> float:
+    graph = Graph(model)
+    total = 0.0
+    for name in [tensor, *(each for each, source in plan.same_scale.items() if source == tensor)]:
+        value = values[name]
+        error = (U8.over(span).apply(value) - value).astype(np.float32)
+        terms = set()
+        for node in graph.readers(name):
+            if node.op_type in ("Conv", "Gemm"):
+                terms.add(share(convolved(model, node, error), values[node.output[0]]))
+            elif node.op_type == "GlobalAveragePool":
+                terms.add(share(error.mean((2, 3)), value.mean((2, 3))))
+            elif node.op_type not in ("MaxPool", "Flatten", "Reshape", "Transpose", "Split"):
+                terms.add(share(error, value))
+        total += sum(terms)
+    return total
+
+
+def share(error: np.ndarray, value: np.ndarray) -> float:
+    return float((error.astype(np.float64) ** 2).sum() / (value.astype(np.float64) ** 2).sum())
+
+
+def chosen(model: onnx.ModelProto, plan: Plan, count: int = 24) -> Choice:
+    histograms = calibrate(model, measured(plan), images(count), SMALL)
+    return choose_spans_per_tensor(model, plan, histograms, images(6), SMALL)
+
+
+def test_errors_are_those_of_the_readers(mobilenet_v2: Exported) -> None:
+    _, model = mobilenet_v2
+    plan = make_plan(model)
+    found = chosen(model, plan)
+    histograms = calibrate(model, measured(plan), images(24), SMALL)
+    values = values_of(model, SMALL.normalize(images(6)))
+    assert set(found.spans) == set(plan.tensors)
+    assert set(found.methods) == set(measured(plan))
+    judged = [name for name in measured(plan) if name in found.errors]
+    several = [name for name in judged if len({str(each) for each in Graph(model).readers(name)}) > 1]
+    assert several, "a tensor that a layer and an Add read"
+    tried = [*judged[:4], several[0], judged[-1]]
+    for name in tried:
+        for method, way in CALIBRATORS.items():
+            span = inside(plan, Graph(model), name, way(histograms[name]))
+            expected = oracle(model, plan, name, span, values)
+            assert found.errors[name][method] == pytest.approx(expected, rel=1e-3), (name, method)
+        best = min(found.errors[name].values())
+        assert found.errors[name][found.methods[name]] == best
+        assert found.spans[name] == inside(plan, Graph(model), name, CALIBRATORS[found.methods[name]](histograms[name]))
+
+
+def test_images_in_any_order() -> None:
+    model = shuffled()
+    plan = make_plan(model)
+    histograms = calibrate(model, measured(plan), images(8), SMALL)
+    one, other = (
+        choose_spans_per_tensor(model, plan, histograms, images(6)[order], SMALL)
+        for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 1, 4, 3])
+    )
+    assert one == other
+
+
+def test_no_images() -> None:
+    with pytest.raises(DataError, match="no images to choose the ranges on"):
+        choose_among(shuffled(), {}, images(0), SMALL)
+
+
+def test_tensors_of_one_scale_are_chosen_together() -> None:
+    model = shuffled()
+    plan = make_plan(model)
+    group = {"grouped", "turned", "shuffled", "left", "right"}
+    assert {name for name, source in plan.same_scale.items() if source == "relu1"} == group
+    found = chosen(model, plan, 8)
+    values = values_of(model, SMALL.normalize(images(6)))
+    histograms = calibrate(model, measured(plan), images(8), SMALL)
+    assert set(found.errors) >= {"input", "relu1", "conv2", "joined", "conv3", "pooled"}
+    for name, errors in found.errors.items():
+        for method, error in errors.items():
+            span = inside(plan, Graph(model), name, CALIBRATORS[method](histograms[name]))
+            assert error == pytest.approx(oracle(model, plan, name, span, values), rel=1e-3), (name, method)
+    assert {found.spans[name] for name in group} == {found.spans["relu1"]}
+    assert found.to_json("left") == {}
+    assert set(found.to_json("relu1")) == {"method", "errors"}
+
+
+@pytest.mark.parametrize("form", ["u8", "s8"])
+@pytest.mark.parametrize(("weight", "best"), [(0.0, "narrow"), (100.0, "wide")])
+def test_what_no_reader_minds_is_clipped(weight: float, best: str, form: Form) -> None:
+    """The same tensor and the same candidates: the readers decide."""
+    pixels = images(4) // 8 + 112
+    pixels[:, 3, 3, 1] = 255
+    spans = {"input": {"wide": (-2.0, 2.0), "narrow": (-0.5, 0.5)}}
+    methods, errors = choose_among(outlier(weight), spans, pixels, SMALL, form=form)
+    assert methods == {"input": best}
+    assert errors["input"][best] == min(errors["input"].values())
+
+
+def test_equal_ranges_are_not_judged() -> None:
+    ways = {"one": (0.0, 6.0), "other": (0.0, 6.0)}
+    assert choose_among(shuffled(), {"relu1": ways}, images(2), SMALL) == ({"relu1": "one"}, {})
+
+
+def test_parts_are_held_out_by_their_ids() -> None:
+    source = open_source("digits")
+    indices = np.arange(100, dtype=np.int64)
+    part = Part("calibration", source, indices, np.full(100, -1), "sha")
+    rest, held = part.hold_out()
+    assert (len(rest), len(held)) == (88, 12)
+    assert sorted([*rest.indices, *held.indices]) == list(indices)
+    assert rest.sha256 is None
+    turned = Part("calibration", source, indices[::-1].copy(), np.full(100, -1), "sha")
+    assert set(turned.hold_out()[1].ids) == set(held.ids)
+    assert turned.fingerprint != part.fingerprint
+    assert [len(each) for each in part.hold_out(5)] == [95, 5]
+    alone = Part("calibration", source, indices[:1], np.full(1, -1), "sha")
+    assert [len(each) for each in alone.hold_out()] == [1, 1]
