@@ -1,4 +1,4 @@
-"""Opset 18 -> opset 17 and IR 8, the file that every reader from ONNX Runtime 1.16 and TensorRT 8.5 on understands.
+"""Opset 18 and later -> opset 17 and IR 8, which all readers from ONNX Runtime 1.16 and TensorRT 8.5 on understand.
 
 The version number is not the point: TensorRT 8.5 and 8.6 read opset 18's ReduceMean without its axes *input* and
 average over everything, the batch included, without an error.
@@ -10,11 +10,22 @@ from onnx import defs, helper
 
 from kdedge.errors import ExportError
 from kdedge_export.graph import Graph, attribute, prune
+from kdedge_export.onnx_file import opset_of
 
 __all__ = ["IR", "OPSET", "to_opset_17"]
 
 OPSET, IR = 17, 8
-_OURS = ("ReduceMean", "Split")  # changed at 18, and rewritten here
+# From 18 on these have their axes as an input; rewritten here, as is Split's num_outputs.
+_REDUCTIONS: tuple[str, ...] = (
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceSumSquare",
+)
+_REDUCTIONS += ("ReduceLogSum", "ReduceLogSumExp")
 
 
 def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -25,16 +36,17 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises ExportError for an operator that opset 17 does not have in the same form.
     """
+    opset = opset_of(model)
     for node in model.graph.node:
-        _require_known(node)
+        _require_known(node, opset)
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.shape_inference.infer_shapes(model))
     ranks = _ranks(copy)
     graph = Graph(copy)
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
-        if node.op_type == "ReduceMean":
-            nodes.extend(_reduce_mean(node, graph, ranks))
+        if node.op_type in _REDUCTIONS:
+            nodes.extend(_reduce(node, graph, ranks))
         elif node.op_type == "Split":
             nodes.append(_split(node, copy))
         elif node.op_type == "Reshape":
@@ -49,19 +61,27 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _require_known(node: onnx.NodeProto) -> None:
+def _require_known(node: onnx.NodeProto, opset: int) -> None:
     if node.domain not in ("", "ai.onnx"):
         raise ExportError(
             f"The operator {node.domain}.{node.op_type} is not part of ONNX; rewrite that layer of the model."
         )
-    newer = defs.get_schema(node.op_type, 18).since_version > OPSET
-    # Pad and Split only gained an optional input or attribute; without it they are what they were.
-    harmless = node.op_type == "Pad" and len(node.input) <= 3
-    if newer and node.op_type not in _OURS and not harmless:
+    if node.op_type not in (*_REDUCTIONS, "Split") and not _known_before(node, opset):
         raise ExportError(
             f"The operator {node.op_type} of node {node.name} has no form in opset {OPSET}, which boards read; "
             "replace that layer of the model."
         )
+
+
+def _known_before(node: onnx.NodeProto, opset: int) -> bool:
+    """Whether opset 17 has every input and attribute that `node` uses: most operators only gained types since."""
+    try:
+        old, new = defs.get_schema(node.op_type, OPSET, ""), defs.get_schema(node.op_type, max(opset, OPSET), "")
+    except defs.SchemaError:
+        return False
+    used = {each.name for each in node.attribute}
+    fits = len(node.input) <= old.max_input and used <= set(old.attributes)
+    return bool(old.since_version == new.since_version or (fits and node.op_type != "GridSample"))  # its modes changed
 
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
@@ -71,15 +91,21 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
-def _reduce_mean(node: onnx.NodeProto, graph: Graph, ranks: dict[str, int]) -> list[onnx.NodeProto]:
+def _reduce(node: onnx.NodeProto, graph: Graph, ranks: dict[str, int]) -> list[onnx.NodeProto]:
     source, output = node.input[0], node.output[0]
-    axes = graph.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
-    if axes is None:
-        raise ExportError(f"ReduceMean {node.name} has computed axes; constant ones were expected. Rewrite that layer.")
+    axes = attribute(node, "axes")
+    if axes is None and len(node.input) > 1 and node.input[1]:
+        axes = graph.constant(node.input[1])
+        if axes is None:
+            raise ExportError(
+                f"{node.op_type} {node.name} has computed axes; constant ones were expected. Rewrite that layer."
+            )
+    keep = bool(attribute(node, "keepdims", 1))
+    if axes is None:  # over everything
+        return [helper.make_node(node.op_type, [source], [output], name=node.name, keepdims=int(keep))]
     rank = ranks.get(source)
     chosen = sorted(int(axis) if axis >= 0 or rank is None else int(axis) + rank for axis in axes)
-    keep = bool(attribute(node, "keepdims", 1))
-    if rank == 4 and chosen == [2, 3]:
+    if node.op_type == "ReduceMean" and rank == 4 and chosen == [2, 3]:
         if keep:
             return [helper.make_node("GlobalAveragePool", [source], [output], name=node.name)]
         pooled = f"{output}_pooled"
@@ -87,7 +113,7 @@ def _reduce_mean(node: onnx.NodeProto, graph: Graph, ranks: dict[str, int]) -> l
             helper.make_node("GlobalAveragePool", [source], [pooled], name=node.name),
             helper.make_node("Flatten", [pooled], [output], name=f"{node.name}_flatten", axis=1),
         ]
-    return [helper.make_node("ReduceMean", [source], [output], name=node.name, axes=chosen, keepdims=int(keep))]
+    return [helper.make_node(node.op_type, [source], [output], name=node.name, axes=chosen, keepdims=int(keep))]
 
 
 def _split(node: onnx.NodeProto, model: onnx.ModelProto) -> onnx.NodeProto:

@@ -56,6 +56,13 @@ def test_another_mean_keeps_its_axes_as_an_attribute() -> None:
     assert not rewritten.graph.initializer, "the axes are not left behind"
 
 
+def test_every_reduction_has_its_axes_as_an_attribute() -> None:
+    nodes = [helper.make_node("ReduceMax", ["input", "axes"], ["logits"], keepdims=0)]
+    rewritten = same(model_18(nodes, {"axes": np.array([-1, 2])}, [4]))
+    assert list(rewritten.graph.node[0].input) == ["input"]
+    assert onnx.helper.get_attribute_value(rewritten.graph.node[0].attribute[0]) == [2, 3]
+
+
 def test_reshape_behind_a_pooling_becomes_flatten() -> None:
     nodes = [
         helper.make_node("ReduceMean", ["input", "axes"], ["mean"], keepdims=1),
@@ -81,9 +88,12 @@ def test_split_loses_num_outputs_where_parts_are_equal() -> None:
 
 
 def test_what_opset_17_lacks_is_refused_by_name() -> None:
-    nodes = [helper.make_node("ReduceMax", ["input", "axes"], ["logits"], keepdims=0)]
-    with pytest.raises(ExportError, match=r"operator ReduceMax .* opset 17"):
-        to_opset_17(model_18(nodes, {"axes": np.array([2, 3])}, [4]))
+    nodes = [helper.make_node("Mish", ["input"], ["logits"])]
+    with pytest.raises(ExportError, match=r"operator Mish .* opset 17"):
+        to_opset_17(model_18(nodes, {}, [4, 5, 6]))
+    nodes = [helper.make_node("Pad", ["input", "pads", "", "axes"], ["logits"])]
+    with pytest.raises(ExportError, match=r"operator Pad .* opset 17"):
+        to_opset_17(model_18(nodes, {"pads": np.array([1, 1]), "axes": np.array([2])}, [4, 7, 6]))
     nodes = [helper.make_node("FastGelu", ["input"], ["logits"], domain="com.microsoft")]
     model = model_18(nodes, {}, [4, 5, 6])
     with pytest.raises(ExportError, match=r"com\.microsoft\.FastGelu is not part of ONNX"):
