@@ -40,8 +40,10 @@ class TrtPlan:
     """`layers`: names of the nodes that read 8-bit tensors. `tensors`: those with Q/DQ, in topological order.
 
     `reads`: layer -> the places of its inputs that are read dequantized. `weighted`: layers with a weight.
-    `same_scale`: tensor -> the tensor whose values it holds, moved. `groups`: tensors not in `same_scale` that share
-    one scale, wide enough for all. `kept_float`: node name -> why.
+    `same_scale`: tensor -> the tensor whose values it holds, moved, be that quantized or not. `groups`: tensors to be
+    measured that share one scale, wide enough for all. `kept_float`: node name -> why.
+
+    Leaving more layers in float never asks for a tensor that the whole plan does not measure.
     """
 
     layers: frozenset[str] = frozenset()
@@ -55,7 +57,7 @@ class TrtPlan:
     @property
     def measured(self) -> tuple[str, ...]:
         """The tensors that calibration has to look at."""
-        return tuple(name for name in self.tensors if name not in self.same_scale)
+        return tuple(dict.fromkeys(self.same_scale.get(name, name) for name in self.tensors))
 
     def scales(self, table: RangeTable) -> dict[str, float]:
         """The scale of every tensor of the plan, as it is written. BugError where one was not calibrated."""
@@ -91,6 +93,7 @@ def make_trt_plan(
     for node in planner.graph.nodes:
         planner.follower(node)
     planner.drop_unread_concats()
+    planner.move_bytes()
     return planner.plan()
 
 
@@ -101,12 +104,15 @@ class _Planner:
         self.pools = pools
         self.hard_swish = hard_swish
         self.pooled = Pooled(graph)
+        self.able: set[str] = set()  # weighted layers that INT8 pays for, those left out by choice included
         self.reads: dict[str, tuple[int, ...]] = {}
         self.kept_float: dict[str, str] = {}
 
     def weighted(self, node: onnx.NodeProto, batch: int) -> None:
-        chosen = "left in float by choice" if node.name in self.leave_float else ""
-        reason = chosen or why_weighted_float(node, self.graph, self.pooled, batch)
+        reason = why_weighted_float(node, self.graph, self.pooled, batch)
+        if not reason:
+            self.able.add(node.name)
+            reason = "left in float by choice" if node.name in self.leave_float else ""
         self._settle(node, reason, (0,))
 
     def follower(self, node: onnx.NodeProto) -> None:
@@ -157,27 +163,26 @@ class _Planner:
         return "" if self._made_in_int8(node.input[0]) else "no quantized layer in front of it"
 
     def _add(self, node: onnx.NodeProto) -> None:
-        fused = [place for place, name in enumerate(node.input) if self._fuses(name, node)]
-        computed = [name for name in node.input if name not in self.graph.initializers]
-        if not fused or len(set(computed)) < 2:
+        fused = [place for place, name in enumerate(node.input) if self._ends_in(name, node)]
+        computed = {name for name in node.input if name not in self.graph.initializers}
+        kept = longer_branch(node, self.graph) if len(fused) == 2 else [*fused, 0][0]
+        conv = self.graph.producer.get(node.input[kept])
+        if not fused or len(computed) < 2 or conv is None or conv.name not in self.reads:
             self.kept_float[node.name] = "no quantized convolution of its own ends in it"
             return
-        kept = longer_branch(node, self.graph) if len(fused) == 2 else fused[0]
         self.reads[node.name] = (1 - kept,)
         pool = self.graph.producer.get(node.input[1 - kept])
         if pool is not None and pool.op_type == "MaxPool":
             self.reads[pool.name] = (0,)  # rule 9: else the pooling of the skip runs in float
 
-    def _fuses(self, tensor: str, add: onnx.NodeProto) -> bool:
-        node = self.graph.producer.get(tensor)
-        own = self.graph.only_reader(tensor)
-        return (
-            node is not None
-            and node.op_type in ("Conv", "ConvTranspose")
-            and node.name in self.reads
-            and own is not None
-            and own.name == add.name
-        )
+    def _ends_in(self, tensor: str, add: onnx.NodeProto) -> bool:
+        """Whether a convolution for INT8 makes `tensor` for `add` alone, be it left in float by choice or not.
+
+        A layer that is left out must not make the other branch the fused one: its tensor was never measured.
+        """
+        node, own = self.graph.producer.get(tensor), self.graph.only_reader(tensor)
+        conv = node is not None and node.op_type in ("Conv", "ConvTranspose") and node.name in self.able
+        return conv and own is not None and own.name == add.name
 
     def drop_unread_concats(self) -> None:
         """A Concat is joined in 8 bits only for a reader in 8 bits; from the end, since they stand in rows."""
@@ -185,6 +190,14 @@ class _Planner:
             if node.op_type == "Concat" and node.name in self.reads and not self._is_read(node.output[0]):
                 del self.reads[node.name]
                 self.kept_float[node.name] = "no quantized layer reads it"
+
+    def move_bytes(self) -> None:
+        """What moves values between two quantized tensors reads the first as bytes."""
+        read = {node.input[place] for node in self.graph.nodes for place in self.reads.get(node.name, ())}
+        read.update(node.output[0] for node in self.graph.nodes if node.op_type == "Concat" and node.name in self.reads)
+        for node in self.graph.nodes:
+            if node.op_type in MOVES and node.input[0] in read and any(self._is_read(name) for name in node.output):
+                self.reads[node.name] = (0,)
 
     def _is_read(self, tensor: str) -> bool:
         for reader in self.graph.readers(tensor):
@@ -201,37 +214,24 @@ class _Planner:
         wanted.update(node.output[0] for node in nodes if node.op_type == "Concat")
         order = [*self.graph.inputs, *(name for node in self.graph.nodes for name in node.output)]
         tensors = tuple(name for name in order if name in wanted)
-        same_scale = {name: held[-1] for name in tensors if (held := self._held(name, wanted))}
+        same_scale = {name: held[-1] for name in tensors if (held := moved_from(name, self.graph))}
         return TrtPlan(
             layers=frozenset(self.reads),
             tensors=tensors,
             reads=self.reads,
             weighted=tuple(node.name for node in nodes if node.op_type in WEIGHTED),
             same_scale=same_scale,
-            groups=tuple(self._groups(tensors, same_scale)),
+            groups=tuple(self._groups(nodes, same_scale)),
             kept_float=self.kept_float,
         )
 
-    def _held(self, tensor: str, wanted: set[str]) -> list[str]:
-        return [name for name in moved_from(tensor, self.graph) if name in wanted]
-
-    def _groups(self, tensors: tuple[str, ...], same_scale: dict[str, str]) -> Iterator[tuple[str, ...]]:
-        """Sets of measured tensors tied by a Concat, or by a move whose two outputs are both quantized."""
-        group = {name: frozenset([name]) for name in tensors}
-        for tied in self._ties(tensors, same_scale):
-            joined = frozenset[str]().union(*(group[name] for name in tied))
-            group |= dict.fromkeys(joined, joined)
-        for each in dict.fromkeys(group[name] for name in tensors):
-            measured = tuple(name for name in tensors if name in each and name not in same_scale)
-            if len(measured) > 1:
-                yield measured
-
-    def _ties(self, tensors: tuple[str, ...], same_scale: dict[str, str]) -> Iterator[list[str]]:
-        yield from ([name, source] for name, source in same_scale.items())
-        for node in self.graph.nodes:
-            if node.op_type == "Concat" and node.name in self.reads:
-                yield [*node.input, node.output[0]]
-        origins: dict[str, list[str]] = {}
-        for name in tensors:
-            origins.setdefault([name, *moved_from(name, self.graph)][-1], []).append(name)
-        yield from origins.values()
+    def _groups(self, nodes: list[onnx.NodeProto], same_scale: dict[str, str]) -> Iterator[tuple[str, ...]]:
+        """Measured tensors that are tied by Concat, directly or in a row of them, in the order of the graph."""
+        group: dict[str, dict[str, None]] = {}
+        for node in nodes:
+            if node.op_type == "Concat":
+                tied = [same_scale.get(name, name) for name in (*node.input, *node.output)]
+                joined = {each: None for name in tied for each in group.get(name, {name: None})}
+                group |= dict.fromkeys(joined, joined)
+        for each in {id(joined): joined for joined in group.values()}.values():
+            yield tuple(each)

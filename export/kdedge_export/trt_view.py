@@ -83,14 +83,14 @@ class View:
 def _without_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    del copy.graph.node[:]
-    before: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Cast"):
-            before[node.output[0]] = before.get(node.input[0], node.input[0])
-            continue
-        kept = copy.graph.node.add()
-        kept.CopyFrom(node)
+    passed = ("QuantizeLinear", "DequantizeLinear", "Cast")
+    before = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in passed}
+    kept = [node for node in copy.graph.node if node.op_type not in passed]
+    for node in kept:
         for place, name in enumerate(node.input):
-            kept.input[place] = before.get(name, name)
+            while name in before:
+                name = before[name]
+            node.input[place] = name
+    del copy.graph.node[:]
+    copy.graph.node.extend(kept)
     return copy
