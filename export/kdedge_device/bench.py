@@ -5,7 +5,7 @@ One process measures one artifact. Two sessions in one process share its thread 
 
 import os
 from io import BytesIO
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
@@ -15,8 +15,13 @@ from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.record import load_average, now, record
 from kdedge_device.runners import OrtRunner
+from kdedge_device.trt_bundle import open_engine
+from kdedge_device.trt_runner import TrtRunner
 
 __all__ = ["Subject", "bench", "open_subject"]
+
+
+Runner = Union[OrtRunner, TrtRunner]
 
 
 class Subject(NamedTuple):
@@ -41,6 +46,8 @@ def open_subject(path: str, artifact: Optional[str] = None) -> Subject:
     folder, file = os.path.split(os.path.abspath(path))
     if os.path.isfile(os.path.join(folder, "manifest.json")):
         bundle = Bundle(folder)
+        if file.endswith(".engine"):
+            return _around(bundle, path, None)
         for name, entry in bundle.artifacts.items():
             if entry["file"] == file:
                 return _from_bundle(bundle, name)
@@ -48,9 +55,16 @@ def open_subject(path: str, artifact: Optional[str] = None) -> Subject:
 
 
 def _from_bundle(bundle: Bundle, name: str) -> Subject:
+    entry = bundle.artifacts[name]
+    engine = entry.get("runtime") == TrtRunner.runtime
+    path = open_engine(bundle, name).model_path if engine else bundle.model_path(name)
+    return _around(bundle, path, entry.get("precision"))
+
+
+def _around(bundle: Bundle, path: str, precision: Optional[str]) -> Subject:
+    """A model or engine with its bundle's preprocessing and images."""
     images = bundle.golden()["images"] if "golden.npz" in bundle.document["files"] else None
-    precision = bundle.artifacts[name].get("precision")
-    return Subject(bundle.model_path(name), precision, bundle.preprocess, images, bundle.classes)
+    return Subject(path, precision, bundle.preprocess, images, bundle.classes)
 
 
 def bench(subject: Subject, effort: Effort, effort_name: str, threads: int = 1, batch: int = 1) -> Dict[str, Any]:
@@ -58,9 +72,9 @@ def bench(subject: Subject, effort: Effort, effort_name: str, threads: int = 1, 
     if batch < 1:
         raise Failure(f"A batch of {batch} was asked for; at least 1 is needed.")
     started_at, load_before = now(), load_average()
-    with OrtRunner(subject.model_path, threads) as runner:
+    with _runner(subject, threads) as runner:
         inputs = _inputs(subject, runner, batch)
-        compute = summarize(measure(lambda i: runner.run(inputs[i % len(inputs)]), effort))
+        compute, with_copies = _latencies(runner, inputs, effort)
         encoded = _encoded(subject) if batch == 1 else []
         end_to_end = (
             summarize(measure(lambda i: _whole(subject, runner, encoded[i % len(encoded)]), effort))
@@ -73,13 +87,13 @@ def bench(subject: Subject, effort: Effort, effort_name: str, threads: int = 1, 
             "file": os.path.basename(subject.model_path),
             "sha256": sha256_file(subject.model_path),
             "bytes": os.path.getsize(subject.model_path),
-            "precision": subject.precision,
-            "runtime": OrtRunner.runtime,
+            "precision": subject.precision or _precision(runner),
+            "runtime": runner.runtime,
             "version": version,
         },
-        latency_ms={"compute": compute, "end_to_end": end_to_end},
+        latency_ms={"compute": compute, "with_copies": with_copies, "end_to_end": end_to_end},
         conditions={
-            "threads": threads,
+            "threads": threads if isinstance(runner, OrtRunner) else None,
             "batch": batch,
             "effort": effort_name,
             "load_average": {"before": load_before, "after": load_average()},
@@ -93,7 +107,31 @@ def bench(subject: Subject, effort: Effort, effort_name: str, threads: int = 1, 
     )
 
 
-def _inputs(subject: Subject, runner: OrtRunner, batch: int) -> List["np.ndarray[Any, Any]"]:
+def _runner(subject: Subject, threads: int) -> Runner:
+    return (
+        TrtRunner(subject.model_path)
+        if subject.model_path.endswith(".engine")
+        else OrtRunner(subject.model_path, threads)
+    )
+
+
+def _precision(runner: Runner) -> Optional[str]:
+    """Of an engine, from its side file; a bare ONNX file does not say."""
+    return str(runner.side["fingerprint"]["options"]["precision"]) if isinstance(runner, TrtRunner) else None
+
+
+def _latencies(
+    runner: Runner, inputs: List["np.ndarray[Any, Any]"], effort: Effort
+) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
+    """(compute, with copies). On a CPU nothing is copied, so there is no second number."""
+    if isinstance(runner, OrtRunner):
+        return summarize(measure(lambda i: runner.run(inputs[i % len(inputs)]), effort)), None
+    runner.put(inputs[0])
+    compute = summarize(measure(lambda i: runner.compute(), effort))
+    return compute, summarize(measure(lambda i: runner.run(inputs[i % len(inputs)]), effort))
+
+
+def _inputs(subject: Subject, runner: Runner, batch: int) -> List["np.ndarray[Any, Any]"]:
     """A few different batches, so that no cache is flattered by one input only."""
     if subject.preprocess is not None and subject.images is not None:
         values = subject.preprocess.normalize(subject.images)
@@ -125,6 +163,6 @@ def _encoded(subject: Subject) -> List[bytes]:
     return files
 
 
-def _whole(subject: Subject, runner: OrtRunner, encoded: bytes) -> "np.ndarray[Any, Any]":
+def _whole(subject: Subject, runner: Runner, encoded: bytes) -> "np.ndarray[Any, Any]":
     assert subject.preprocess is not None
     return runner.run(subject.preprocess.normalize(subject.preprocess.decode(encoded)[None]))

@@ -4,29 +4,37 @@ N images, H x W x C each, K classes.
 """
 
 import os
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from kdedge_device.failures import BudgetFailure, Failure, RuntimeFailure
+from kdedge_device.failures import BudgetFailure, CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 from kdedge_device.runners import OrtRunner
+from kdedge_device.trt_bundle import has_engines, open_engine
+from kdedge_device.trt_runner import TrtRunner
 
 __all__ = ["check", "evaluate", "logits_of", "open_runner", "predict"]
 
+Runner = Union[OrtRunner, TrtRunner]
 BATCH = 32
 
 
-def logits_of(runner: OrtRunner, preprocess: Preprocess, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def logits_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """float32 [N, K] of uint8 [N, H, W, C], N above 0, in batches of BATCH."""
     parts = [runner.run(preprocess.normalize(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
     return np.concatenate(parts)
 
 
-def open_runner(bundle: Bundle, artifact: Optional[str] = None, threads: int = 1) -> OrtRunner:
-    """A runner of an artifact, the shipped one unless named. RuntimeFailure where its file is for another runtime."""
+def open_runner(bundle: Bundle, artifact: Optional[str] = None, threads: int = 1) -> Runner:
+    """A runner of an artifact, the shipped one unless named: ONNX Runtime, or the engine built from it on this machine.
+
+    RuntimeFailure where the runtime, or the engine, is not here.
+    """
     name = bundle.artifact(artifact)
+    if _runtime(bundle, name) == "tensorrt" and has_engines(bundle):
+        return open_engine(bundle, name)
     why = _not_run_here(bundle, name)
     if why:
         runnable = ", ".join(sorted(each for each in bundle.artifacts if not _not_run_here(bundle, each)))
@@ -34,9 +42,13 @@ def open_runner(bundle: Bundle, artifact: Optional[str] = None, threads: int = 1
     return OrtRunner(bundle.model_path(name), threads)
 
 
+def _runtime(bundle: Bundle, name: str) -> str:
+    return str(bundle.artifacts[name].get("runtime", OrtRunner.runtime))
+
+
 def _not_run_here(bundle: Bundle, name: str) -> str:
     """Why an artifact is not for ONNX Runtime; empty where it is. A TensorRT file would load, and be slow or wrong."""
-    runtime = bundle.artifacts[name].get("runtime", OrtRunner.runtime)
+    runtime = _runtime(bundle, name)
     if runtime == OrtRunner.runtime:
         return ""
     if runtime == "tensorrt":
@@ -162,14 +174,24 @@ def check(bundle: Bundle, threads: int = 1) -> Dict[str, Any]:
     files = bundle.verify()
     golden = bundle.golden()
     found: Dict[str, Any] = {}
-    why = {name: _not_run_here(bundle, name) for name in sorted(bundle.artifacts)}
-    not_run = {name: each for name, each in why.items() if each}
+    not_run: Dict[str, str] = {}
     for name, entry in sorted(bundle.artifacts.items()):
-        if name in not_run:
+        engines = _runtime(bundle, name) == "tensorrt" and has_engines(bundle)
+        why = "" if engines else _not_run_here(bundle, name)
+        if why:
+            not_run[name] = why
             continue
-        expected = golden["logits__" + name]
-        with open_runner(bundle, name, threads) as runner:
-            logits = logits_of(runner, bundle.preprocess, golden["images"])
+        expected = golden.get("logits__" + name)
+        if expected is None:
+            raise CorruptFailure(f"golden.npz of {bundle.path} has no logits of '{name}'. Copy the bundle again.")
+        try:
+            with open_runner(bundle, name, threads) as runner:
+                logits = logits_of(runner, bundle.preprocess, golden["images"])
+        except (RuntimeFailure, VersionFailure, DeviceFailure) as error:
+            if not engines:
+                raise
+            not_run[name] = str(error)  # an engine of another machine is no fault of the bundle
+            continue
         found[name] = {
             "max_abs_difference": float(np.abs(logits - expected).max()),
             "tolerance": entry["golden_tolerance"],

@@ -21,11 +21,12 @@ _OLDEST = "8.5"
 
 
 class Here(NamedTuple):
-    """What engines are built with and run on: the module, its version, and GPU 0."""
+    """What engines are built with and run on: the module, its version, GPU 0, and the driver's library."""
 
     trt: Any
     version: str
     gpu: Gpu
+    library: str = LIBRARY
 
     @property
     def weakly_typed(self) -> bool:
@@ -49,7 +50,7 @@ def load_tensorrt(library: str = LIBRARY) -> Here:
         raise VersionFailure(
             f"TensorRT is {version}; {_OLDEST} or newer is needed. On a Jetson that is JetPack 5 or newer."
         )
-    return Here(trt, version, found.gpus[0])
+    return Here(trt, version, found.gpus[0], library)
 
 
 def _how_to_install() -> str:

@@ -1,25 +1,38 @@
 """The engines of a bundle: which of its ONNX files each is built from, and whether one that fits is there already."""
 
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
-from kdedge_device.failures import Failure
+from kdedge_device.failures import Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.trt import Here, load_tensorrt
 from kdedge_device.trt_build import BuildOptions, build_engine
 from kdedge_device.trt_cache import engine_name, fingerprint, read_engine, write_engine
+from kdedge_device.trt_runner import TrtRunner
 from kdedge_device.trt_timing import default_timing_folder
 
-__all__ = ["build_for_bundle", "engine_path", "source_artifact"]
+__all__ = ["build_for_bundle", "engine_path", "has_engines", "open_engine", "source_artifact"]
 
 # The files to take, the first that the bundle has: while precisions are flags, and when they are written in the graph.
-_WEAK = {"int8": ("model.trt.onnx",), "fp16": ("model.fp16.onnx", "model.onnx"), "fp32": ("model.onnx",)}
-_STRONG = {"int8": ("model.trt-fp16.onnx",), "fp16": ("model.fp16.onnx",), "fp32": ("model.onnx",)}
+_WEAK: Dict[str, Tuple[str, ...]] = {
+    "int8": ("model.trt.onnx",),
+    "fp16": ("model.fp16.onnx", "model.onnx"),
+    "fp32": ("model.onnx",),
+}
+_STRONG: Dict[str, Tuple[str, ...]] = {
+    "int8": ("model.trt-fp16.onnx",),
+    "fp16": ("model.fp16.onnx",),
+    "fp32": ("model.onnx",),
+}
+
+
+def _sources(here: Here) -> Dict[str, Tuple[str, ...]]:
+    return _WEAK if here.weakly_typed else _STRONG
 
 
 def source_artifact(bundle: Bundle, precision: str, here: Here) -> str:
     """The artifact to build from with this TensorRT. Failure says how to export it where the bundle has none."""
-    wanted = (_WEAK if here.weakly_typed else _STRONG)[precision]
+    wanted = _sources(here)[precision]
     for file in wanted:
         for name, entry in sorted(bundle.artifacts.items()):
             if entry.get("file") == file:
@@ -42,6 +55,30 @@ def _mark(bundle: Bundle, artifact: str, options: BuildOptions, here: Here) -> D
 
 def _place(bundle: Bundle, mark: Dict[str, Any], folder: Optional[str]) -> str:
     return os.path.join(bundle.path if folder is None else folder, engine_name(mark))
+
+
+def has_engines(bundle: Bundle) -> bool:
+    """Whether any lies in the bundle, for whatever machine. Looking for the right one needs TensorRT."""
+    return any(name.endswith(".engine") for name in os.listdir(bundle.path))
+
+
+def open_engine(bundle: Bundle, artifact: str, here: Optional[Here] = None) -> TrtRunner:
+    """A runner of the engine that was built from an artifact on this machine, one image a call.
+
+    RuntimeFailure without TensorRT or such an engine, VersionFailure where this TensorRT takes another artifact.
+    """
+    here = load_tensorrt() if here is None else here
+    options = BuildOptions(str(bundle.artifacts[artifact]["precision"]))
+    wanted = _sources(here)[options.checked().precision]
+    if bundle.artifacts[artifact]["file"] not in wanted:
+        raise VersionFailure(f"The artifact '{artifact}' is not for TensorRT {here.version}, which takes {wanted[0]}.")
+    path = engine_path(bundle, options, here)
+    if not os.path.isfile(path):
+        raise RuntimeFailure(
+            f"There is no engine of '{artifact}' for this machine. Build it with: python run.pyz build "
+            f"--artifact {options.precision}"
+        )
+    return TrtRunner(path, here)
 
 
 def build_for_bundle(

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, Union
 
 import numpy as np
 
-from kdedge_device.cuda import LIBRARY, Cuda
+from kdedge_device.cuda import Cuda
 from kdedge_device.failures import Failure
 from kdedge_device.trt import Here, Log, load_tensorrt, new_log
 from kdedge_device.trt_cache import read_engine
@@ -19,7 +19,13 @@ from kdedge_device.trt_errors import classify
 __all__ = ["TrtRunner"]
 
 # tensorrt.nptype cannot be used: that of 8.5 needs a numpy alias that is gone.
-_TYPES: Dict[str, Any] = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32}
+_TYPES: Dict[str, Any] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+}
 
 
 class _Tensor(NamedTuple):
@@ -44,15 +50,9 @@ class TrtRunner:
 
     runtime = "tensorrt"
 
-    def __init__(
-        self,
-        model_path: Union[str, "os.PathLike[str]"],
-        here: Optional[Here] = None,
-        library: str = LIBRARY,
-    ) -> None:
+    def __init__(self, model_path: Union[str, "os.PathLike[str]"], here: Optional[Here] = None) -> None:
         self.model_path = os.fspath(model_path)
         self.side: Dict[str, Any] = {}
-        self._library = library
         self._here = here
         self._cuda: Optional[Cuda] = None
         self._log: Optional[Log] = None
@@ -63,9 +63,9 @@ class TrtRunner:
         self._declared: Tuple[int, ...] = ()
 
     def __enter__(self) -> "TrtRunner":
-        self._here = load_tensorrt(self._library) if self._here is None else self._here
+        self._here = load_tensorrt() if self._here is None else self._here
         content, self.side = read_engine(self.model_path, self._here)
-        cuda = Cuda(0, self._library)
+        cuda = Cuda(0, self._here.library)
         cuda.__enter__()
         self._cuda = cuda
         try:
@@ -167,7 +167,8 @@ class TrtRunner:
         kind = self._input.array.dtype
         count = len(batch)
         floats = kind.kind == "f" and batch.dtype.kind == "f"
-        if batch.shape[1:] != self._input.shape[1:] or not (floats or batch.dtype == kind):
+        fits = batch.shape[1:] == self._input.shape[1:] and count <= self._input.shape[0]
+        if not fits or not (floats or batch.dtype == kind):
             raise Failure(
                 f"{self.model_path} refused an input of shape {batch.shape} and type {batch.dtype}; "
                 f"{kind} {list(self._input.shape)} was expected."
@@ -186,6 +187,11 @@ class TrtRunner:
     def launch(self) -> None:
         """Begins to compute on what was put."""
         self._check(self._context.execute_async_v3(self._stream), "to run")
+
+    def compute(self) -> None:
+        """Computes on what was put, and waits: no copies."""
+        self.launch()
+        self._opened()[1].synchronize(self._stream)
 
     def get(self, count: int) -> "np.ndarray[Any, Any]":
         """Waits for the logits of the first `count` images: float32 [count, K], a copy."""

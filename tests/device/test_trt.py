@@ -13,6 +13,9 @@ import pytest
 
 import kdedge_device
 from kdedge_device import trt_bundle
+from kdedge_device.bench import bench, open_subject
+from kdedge_device.clock import Effort
+from kdedge_device.evaluate import check, evaluate
 from kdedge_device.failures import (
     CorruptFailure,
     DeviceFailure,
@@ -31,6 +34,7 @@ from .conftest import linear_model, write_manifest
 from .fake_tensorrt import TABLE, VERSIONS, World, make, pack, unpack
 from .trt_world import LIBRARY, NEW, OLD, complete, machine, quantized_model
 
+NOT_BUILT = "it needs TensorRT and an engine, which `python run.pyz build` makes"
 BATCH = np.random.default_rng(0).normal(size=(5, 1, 4, 4)).astype(np.float32)
 
 
@@ -63,7 +67,7 @@ def built(folder: Path, here: Here, precision: str = "int8", **how: object) -> d
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])
 def test_an_engine_answers_as_its_onnx_file(
-    version: str, precision: str, trt_bundle_folder: Path, world: World, library: str
+    version: str, precision: str, trt_bundle_folder: Path, world: World
 ) -> None:
     here = machine(version, world)
     found = built(trt_bundle_folder, here, precision, batch=(1, 2, 3))
@@ -76,7 +80,7 @@ def test_an_engine_answers_as_its_onnx_file(
     assert report["layers"]["int8"] == (1 if precision == "int8" else 0)
     assert report["layers"]["reformats"] == 1
     assert report["warnings"] == ["Using default tactics."]
-    with TrtRunner(found["engine"], here, library) as runner:
+    with TrtRunner(found["engine"], here) as runner:
         logits = runner.run(BATCH)
         assert runner.input_shape == ["batch", 1, 4, 4]
         assert (runner.version, runner.takes_pixels) == (version, False)
@@ -84,7 +88,7 @@ def test_an_engine_answers_as_its_onnx_file(
         np.testing.assert_array_equal(logits, oracle.run(BATCH))
 
 
-def test_every_attribute_is_in_each_version_or_asked_for(trt_bundle_folder: Path, world: World, library: str) -> None:
+def test_every_attribute_is_in_each_version_or_asked_for(trt_bundle_folder: Path, world: World) -> None:
     """Recorded on the fakes: what our code asks TensorRT for. What a version lacks must stand in a hasattr or getattr
     with a default, which the source shows; and no name of TensorRT's in our source stays unasked in these runs."""
     used, asked = names_in_source()
@@ -95,7 +99,7 @@ def test_every_attribute_is_in_each_version_or_asked_for(trt_bundle_folder: Path
         here = machine(version, world)
         for precision in ("int8", "fp16", "fp32"):
             engine = built(trt_bundle_folder, here, precision, batch=(1, 2, 3))["engine"]
-            with TrtRunner(engine, here, library) as runner:
+            with TrtRunner(engine, here) as runner:
                 runner.run(BATCH)
         with pytest.raises(Failure, match=r"cannot read"):
             build_engine(str(trt_bundle_folder / "golden.npz"), BuildOptions(), here)
@@ -200,7 +204,7 @@ def test_models_that_cannot_be_read(trt_bundle_folder: Path, tmp_path: Path, wor
         build_engine(str(trt_bundle_folder / "model.trt-fp16.onnx"), BuildOptions(), old)
 
 
-def test_batches(tmp_path: Path, world: World, library: str) -> None:
+def test_batches(tmp_path: Path, world: World) -> None:
     here = machine("10.13.3.9", world)
     (tmp_path / "static.onnx").write_bytes(quantized_model(17, batch=2))
     with pytest.raises(Failure, match=r"takes batches of 2 only; .* Use --batch 2"):
@@ -259,16 +263,16 @@ def test_an_engine_is_kept_while_everything_fits(trt_bundle_folder: Path, world:
     assert (forced["reused"], forced["why"]) == (False, "asked for")
 
 
-def test_an_altered_engine_is_refused_and_built_again(trt_bundle_folder: Path, world: World, library: str) -> None:
+def test_an_altered_engine_is_refused_and_built_again(trt_bundle_folder: Path, world: World) -> None:
     here = machine("10.3.0", world)
     path = Path(built(trt_bundle_folder, here)["engine"])
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CorruptFailure, match=r"It was altered\. Build it again"), TrtRunner(path, here, library):
+    with pytest.raises(CorruptFailure, match=r"It was altered\. Build it again"), TrtRunner(path, here):
         pass
     path.write_bytes(content[:-1])
-    with pytest.raises(CorruptFailure, match=r"its side file says"), TrtRunner(path, here, library):
+    with pytest.raises(CorruptFailure, match=r"its side file says"), TrtRunner(path, here):
         pass
     again = built(trt_bundle_folder, here)
     assert not again["reused"]
@@ -297,14 +301,14 @@ def refusing(here: Here) -> Here:
     ],
 )
 def test_an_engine_from_elsewhere_never_reaches_tensorrt(
-    key: str, value: str, failure: type[Failure], words: str, trt_bundle_folder: Path, world: World, library: str
+    key: str, value: str, failure: type[Failure], words: str, trt_bundle_folder: Path, world: World
 ) -> None:
     here = machine("10.3.0", world)
     path = Path(built(trt_bundle_folder, here)["engine"])
     side = json.loads(Path(f"{path}.json").read_text())
     side["fingerprint"][key] = value
     Path(f"{path}.json").write_text(json.dumps(side))
-    with pytest.raises(failure, match=words), TrtRunner(path, refusing(here), library):
+    with pytest.raises(failure, match=words), TrtRunner(path, refusing(here)):
         pass
 
 
@@ -320,26 +324,26 @@ def test_an_engine_from_elsewhere_never_reaches_tensorrt(
     ],
 )
 def test_side_files_that_are_none(
-    text: str | None, failure: type[Failure], words: str, tmp_path: Path, world: World, library: str
+    text: str | None, failure: type[Failure], words: str, tmp_path: Path, world: World
 ) -> None:
     (tmp_path / "a.engine").write_bytes(b"abc")
     if text is not None:
         (tmp_path / "a.engine.json").write_text(text)
     here = refusing(machine("10.3.0", world))
-    with pytest.raises(failure, match=words), TrtRunner(tmp_path / "a.engine", here, library):
+    with pytest.raises(failure, match=words), TrtRunner(tmp_path / "a.engine", here):
         pass
-    with pytest.raises(Failure, match=r"does not exist"), TrtRunner(tmp_path / "b.engine", here, library):
+    with pytest.raises(Failure, match=r"does not exist"), TrtRunner(tmp_path / "b.engine", here):
         pass
 
 
-def test_a_side_file_cannot_name_files_outside(trt_bundle_folder: Path, world: World, library: str) -> None:
+def test_a_side_file_cannot_name_files_outside(trt_bundle_folder: Path, world: World) -> None:
     here = machine("10.3.0", world)
     path = Path(built(trt_bundle_folder, here)["engine"])
     side = json.loads(Path(f"{path}.json").read_text())
     (trt_bundle_folder.parent / "outside.onnx").write_text("another file")
     side["onnx_file"] = "../outside.onnx"
     Path(f"{path}.json").write_text(json.dumps(side))
-    with TrtRunner(path, here, library) as runner:  # not compared with: no file of that name lies beside the engine
+    with TrtRunner(path, here) as runner:  # not compared with: no file of that name lies beside the engine
         assert runner.side["onnx_file"] == "../outside.onnx"
 
 
@@ -372,7 +376,6 @@ def test_what_tensorrt_refuses_is_classified(
     words: str,
     trt_bundle_folder: Path,
     world: World,
-    library: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A side file may be right, and the engine still one that this TensorRT does not take."""
@@ -382,18 +385,18 @@ def test_what_tensorrt_refuses_is_classified(
     header.pop("model")
     content = pack({**header, **change}, model) if change else b"garbage"
     monkeypatch.setattr("kdedge_device.trt_runner.read_engine", lambda path, here: (content, {}))
-    with pytest.raises(failure, match=f"{words}.*Build the engine again"), TrtRunner(path, here, library):
+    with pytest.raises(failure, match=f"{words}.*Build the engine again"), TrtRunner(path, here):
         pass
 
 
-def test_runs_that_fail(trt_bundle_folder: Path, world: World, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_fail(trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     here = machine(NEW, world)
     path = built(trt_bundle_folder, here)["engine"]
-    runner = TrtRunner(path, here, library)
+    runner = TrtRunner(path, here)
     with pytest.raises(Failure, match=r"not open"):
         runner.run(BATCH)
     world.no_context = True
-    with pytest.raises(Failure, match=r"cannot run .*OutOfMemory"), TrtRunner(path, here, library):
+    with pytest.raises(Failure, match=r"cannot run .*OutOfMemory"), TrtRunner(path, here):
         pass
     world.no_context = False
     with runner:
@@ -409,28 +412,28 @@ def test_runs_that_fail(trt_bundle_folder: Path, world: World, library: str, mon
         world.fail_run = False
         assert runner.run(BATCH).shape == (5, 2)
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuMemAlloc_v2:2")
-    with pytest.raises(RuntimeFailure, match=r"OUT_OF_MEMORY"), TrtRunner(path, here, library):
+    with pytest.raises(RuntimeFailure, match=r"OUT_OF_MEMORY"), TrtRunner(path, here):
         pass
 
 
 @pytest.mark.parametrize("batch", [(1, 1, 1), (2, 2, 2), (2, 3, 4), (8, 8, 8)])
 def test_any_number_of_images_goes_through_any_engine(
-    batch: tuple[int, int, int], trt_bundle_folder: Path, world: World, library: str
+    batch: tuple[int, int, int], trt_bundle_folder: Path, world: World
 ) -> None:
     here = machine("10.16.1.11", world)
     path = built(trt_bundle_folder, here, batch=batch)["engine"]
-    with OrtRunner(trt_bundle_folder / "model.trt.onnx") as oracle, TrtRunner(path, here, library) as runner:
+    with OrtRunner(trt_bundle_folder / "model.trt.onnx") as oracle, TrtRunner(path, here) as runner:
         for count in (1, 2, 5):
             np.testing.assert_array_equal(runner.run(BATCH[:count]), oracle.run(BATCH[:count]))
 
 
-def test_an_engine_of_a_fixed_batch(bundle: Path, world: World, library: str) -> None:
+def test_an_engine_of_a_fixed_batch(bundle: Path, world: World) -> None:
     here = machine(OLD, world)
     (bundle / "model.onnx").write_bytes(linear_model(batch=2))
     write_manifest(bundle)
     path = built(bundle, here, "fp32", batch=(2, 2, 2))["engine"]
     means = BATCH.mean((1, 2, 3))
-    with TrtRunner(path, here, library) as runner:
+    with TrtRunner(path, here) as runner:
         assert runner.input_shape == [2, 1, 4, 4]
         np.testing.assert_allclose(runner.run(BATCH), np.stack([-means, means], 1), atol=1e-6)
 
@@ -446,7 +449,7 @@ def test_loading(library: str, world: World, tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", make("10.3.0", world))
     here = load_tensorrt(library)
-    assert (here.version, here.gpu.name, here.weakly_typed) == ("10.3.0", "Fake Orin", True)
+    assert (here.version, here.gpu.name, here.library, here.weakly_typed) == ("10.3.0", "Fake Orin", library, True)
     with pytest.raises(RuntimeFailure, match=r"TensorRT needs a GPU\. No CUDA driver can be loaded") as told:
         load_tensorrt(str(tmp_path / "absent.so"))
     assert told.value.exit_code == 6
@@ -473,3 +476,57 @@ def test_the_right_file_for_the_version(trt_bundle_folder: Path, world: World) -
         trt_bundle.source_artifact(found, "fp16", new)
     with pytest.raises(Failure, match=r"has no model\.trt-fp16\.onnx, .*kdedge export --int8"):
         trt_bundle.source_artifact(found, "int8", new)
+
+
+# ---------------------------------------------------------------- engines as artifacts of a bundle
+
+
+def test_engines_are_checked_and_scored(trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine("10.3.0", world)
+    monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: here)
+    found = Bundle(trt_bundle_folder)
+    assert check(found)["not_run"] == dict.fromkeys(("trt", "trt-fp16"), NOT_BUILT), "TensorRT is not even loaded"
+    built(trt_bundle_folder, here)
+    document = check(found)
+    assert document["golden"]["trt"]["same_class"] == 1.0
+    assert document["not_run"] == {
+        "trt-fp16": "The artifact 'trt-fp16' is not for TensorRT 10.3.0, which takes model.trt.onnx."
+    }
+    images = np.stack([np.full((4, 4), value, np.uint8) for value in range(0, 250, 5)])
+    np.savez(trt_bundle_folder / "eval.npz", images=images, labels=np.arange(50) >= 26)
+    assert evaluate(found, str(trt_bundle_folder / "eval.npz"), "trt")["accuracy"] == 1.0
+    monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: machine("10.7.0", world))
+    assert "There is no engine of 'trt' for this machine" in check(found)["not_run"]["trt"]
+    with pytest.raises(RuntimeFailure, match=r"build --artifact int8"):
+        evaluate(found, str(trt_bundle_folder / "eval.npz"), "trt")
+
+
+def test_an_altered_engine_fails_the_check(
+    trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine("10.3.0", world)
+    monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: here)
+    path = Path(built(trt_bundle_folder, here)["engine"])
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CorruptFailure, match=r"its side file says"):
+        check(Bundle(trt_bundle_folder))
+
+
+def test_engines_are_timed_with_and_without_copies(
+    trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine(NEW, world)
+    for module in ("trt_bundle", "trt_runner"):
+        monkeypatch.setattr(f"kdedge_device.{module}.load_tensorrt", lambda: here)
+    with pytest.raises(RuntimeFailure, match=r"There is no engine of 'trt-fp16' for this machine"):
+        open_subject(str(trt_bundle_folder), "trt-fp16")
+    path = built(trt_bundle_folder, here)["engine"]
+    effort = Effort(0.0, 5, 0.0)
+    for subject in (open_subject(str(trt_bundle_folder), "trt-fp16"), open_subject(path)):
+        found = bench(subject, effort, "custom")
+        assert (found["artifact"]["runtime"], found["artifact"]["version"]) == ("tensorrt", NEW)
+        assert (found["artifact"]["precision"], found["artifact"]["file"]) == ("int8", Path(path).name)
+        assert [found["latency_ms"][part]["count"] for part in ("compute", "with_copies", "end_to_end")] == [5, 5, 5]
+        assert found["conditions"]["threads"] is None
+    with pytest.raises(Failure, match=r"refused an input of shape \(2, 1, 4, 4\)"):
+        bench(open_subject(path), effort, "custom", batch=2)

@@ -27,7 +27,9 @@ assert NEW in VERSIONS
 
 def machine(version: str, world: World) -> Here:
     """A Here as `load_tensorrt` would give it, of the fake of `version`."""
-    return Here(make(version, world), version, Gpu("Fake Orin", world.capability, 1 << 30, "12.6", None))
+    return Here(
+        make(version, world), version, Gpu("Fake Orin", world.capability, 1 << 30, "12.6", None), world.cuda._name
+    )
 
 
 def quantized_model(opset: int, batch: object = "batch") -> bytes:
@@ -61,6 +63,16 @@ def complete(bundle: Path, leave_out: tuple[str, ...] = ()) -> Path:
             continue
         content = quantized_model(opset) if name.startswith("trt") else linear_model()
         (bundle / file).write_bytes(content)
-        artifacts[name] = {"file": file, **entry(bundle / file), "precision": name, "golden_tolerance": 1e-5}
+        tensorrt = name.startswith("trt")
+        artifacts[name] = {
+            "file": file,
+            **entry(bundle / file),
+            "precision": "int8" if tensorrt else name,
+            "runtime": "tensorrt" if tensorrt else "onnxruntime",
+            "golden_tolerance": 0.01,
+        }
+    with np.load(bundle / "golden.npz") as arrays:
+        images, logits = arrays["images"], arrays["logits__fp32"]
+    np.savez(bundle / "golden.npz", images=images, **{f"logits__{name}": logits for name in artifacts})
     write_manifest(bundle, artifacts=artifacts)
     return bundle
