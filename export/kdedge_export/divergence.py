@@ -107,7 +107,7 @@ def compare_layers(
     if count == 0:
         raise DataError("There are no images to compare layers on; at least one is needed.")
     sqnr = {name: _decibels(signal[name], noise[name]) for name in pairs if signal[name] > 0}
-    return Divergence(tuple(_layers(graph, sqnr)), count, threshold_db)
+    return Divergence(tuple(_layers(graph, _heard(graph, sqnr, threshold_db))), count, threshold_db)
 
 
 def _pairs(graph: Graph, other: Graph) -> dict[str, str]:
@@ -154,6 +154,24 @@ def _decibels(signal: float, noise: float) -> float:
     if not math.isfinite(noise):
         return -_EQUAL_DB
     return min(_EQUAL_DB, 10 * math.log10(signal / noise)) if noise > 0 else _EQUAL_DB
+
+
+def _heard(graph: Graph, sqnr: Mapping[str, float], threshold_db: float) -> dict[str, float]:
+    """`sqnr` without the tensors below the threshold that nothing behind them is the worse for.
+
+    Noise does not heal: such a tensor has its values in another order than in the float file, and its readers know.
+    """
+    kept = dict(sqnr)
+    diverged = {name: sqnr.get(name, _EQUAL_DB) < threshold_db for name in graph.outputs}
+    for node in reversed(graph.nodes):
+        for name in node.output:
+            if name in graph.outputs:
+                continue
+            behind = any(diverged.get(out, False) for reader in graph.readers(name) for out in reader.output)
+            if name in kept and kept[name] < threshold_db and not behind:
+                del kept[name]
+            diverged[name] = kept[name] < threshold_db if name in kept else behind
+    return kept
 
 
 def _layers(graph: Graph, sqnr: Mapping[str, float]) -> Iterator[Layer]:

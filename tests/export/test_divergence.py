@@ -117,6 +117,17 @@ def test_padded_channels_are_cut_and_other_shapes_left_out() -> None:
     assert "conv2" not in {each.tensor for each in found.layers}
 
 
+def test_channels_in_another_order_are_no_divergence() -> None:
+    """The other file swaps the channels of conv0 and relu0, and conv1 knows: two tensors that look like noise."""
+    swap = EYE[::-1].copy()
+    found = compare_layers(FLOAT, chain(swap, swap, EYE), [IMAGES])
+    assert [each.tensor for each in found.layers] == ["conv1", "relu1", "conv2", "pool", "logits"]
+    assert {each.sqnr_db for each in found.layers} == {120.0}
+    lost = compare_layers(FLOAT, chain(swap, EYE, EYE), [IMAGES])  # the same, but conv1 does not know
+    assert lost.first is not None
+    assert lost.first.tensor == "conv0"
+
+
 def test_broken_numbers_are_the_worst_and_stay_json() -> None:
     found = compare_layers(FLOAT, chain(EYE, np.float32(np.nan) * EYE, EYE), [IMAGES])
     assert found.first is not None
