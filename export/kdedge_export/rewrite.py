@@ -121,7 +121,8 @@ def _split(node: onnx.NodeProto, model: onnx.ModelProto) -> onnx.NodeProto:
     if len(node.input) > 1 and node.input[1]:
         return node
     axis = attribute(node, "axis", 0)
-    shapes = {each.name: each.type.tensor_type.shape.dim for each in model.graph.value_info}
+    known = [*model.graph.input, *model.graph.value_info]
+    shapes = {each.name: each.type.tensor_type.shape.dim for each in known}
     dims = shapes.get(node.input[0])
     if dims is None or dims[axis].dim_value % len(node.output) or dims[axis].dim_value == 0:
         raise ExportError(f"Split {node.name} does not cut equal parts; torch.chunk into equal parts was expected.")

@@ -16,7 +16,7 @@ from kdedge.data.source import Indices, Source
 from kdedge.data.words import counted, first_few
 from kdedge.errors import DataError
 
-__all__ = ["SPLIT_NAMES", "Splits", "make_splits"]
+__all__ = ["SPLIT_NAMES", "Splits", "export_splits", "make_splits"]
 
 _SCHEMA = 1
 _CALIBRATION_IMAGES = 512
@@ -192,7 +192,7 @@ def make_splits(source: Source, labels: int | None = None, seed: int = 0) -> Spl
         by_class, val = _carve_val(by_class)
     labeled = np.sort(np.concatenate(by_class))
     pool = np.setdiff1d(np.flatnonzero((source.part == "train") | (source.part == "unlabeled")), val)
-    calibration, gate = _export_splits(_drawn(source, pool, seed, "export"))
+    calibration, gate = export_splits(source, pool, seed)
     return Splits(
         labeled=labeled,
         unlabeled=pool,
@@ -217,12 +217,13 @@ def _carve_val(by_class: Sequence[Indices]) -> tuple[list[Indices], Indices]:
     return [members[size:] for members, size in zip(by_class, sizes, strict=True)], np.sort(val)
 
 
-def _export_splits(pool: Indices) -> tuple[Indices, Indices]:
-    """(calibration, gate), disjoint. A pool too small for both gives a third to calibration."""
-    if len(pool) >= _CALIBRATION_IMAGES + _GATE_IMAGES:
-        return pool[:_CALIBRATION_IMAGES], pool[_CALIBRATION_IMAGES : _CALIBRATION_IMAGES + _GATE_IMAGES]
-    third = min(_CALIBRATION_IMAGES, max(1, len(pool) // 3))
-    return pool[:third], pool[third : third + _GATE_IMAGES]
+def export_splits(source: Source, pool: Indices, seed: int = 0) -> tuple[Indices, Indices]:
+    """(calibration, gate) drawn from `pool`, disjoint. A pool too small for both gives a third to calibration."""
+    drawn = _drawn(source, pool, seed, "export")
+    if len(drawn) >= _CALIBRATION_IMAGES + _GATE_IMAGES:
+        return drawn[:_CALIBRATION_IMAGES], drawn[_CALIBRATION_IMAGES : _CALIBRATION_IMAGES + _GATE_IMAGES]
+    third = min(_CALIBRATION_IMAGES, max(1, len(drawn) // 3))
+    return drawn[:third], drawn[third : third + _GATE_IMAGES]
 
 
 def _check_trainable(source: Source, by_class: Sequence[Indices]) -> None:

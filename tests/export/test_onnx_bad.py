@@ -271,7 +271,7 @@ def test_a_fixed_batch_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     refused(
         saved(classifier(constants={"w": weights(8, 4, 3, 3)}), tmp_path),
-        r"ONNX Runtime cannot run .*kernel channels: 4",
+        r"ONNX Runtime cannot run .* kernel channels",
     )
     refused(saved(classifier(constants={"v": weights(5, 9)}), tmp_path), r"Gemm n_y cannot take inputs of the shapes")
 

@@ -26,7 +26,7 @@ class Everything(nn.Module):
         self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
         self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
         self.project = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
-        self.half = nn.Conv2d(4, 4, 1)
+        self.right = nn.Conv2d(4, 4, 1)
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, 5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class Everything(nn.Module):
         y = self.depthwise(x)
         x = x + self.project(y * functional.hardsigmoid(self.gate(y)))
         left, right = x.chunk(2, 1)
-        right = self.half(right)
+        right = self.right(right)
         x = functional.silu(torch.cat([left, right], 1))
         count, channels, height, width = x.size()
         x = x.view(count, 2, channels // 2, height, width).transpose(1, 2).reshape(count, channels, height, width)

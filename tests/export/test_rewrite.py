@@ -83,6 +83,10 @@ def test_split_loses_num_outputs_where_parts_are_equal() -> None:
         return model_18(nodes, {}, [4, 5, 6])
 
     assert "Split" in operators(same(split(1, 2)))
+    model = split(1, 2)
+    model.graph.node[1].input[0] = "input"
+    del model.graph.node[0]
+    assert operators(same(model)) == ["Split", "Concat"]
     with pytest.raises(ExportError, match="equal parts"):
         to_opset_17(split(2, 2))
 
