@@ -143,12 +143,11 @@ def _build(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     choice = BuildOptions(_ENGINES[wanted], (options.batch,) * 3, options.workspace_mib)
     document = build_for_bundle(_bundle(options), choice, options.engines, options.rebuild)
     report = document["side"]["report"]
-    layers = report["layers"]
-    lines = [
-        "{}{}".format(document["engine"], " (kept)" if document["reused"] else " ({seconds} s)".format(**report)),
-        "layers: {int8} INT8, {fp16} FP16, {fp32} FP32, {other} other; {reformats} reformats".format(**layers),
-    ]
-    if choice.precision == "int8" and layers["int8"] == 0:
+    layers = report.get("layers", {})
+    told = ", ".join(f"{layers.get(kind)} {kind}" for kind in ("int8", "fp16", "fp32", "other", "reformats"))
+    how = "kept" if document["reused"] else "built in {} s".format(report.get("seconds"))
+    lines = ["{} ({})".format(document["engine"], how), f"layers: {told}"]
+    if choice.precision == "int8" and layers.get("int8") == 0:
         lines.append("Not one layer runs in INT8: an FP16 engine (--artifact fp16) is as fast.")
     return document, "\n".join(lines), 0
 

@@ -117,7 +117,7 @@ def _runner(subject: Subject, threads: int) -> Runner:
 
 def _precision(runner: Runner) -> Optional[str]:
     """Of an engine, from its side file; a bare ONNX file does not say."""
-    return str(runner.side["fingerprint"]["options"]["precision"]) if isinstance(runner, TrtRunner) else None
+    return runner.precision if isinstance(runner, TrtRunner) else None
 
 
 def _latencies(

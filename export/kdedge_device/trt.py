@@ -59,7 +59,8 @@ def _how_to_install() -> str:
             "On a Jetson it comes with JetPack: sudo apt install nvidia-jetpack, then use the system's python3, "
             "or a virtual environment made with --system-site-packages."
         )
-    return f"Install it with: {INSTALL}"
+    # A board has run.pyz alone, and often an older Python than kdedge wants.
+    return "Install it with: {}".format(INSTALL if importlib.util.find_spec("kdedge") else "pip install tensorrt")
 
 
 def flag_bits(enum: Any, *names: str) -> int:

@@ -28,7 +28,7 @@ __all__ = [
 
 SCHEMA = 1
 _REBUILD = "Build it again on this machine with: python run.pyz build --rebuild"
-_KINDS = {"fingerprint": dict, "sha256": str, "bytes": int, "onnx_file": str}
+_KINDS = {"fingerprint": dict, "sha256": str, "bytes": int, "onnx_file": str, "report": dict}
 
 
 def fingerprint(here: Here, onnx_sha256: str, options: Dict[str, Any]) -> Dict[str, Any]:

@@ -135,6 +135,12 @@ class TrtRunner:
         return self._opened()[0].version
 
     @property
+    def precision(self) -> Optional[str]:
+        """What it was built for: "int8", "fp16" or "fp32"; None where its side file does not say."""
+        options = self.side.get("fingerprint", {}).get("options")
+        return str(options["precision"]) if isinstance(options, dict) and "precision" in options else None
+
+    @property
     def input_shape(self) -> List[Any]:
         """As in the engine: numbers, and "batch" where several sizes are possible."""
         self._opened()

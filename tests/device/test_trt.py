@@ -28,6 +28,7 @@ from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import Here, flag_bits, load_tensorrt
 from kdedge_device.trt_build import BuildOptions, build_engine
 from kdedge_device.trt_bundle import build_for_bundle
+from kdedge_device.trt_cache import read_engine
 from kdedge_device.trt_runner import TrtRunner
 
 from .conftest import linear_model, write_manifest
@@ -320,7 +321,11 @@ def test_an_engine_from_elsewhere_never_reaches_tensorrt(
         ("[]", CorruptFailure, "no whole number 'schema'"),
         ('{"schema": 2}', VersionFailure, "has schema 2; this program reads up to 1"),
         ('{"schema": 1, "sha256": "", "bytes": 3, "onnx_file": ""}', CorruptFailure, "has no dict 'fingerprint'"),
-        ('{"schema": 1, "fingerprint": {}, "sha256": "", "bytes": 3, "onnx_file": ""}', DeviceFailure, "GPU None"),
+        (
+            '{"schema": 1, "fingerprint": {}, "sha256": "", "bytes": 3, "onnx_file": "", "report": {}}',
+            DeviceFailure,
+            "GPU None",
+        ),
     ],
 )
 def test_side_files_that_are_none(
@@ -334,6 +339,28 @@ def test_side_files_that_are_none(
         pass
     with pytest.raises(Failure, match=r"does not exist"), TrtRunner(tmp_path / "b.engine", here):
         pass
+
+
+def test_no_side_file_ends_in_a_traceback(trt_bundle_folder: Path, world: World) -> None:
+    """Every value of a good one replaced by every kind of JSON: read, or refused with a sentence."""
+    here = machine("10.3.0", world)
+    path = built(trt_bundle_folder, here)["engine"]
+    good = json.loads(Path(f"{path}.json").read_text())
+    places = [(key,) for key in good] + [("fingerprint", key) for key in good["fingerprint"]]
+    read, told = 0, []
+    for place in places:
+        for value in (None, True, 0, -1, 1e99, "", "x", [], {}, {"precision": 3}):
+            side = json.loads(json.dumps(good))
+            inner = side if len(place) == 1 else side[place[0]]
+            inner[place[-1]] = value
+            Path(f"{path}.json").write_text(json.dumps(side))
+            try:
+                read_engine(path, here)
+                read += 1
+            except Failure as error:
+                told.append(str(error))
+    assert all(text.endswith("--rebuild") for text in told)
+    assert read >= 10, "what does not matter for loading (the report, the options) may be anything of its kind"
 
 
 def test_a_side_file_cannot_name_files_outside(trt_bundle_folder: Path, world: World) -> None:
@@ -443,9 +470,10 @@ def test_an_engine_of_a_fixed_batch(bundle: Path, world: World) -> None:
 
 def test_loading(library: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RuntimeFailure, match=r"pip install 'kdedge\[tensorrt\]'"):
-        load_tensorrt(library)
+    for kdedge, line in ((object(), r"pip install 'kdedge\[tensorrt\]'"), (None, "pip install tensorrt")):
+        monkeypatch.setattr("importlib.util.find_spec", {"kdedge": kdedge}.get)
+        with pytest.raises(RuntimeFailure, match=line):
+            load_tensorrt(library)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", make("10.3.0", world))
     here = load_tensorrt(library)
