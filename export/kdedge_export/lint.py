@@ -10,13 +10,15 @@ import onnx
 
 from kdedge.errors import BugError
 from kdedge_export.graph import Graph, attribute
-from kdedge_export.plan import MOVES
+from kdedge_export.plan import ELEMENTWISE, MOVES
 from kdedge_export.rewrite import IR, OPSET
+from kdedge_export.table import U8
 
 __all__ = ["lint_float", "lint_int8", "require_clean"]
 
-_ACTIVATIONS = ("Relu", "Clip")
-_INTEGER_OPS = ("Add", "Concat", "GlobalAveragePool", *MOVES)
+_ACTIVATIONS = ("Relu", "Clip", "HardSigmoid")
+_INTEGER_OPS = ("Sigmoid", *ELEMENTWISE, *MOVES)
+_GATE = U8.over((0.0, 1.0))
 
 
 def require_clean(problems: list[str], file: str) -> None:
@@ -42,6 +44,8 @@ def lint_int8(model: onnx.ModelProto, kept_float: frozenset[str] = frozenset()) 
             problems.extend(_weighted(node, graph, kept_float))
         elif node.op_type in _INTEGER_OPS and node.name not in kept_float:
             problems.extend(_follower(node, graph))
+        elif node.op_type in ("HardSigmoid", "HardSwish") and node.name not in kept_float:
+            problems.append(f"{node.name}: {node.op_type} has no integer kernel; an Add or a bias does its work")
     return problems
 
 
@@ -74,8 +78,8 @@ def _quantize(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
     readers = graph.readers(node.output[0])
     if not readers or any(each.op_type != "DequantizeLinear" for each in readers):
         yield f"{node.name}: it is not read by DequantizeLinear alone"
-    if any(list(each.input[1:3]) != list(node.input[1:3]) for each in readers):
-        yield f"{node.name}: its DequantizeLinear has another scale"
+    if any(list(each.input[1:3]) != list(node.input[1:3]) and not _is_gate(node, each, graph) for each in readers):
+        yield f"{node.name}: its DequantizeLinear has another scale, and it is no hard sigmoid's"
     producer = graph.producer.get(node.input[0])
     before = (
         graph.producer.get(producer.input[0]) if producer is not None and producer.op_type in _ACTIVATIONS else None
@@ -84,9 +88,26 @@ def _quantize(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
         yield f"{node.name}: {before.op_type} {before.name} is kept from it by {producer.op_type if producer else ''}"
 
 
+def _is_gate(quantize: onnx.NodeProto, dequantize: onnx.NodeProto, graph: Graph) -> bool:
+    """A hard sigmoid: what a Conv, Gemm or Add made is cut to 256 codes from 0 on, and read as 0 to 1."""
+    producer = graph.producer.get(quantize.input[0])
+    scale, zero = (graph.constant(name) for name in dequantize.input[1:3])
+    before = graph.constant(quantize.input[2])
+    if producer is None or producer.op_type not in ("Conv", "Gemm", "Add"):
+        return False
+    if scale is None or zero is None or before is None:
+        return False
+    return bool(scale == np.float32(_GATE.scale) and zero == before == _GATE.zero_point)
+
+
 def _dequantize(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
     codes, scale, zero = (graph.constant(name) for name in node.input[:3])
     if codes is None:
+        return
+    if codes.ndim == 0:  # the shift of a hard sigmoid
+        exact = zero is not None and (int(codes), int(zero)) in ((1, 0), (0, 1), (0, 0))
+        if codes.dtype != np.uint8 or not exact or scale is None or not scale > 0:
+            yield f"{node.name}: a constant to add is not one code of its own scale"
         return
     if scale is None or scale.shape != (len(codes),) or attribute(node, "axis", 1) != 0:
         yield f"{node.name}: not one scale for each output channel along axis 0"

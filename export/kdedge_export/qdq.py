@@ -3,22 +3,35 @@
 Activations U8 asymmetric, one scale a tensor; weights S8 symmetric, one scale an output channel; biases INT32. Weights
 are stored as integers (a quarter of the bytes). Every quantized tensor is followed by QuantizeLinear and
 DequantizeLinear, which ONNX Runtime folds into its integer kernels.
+
+A HardSigmoid is a change of scale: with c = beta / alpha, the codes of x + c at scale 1 / (255 alpha) and zero point 0
+are, saturation included, the codes of HardSigmoid(x) at scale 1 / 255. The + c is the bias of a Conv or Gemm in front,
+else an Add of a constant; the scale changes between Q and DQ, so nothing computes it.
 """
 
 import numpy as np
 import onnx
 from onnx import helper
 
+from kdedge_export.aligned import aligned
+from kdedge_export.columns import in_columns
 from kdedge_export.graph import Graph, constant_tensor, prune
-from kdedge_export.plan import Plan
+from kdedge_export.plan import Plan, hard_sigmoid
 from kdedge_export.ranges import quantize_weight
-from kdedge_export.table import RangeTable
+from kdedge_export.table import U8, RangeTable
+from kdedge_export.unshuffled import unshuffled
 
 __all__ = ["write_int8"]
 
 
 def write_int8(model: onnx.ModelProto, plan: Plan, table: RangeTable) -> onnx.ModelProto:
-    """A copy of the float `model` with the plan's layers in 8 bits. Inputs and outputs keep their names and types."""
+    """A copy of the float `model` with the plan's layers in 8 bits. Inputs and outputs keep their names and types.
+
+    Inner weights and tensors may have more channels than those of `model`, zeros where kernels are faster for it.
+    """
+    model, plan, table = unshuffled(model, plan, table)
+    model, table = aligned(model, table)
+    model, plan, table = in_columns(model, plan, table)
     writer = _Writer(model, plan, table)
     for name in writer.graph.inputs:
         writer.quantize(name)
@@ -53,6 +66,8 @@ class _Writer:
                 copy.input[place] = f"{name}_dq"
         if quantized and node.op_type in ("Conv", "Gemm"):
             self._weights(node, copy)
+        elif quantized and node.op_type == "HardSigmoid":
+            copy = self._shift(node)
         copy.output[0] = self.absorbed.get(node.output[0], node.output[0])
         self.nodes.append(copy)
         for name in copy.output:
@@ -62,19 +77,41 @@ class _Writer:
         """Q and DQ behind the tensor `name`, where the plan wants them."""
         if name not in self.plan.tensors:
             return
-        found = self.table.u8(name)
+        found = U8.over(self.plan.known[name]) if name in self.plan.known else self.table.u8(name)
         self._constant(f"{name}_scale", np.array(found.scale, np.float32))
         self._constant(f"{name}_zero_point", np.array(found.zero_point, np.uint8))
         parameters = [f"{name}_scale", f"{name}_zero_point"]
-        self.nodes.append(helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_q"], name=f"{name}_Q"))
+        maker = self.graph.producer.get(name)
+        before = parameters
+        if maker is not None and maker.op_type == "HardSigmoid" and name in self.plan.made:
+            self._constant(f"{name}_shifted_scale", np.array(found.scale / hard_sigmoid(maker)[0], np.float32))
+            before = [f"{name}_shifted_scale", f"{name}_zero_point"]
+        self.nodes.append(helper.make_node("QuantizeLinear", [name, *before], [f"{name}_q"], name=f"{name}_Q"))
         self.nodes.append(
             helper.make_node("DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], name=f"{name}_DQ")
         )
+
+    def _shift(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """x + beta / alpha, the constant as one code of its own scale."""
+        alpha, beta = hard_sigmoid(node)
+        shift = f"{node.name}_shift"
+        self._constant(f"{shift}_q", np.array(beta > 0, np.uint8))
+        self._constant(f"{shift}_scale", np.array(abs(beta / alpha) or 1.0, np.float32))
+        self._constant(f"{shift}_zero_point", np.array(beta < 0, np.uint8))
+        inputs = [f"{shift}_q", f"{shift}_scale", f"{shift}_zero_point"]
+        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{shift}_dq"], name=f"{shift}_DQ"))
+        return helper.make_node("Add", [f"{node.input[0]}_dq", f"{shift}_dq"], node.output, name=node.name)
 
     def _weights(self, node: onnx.NodeProto, copy: onnx.NodeProto) -> None:
         weight = self.graph.constant(node.input[1])
         assert weight is not None  # the plan left computed weights in float
         bias = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        activation = self.graph.only_reader(node.output[0])
+        if activation is not None and activation.op_type == "HardSigmoid" and activation.name in self.plan.absorbed:
+            alpha, beta = hard_sigmoid(activation)
+            bias = np.float32(beta / alpha) + (bias if bias is not None else np.zeros(len(weight), np.float32))
+            del copy.input[2:]
+            copy.input.append("")
         input_scale = self.table.u8(node.input[0]).scale
         codes, scales, integers = quantize_weight(weight, self.table.weight_scales[node.name], bias, input_scale)
         # Named after the layer: two layers that share a weight may still need two scales.
