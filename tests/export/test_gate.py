@@ -165,6 +165,8 @@ def test_fp16_ships_only_where_it_is_measured_faster() -> None:
     assert "Not shipped: FP16 runs at 0.30 times the speed of FP32" in slow.why
     assert three(speed(2.0), None).shipped == "int8"
     assert three(speed(0.8), speed(0.3)).shipped == "fp32"
+    tie = three(speed(0.8), speed(1.01))
+    assert (tie.shipped, tie.judged[1].verdict) == ("fp32", "cannot tell"), "FP16 ships only where it is surely faster"
     instead = three(speed(2.0), speed(1.4), differ=50)
     assert (instead.shipped, instead.artifact, instead.verdict) == ("fp16", "fp16", "fail")
     assert (instead.speedup, instead.drop_points) == (2.0, 5.0), "of what was asked for"
