@@ -18,12 +18,14 @@ __all__ = [
     "choose_spans",
     "entropy",
     "inside",
+    "known_spans",
     "make_table",
     "measured",
     "minmax",
     "mse",
     "percentile",
     "quantize_weight",
+    "squared_error",
 ]
 
 EMPTY = 1e-4  # of a value, in a group of bins that holds none
@@ -44,17 +46,19 @@ def mse(histogram: Histogram, steps: int = 40) -> Span:
     """The ends with the smallest mean squared error, found one end at a time between 20 % and all of the range."""
     low, high = min(0.0, histogram.low), max(0.0, histogram.high)
     shares = np.linspace(0.2, 1.0, steps)
-    filled = np.flatnonzero(histogram.counts)
-    centres, counts = histogram.centres[filled], histogram.counts[filled].astype(np.float64)
-
-    def error(ends: Span) -> float:
-        return float((counts * (U8.over(ends).apply(centres) - centres) ** 2).sum())
-
+    error = squared_error(histogram)
     best = (low, high)
     for _ in range(2):
-        best = min(((best[0], share * high) for share in shares), key=error) if high > 0 else best
-        best = min(((share * low, best[1]) for share in shares), key=error) if low < 0 else best
+        best = min(((best[0], float(share) * high) for share in shares), key=error) if high > 0 else best
+        best = min(((float(share) * low, best[1]) for share in shares), key=error) if low < 0 else best
     return best
+
+
+def squared_error(histogram: Histogram) -> Callable[[Span], float]:
+    """A function from a span to the mean squared error of its U8 form over the values that were counted."""
+    filled = np.flatnonzero(histogram.counts)
+    centres, counts = histogram.centres[filled], histogram.counts[filled].astype(np.float64)
+    return lambda span: float((counts * (U8.over(span).apply(centres) - centres) ** 2).sum() / counts.sum())
 
 
 def entropy(histogram: Histogram, stride: int = 16) -> Span:

@@ -40,7 +40,7 @@ def made(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], inputs: st
 def shuffled() -> onnx.ModelProto:
     """What a ShuffleNet does between two convolutions: half of the channels goes on, then all are shuffled."""
     rng = np.random.default_rng(0)
-    weights = {
+    weights: dict[str, np.ndarray] = {
         "w1": rng.normal(size=(8, 3, 3, 3)).astype(np.float32),
         "b1": rng.normal(size=8).astype(np.float32),
         "w2": rng.normal(size=(4, 4, 1, 1)).astype(np.float32),
@@ -148,8 +148,8 @@ def test_errors_are_those_of_the_readers(mobilenet_v2: Exported) -> None:
     assert several, "a tensor that a layer and an Add read"
     tried = [*judged[:4], several[0], judged[-1]]
     for name in tried:
-        for method, way in CALIBRATORS.items():
-            span = inside(plan, Graph(model), name, way(histograms[name]))
+        for method in found.errors[name]:
+            span = inside(plan, Graph(model), name, CALIBRATORS[method](histograms[name]))
             expected = oracle(model, plan, name, span, values)
             assert found.errors[name][method] == pytest.approx(expected, rel=1e-3), (name, method)
         best = min(found.errors[name].values())
@@ -181,7 +181,7 @@ def test_tensors_of_one_scale_are_chosen_together() -> None:
     found = chosen(model, plan, 8)
     values = values_of(model, SMALL.normalize(images(6)))
     histograms = calibrate(model, measured(plan), images(8), SMALL)
-    assert set(found.errors) >= {"input", "relu1", "conv2", "joined", "conv3", "pooled"}
+    assert set(found.errors) >= {"relu1", "conv2", "joined", "conv3", "pooled"}
     for name, errors in found.errors.items():
         for method, error in errors.items():
             span = inside(plan, Graph(model), name, CALIBRATORS[method](histograms[name]))
@@ -201,6 +201,20 @@ def test_what_no_reader_minds_is_clipped(weight: float, best: str, form: Form) -
     methods, errors = choose_among(outlier(weight), spans, pixels, SMALL, form=form)
     assert methods == {"input": best}
     assert errors["input"][best] == min(errors["input"].values())
+
+
+def test_what_a_rare_image_needs_is_kept() -> None:
+    """Three of 200 images have a bright green spot, which the two that judge have not, and which their reader minds."""
+    model = outlier(1.0)
+    plan = Plan(layers=frozenset({"conv"}), tensors=("input",))
+    pixels = images(200) // 8 + 112
+    pixels[::70, 3:6, 3:6, 1] = 255
+    histograms = calibrate(model, ["input"], pixels, SMALL)
+    found = choose_spans_per_tensor(model, plan, histograms, pixels[1:3], SMALL)
+    assert found.spans["input"][1] == pytest.approx(2.0, abs=0.1)
+    assert "percentile-99.9" not in found.errors.get("input", {})
+    ways = {method: way(histograms["input"]) for method, way in CALIBRATORS.items()}
+    assert ways[choose_among(model, {"input": ways}, pixels[1:3], SMALL)[0]["input"]][1] < 1.0
 
 
 def test_equal_ranges_are_not_judged() -> None:
