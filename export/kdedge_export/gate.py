@@ -1,18 +1,15 @@
 """What ships on a target: the fastest file that decides as FP32 does, measured; else FP32. Pure functions of numbers.
 
-A gate has two sides, and both must hold. *Accuracy*, on the gate split alone: of 100 images at most so many points may
-get another class than FP32 gives, or be lost where labels are known. *Speed*, on the target: faster than FP32.
-The point estimate decides what ships; the paired intervals say how sure that is, and that is the verdict.
+A gate has two sides, and both must hold. *Accuracy*, on the gate split alone: of 100 images at most `--max-drop` may be
+lost (agreement.py). *Speed*, on the target: faster than FP32. The point estimate decides what ships; the paired
+intervals say how sure that is, and that is the verdict.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from kdedge.intervals import tango, wilson
+from kdedge_export.agreement import Agreement, Points, agreement
 from kdedge_export.latency import Speedup
 
 __all__ = [
@@ -27,96 +24,8 @@ __all__ = [
     "judge",
 ]
 
-Logits = npt.NDArray[np.float32]
-Points = tuple[float, float]
 Verdict = Literal["pass", "fail", "cannot tell", "undecided"]
 SCHEMA = 1
-MIN_LABELED = 50  # below, one image is more than two points, and a single flip would decide
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """A file beside FP32 on the same gate images, in points: images of a hundred. None: not measured.
-
-    `interval_points`: 95 % Wilson interval of the disagreement. `accuracy_interval_points`: 95 % score interval (Tango
-    1998) of the difference of the two accuracies, which are paired: only images that one alone gets right count.
-    """
-
-    images: int
-    disagreement_points: float | None
-    interval_points: Points | None
-    labeled_images: int
-    accuracy_drop_points: float | None
-    # Mean KL(FP32 || the file) in nats: finer than whole classes, it breaks ties between calibrators.
-    divergence: float | None
-    accuracy_interval_points: Points | None = None
-
-    @property
-    def drop_points(self) -> float | None:
-        """The larger of disagreement and loss of accuracy."""
-        if self.disagreement_points is None:
-            return None
-        return max(self.disagreement_points, self.accuracy_drop_points or 0.0)
-
-    @property
-    def drop_interval_points(self) -> Points | None:
-        """The interval of what `drop_points` gives."""
-        return self.interval_points if self.drop_points == self.disagreement_points else self.accuracy_interval_points
-
-    def within(self, max_drop_points: float) -> bool:
-        """The point estimate keeps the budget; without images nothing does."""
-        return self.drop_points is not None and self.drop_points <= max_drop_points
-
-    def surely_within(self, max_drop_points: float) -> bool:
-        """No image loses its class without getting another, so the bound on those bounds the loss of accuracy too."""
-        return self.within(max_drop_points) and (self.interval_points or (0.0, np.inf))[1] <= max_drop_points
-
-    def surely_beyond(self, max_drop_points: float) -> bool:
-        lows = [each[0] for each in (self.interval_points, self.accuracy_interval_points) if each]
-        return any(low > max_drop_points for low in lows)
-
-    def to_json(self) -> dict[str, Any]:
-        """With lists for pairs, as it is read back from a file."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Agreement":
-        pairs = {key: tuple(value) for key, value in document.items() if isinstance(value, list)}
-        return cls(**{**document, **pairs})
-
-
-def agreement(fp32: Logits, other: Logits, labels: npt.NDArray[np.int64]) -> Agreement:
-    """Both logits [N, K]; labels [N] with -1 where the class is not known."""
-    if len(fp32) == 0:
-        return Agreement(0, None, None, 0, None, None)
-    ours, theirs = other.argmax(1), fp32.argmax(1)
-    differ = int((ours != theirs).sum())
-    known = labels >= 0
-    count = int(known.sum())
-    drop, drop_interval = None, None
-    if count >= MIN_LABELED:
-        lost = int(((theirs == labels) & (ours != labels) & known).sum())
-        won = int(((theirs != labels) & (ours == labels) & known).sum())
-        drop, drop_interval = 100 * (lost - won) / count, _points(tango(lost, won, count))
-    log_p, log_q = _log_softmax(fp32), _log_softmax(other)
-    return Agreement(
-        images=len(fp32),
-        disagreement_points=100 * differ / len(fp32),
-        interval_points=_points(wilson(differ / len(fp32), len(fp32))),
-        labeled_images=count,
-        accuracy_drop_points=drop,
-        divergence=float((np.exp(log_p) * (log_p - log_q)).sum(1).mean()),
-        accuracy_interval_points=drop_interval,
-    )
-
-
-def _points(fractions: tuple[float, float]) -> Points:
-    return 100 * fractions[0], 100 * fractions[1]
-
-
-def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
 
 
 @dataclass(frozen=True)
@@ -218,18 +127,19 @@ def judge(target: str, candidates: Sequence[Candidate], max_drop_points: float) 
 
 def _judge_one(each: Candidate, budget: float) -> Judgement:
     found, speed = each.agreement, each.speedup
-    if found.drop_points is None:
+    if found.drop_interval_points is None:
         lack = "cannot be compared with FP32: there are no gate images"
         return Judgement(each, "cannot tell" if speed else "undecided", False, lack)
+    least, most = found.drop_interval_points
     told = _told(found)
     if speed is None:
         kept = "" if found.within(budget) else f", where {budget:g} is allowed"
         return Judgement(each, "undecided", False, f"has not been timed there yet; it {told}{kept}")
-    # FP16 gives up digits for speed alone: a tie is no reason to. ONNX Runtime on a CPU computes it in FP32 anyway.
+    # FP16 gives up digits for speed alone, so a tie is no reason to. On x86 ONNX Runtime computes it in FP32 anyway.
     faster = speed.value >= 1.0 if each.precision == "int8" else speed.low > 1.0
     fast = f"runs at {_times(speed.value)} the speed of FP32 ({_interval((speed.low, speed.high))})"
     if not found.within(budget):
-        sure = found.surely_beyond(budget) or speed.high < 1.0
+        sure = least > budget or speed.high < 1.0
         joint = "though it" if speed.value >= 1.0 else "and"
         why = f"{told}, where {budget:g} is allowed, {joint} {fast}"
         return Judgement(each, "fail" if sure else "cannot tell", False, why)
@@ -238,7 +148,7 @@ def _judge_one(each: Candidate, budget: float) -> Judgement:
     doubts = []
     if speed.low < 1.0:
         doubts.append(f"{speed.rounds} rounds cannot tell whether it is faster")
-    if not found.surely_within(budget):
+    if most > budget:
         doubts.append(f"so few images cannot rule out a drop above {budget:g}")
     doubt = " and ".join(doubts) or None
     return Judgement(each, "cannot tell" if doubt else "pass", True, f"{fast}, and {told}", doubt)
@@ -269,17 +179,14 @@ def _interval(ends: Points) -> str:
 
 
 def _told(found: Agreement) -> str:
-    ends = _interval(found.interval_points or (0.0, 0.0))
-    text = (
-        f"gives another class than FP32 for {found.disagreement_points:.2f} of 100 gate images "
-        f"({ends}, {found.images} images)"
-    )
-    drop = found.accuracy_drop_points
-    if drop is not None:
-        ends = _interval(found.accuracy_interval_points or (0.0, 0.0))
-        change = f"loses {drop:.2f}" if drop >= 0 else f"wins {-drop:.2f}"
-        text += f" and {change} points of accuracy ({ends} lost) on {found.labeled_images} labelled ones"
-    return text
+    ends = _interval(found.drop_interval_points or (0.0, 0.0))
+    changed = f"another class than FP32 for {found.disagreement_points:.2f} of 100"
+    if not found.labeled_images:
+        return f"gives {changed} gate images ({ends}, {found.images} images)"
+    drop = found.drop_points or 0.0
+    change = f"loses {drop:.2f}" if drop >= 0 else f"wins {-drop:.2f}"
+    which = "all labelled" if found.labeled_images == found.images else f"{found.labeled_images} of them labelled"
+    return f"{change} points on {found.images} gate images, {which} ({ends} lost; {changed})"
 
 
 def gate_document(decisions: Sequence[Decision], measured: str) -> dict[str, Any]:

@@ -12,6 +12,11 @@ LAYERS = tuple(f"layer{i}" for i in range(40))
 BUDGET = 1.0
 
 
+def of(drop: float | None) -> Agreement:
+    ends = None if drop is None else (0.0, 9.0)
+    return Agreement(0 if drop is None else 1000, drop, ends, drop, ends, 0, None, None, 0.1)
+
+
 class World:
     """`drop(n)` and `speedup(n)` of the file with the first n layers in float; counts what is asked of it."""
 
@@ -32,7 +37,7 @@ class World:
     def accuracy(self, file: int) -> Agreement:
         self.compared.append(file)
         drop = self.drop(file)
-        return Agreement(0 if drop is None else 1000, drop, None if drop is None else (0.0, 9.0), 0, None, 0.1)
+        return of(drop)
 
     def speed(self, file: int) -> Speedup:
         self.timed.append(file)
@@ -132,7 +137,7 @@ def test_one_layer_or_none() -> None:
         found = search(
             lambda layers=layers: layers,  # type: ignore[misc]
             len,
-            lambda file: Agreement(100, 5.0, (2.0, 9.0), 0, None, 0.1),
+            lambda file: of(5.0),
             None,
             BUDGET,
         )

@@ -44,27 +44,32 @@ def test_agreement_by_value() -> None:
     assert (nothing.images, nothing.drop_points, nothing.within(100)) == (0, None, False)
 
 
-def test_accuracy_counts_where_enough_labels_are_known() -> None:
-    labels = UNKNOWN.copy()
-    labels[:100] = np.arange(100) % 10
-    each = found(differ=7, labels=labels)
-    assert (each.labeled_images, each.accuracy_drop_points) == (100, pytest.approx(7.0))
-    assert each.accuracy_interval_points == pytest.approx([100 * end for end in tango(7, 0, 100)])
-    assert each.drop_points == pytest.approx(7.0)
-    assert each.drop_interval_points == each.accuracy_interval_points
-    labels[20:] = -1
-    few = found(differ=7, labels=labels)
-    assert (few.labeled_images, few.accuracy_drop_points) == (20, None), "one image of 20 is five points"
+def test_without_labels_the_drop_is_the_disagreement() -> None:
+    each = found(differ=7)
+    assert (each.drop_points, each.drop_interval_points) == (each.disagreement_points, each.interval_points)
 
 
-def test_won_and_lost_images_are_paired() -> None:
+def test_with_all_labels_the_drop_is_the_loss_of_accuracy() -> None:
     labels = np.arange(1000) % 10
     labels[:4] = (labels[:4] + 1) % 10  # where INT8 is right and FP32 is not
+    labels[4:6] = (labels[4:6] + 5) % 10  # both are wrong, each in its way
     each = found(differ=10, labels=labels)
-    assert each.accuracy_drop_points == pytest.approx(100 * (6 - 4) / 1000)
-    assert each.accuracy_interval_points == pytest.approx([100 * end for end in tango(6, 4, 1000)])
-    assert each.drop_points == pytest.approx(1.0), "the disagreement is larger than the loss"
-    assert each.drop_interval_points == each.interval_points
+    assert each.disagreement_points == pytest.approx(1.0)
+    assert each.accuracy_drop_points == each.drop_points == pytest.approx(100 * (4 - 4) / 1000)
+    assert each.drop_interval_points == each.accuracy_interval_points
+    assert each.drop_interval_points == pytest.approx([100 * end for end in tango(4, 4, 1000)])
+
+
+def test_images_without_a_label_count_as_lost_where_their_class_changes() -> None:
+    labels = UNKNOWN.copy()
+    labels[:5] = np.arange(5)  # five right answers lost
+    labels[5:7] = (np.arange(5, 7) + 1) % 10  # two won, and three more changed that nobody knows
+    each = found(differ=10, labels=labels)
+    assert (each.labeled_images, each.accuracy_drop_points) == (7, pytest.approx(100 * 3 / 7))
+    assert each.drop_points == pytest.approx(100 * (5 + 3 - 2) / 1000)
+    assert each.drop_interval_points == pytest.approx([100 * end for end in tango(8, 2, 1000)])
+    assert each.disagreement_points is not None
+    assert each.drop_points <= each.disagreement_points, "which stays the bound on it"
 
 
 def test_the_paired_interval_covers() -> None:
@@ -131,14 +136,22 @@ def test_warnings_say_what_is_not_sure() -> None:
     assert "; 6 rounds cannot tell whether it is faster" in doubtful.why
 
 
-def test_labels_can_fail_a_file_that_its_disagreement_cannot() -> None:
-    """All flips lie on labelled images: the loss there is above the budget, the disagreement over all is not."""
-    labels = UNKNOWN.copy()
-    labels[:200] = np.arange(200) % 10
-    each = Candidate("int8", "int8", found(differ=9, labels=labels), speed(2.0))
+def test_labels_tell_changes_from_losses() -> None:
+    """Fifteen classes change, as many for the better as for the worse but one."""
+    labels = np.arange(1000) % 10
+    labels[:7] = (labels[:7] + 1) % 10
+    each = Candidate("int8", "int8", found(differ=15, labels=labels), speed(2.0))
     decision = judge(CPU, [each], 1.0)
-    assert (decision.shipped, decision.verdict, decision.drop_points) == ("fp32", "fail", pytest.approx(4.5))
-    assert "loses 4.50 points of accuracy" in decision.why
+    assert (decision.shipped, decision.drop_points) == ("int8", pytest.approx(0.1))
+    assert "and loses 0.10 points on 1000 gate images, all labelled (95 % interval" in decision.why
+    assert "lost; another class than FP32 for 1.50 of 100)" in decision.why
+    unknown = judge(CPU, [Candidate("int8", "int8", found(differ=15), speed(2.0))], 1.0)
+    assert (unknown.shipped, unknown.verdict, unknown.drop_points) == ("fp32", "cannot tell", pytest.approx(1.5))
+    labels[20:] = -1
+    mixed = judge(CPU, [Candidate("int8", "int8", found(differ=18, labels=labels), speed(2.0))], 1.0)
+    assert "loses 0.40 points on 1000 gate images, 20 of them labelled" in mixed.why
+    better = judge(CPU, [Candidate("int8", "int8", found(differ=6, labels=labels), speed(2.0))], 1.0)
+    assert "wins 0.60 points" in better.why
 
 
 def test_without_images_or_measurement() -> None:
