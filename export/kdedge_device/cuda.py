@@ -188,11 +188,17 @@ class Cuda:
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         driver, self._opened = self._driver, None
-        for name, handle in reversed(self._live):
-            driver.call(name, handle)
+        calls: List[Tuple[str, Optional[int]]] = list(reversed(self._live))
+        calls += [("cuCtxSetCurrent", self._before or None), ("cuDevicePrimaryCtxRelease_v2", self._device)]
         self._live.clear()
-        driver.call("cuCtxSetCurrent", self._before or None)
-        driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
+        failures = []
+        for name, handle in calls:
+            try:
+                driver.call(name, handle)
+            except CudaFailure as failure:  # after a fault on the GPU every call fails; free what can be freed
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
 
     @property
     def _driver(self) -> Driver:

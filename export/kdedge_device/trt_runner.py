@@ -71,8 +71,8 @@ class TrtRunner:
         try:
             self._load(content)
             self._allocate(cuda)
-        except BaseException:
-            self.__exit__(None, None, None)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 

@@ -95,6 +95,7 @@ static int drain(Stream *stream) {
 
 /* For the tests and the fake TensorRT. */
 int fake_live(void) { return live + retained; }
+void fake_forget(void) { live = 0; }
 int fake_enqueue(void *stream, Work work, void *argument) {
   return put(stream, (Op){.kind = CALL, .work = work, .argument = argument});
 }

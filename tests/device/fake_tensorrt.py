@@ -283,7 +283,10 @@ def _behaviour(trt: Any, world: World) -> dict[str, dict[str, Any]]:
             start = "6: The engine plan file is generated on an incompatible device, expecting compute"
             say(self._logger, "ERROR", f"{start} {expected} got compute {found}, please rebuild.")
             return None
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph as written
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return new("ICudaEngine", _session=session, _header=header, _logger=self._logger)
 
     def io(self: Any) -> list[Any]:

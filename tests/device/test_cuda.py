@@ -124,6 +124,23 @@ def test_memory_that_is_not_there_has_a_remedy(
     assert live() == 0
 
 
+def test_what_can_be_freed_is_freed(library: str, live: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fault every call fails; the fault is told, not what followed from it."""
+    with pytest.raises(CudaFailure, match=r"refused cuStreamDestroy_v2"), Cuda(library=library) as cuda:
+        cuda.allocate(8)
+        cuda.stream()
+        cuda.allocate_host(8)
+        monkeypatch.setenv("FAKE_CUDA_FAIL", "cuStreamDestroy_v2:700")
+    assert live() == 1, "all but the stream"
+    monkeypatch.delenv("FAKE_CUDA_FAIL")
+    with pytest.raises(ZeroDivisionError), Cuda(library=library) as cuda:
+        stream = cuda.stream()
+        monkeypatch.setenv("FAKE_CUDA_FAIL", "cuStreamDestroy_v2:700")
+        stream //= 0
+    monkeypatch.delenv("FAKE_CUDA_FAIL")
+    ctypes.CDLL(library).fake_forget()
+
+
 def test_libraries_that_are_no_driver(tmp_path: Path) -> None:
     with pytest.raises(CudaFailure, match="No CUDA driver can be loaded"):
         Driver(str(tmp_path / "absent.so"))
