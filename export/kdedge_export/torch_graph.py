@@ -16,9 +16,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from kdedge_export.fake_quant import LearnedSpans, round_bias, round_u8, round_weight
 from kdedge_export.graph import Graph, constant_tensor
 from kdedge_export.plan import Plan
-from kdedge_export.table import RangeTable
+from kdedge_export.table import U8, RangeTable, Span
 from kdedge_export.torch_ops import Run, torch_operator
 
 __all__ = ["TorchGraph"]
@@ -26,7 +27,6 @@ __all__ = ["TorchGraph"]
 _WEIGHTED = ("Conv", "Gemm")
 _CLIPS = ("Relu", "Clip")
 _UNROUNDED = Plan()
-_INT32_MAX = 2**31 - 512
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,31 @@ class _Step:
 
 @final
 class TorchGraph(nn.Module):
-    """Images float32 [N, C, H, W] -> the graph's first output.
+    """Images float32 [N, C, H, W] -> the graph's first output, which is rounded where the plan has it.
 
     Weights and biases of Conv and Gemm are parameters; everything else, batch normalisation too, stays as it is. With
     `plan` and `table` the tensors and weights of the plan are rounded; `float_tensors` and `float_layers` say which are
-    not, and may be set between two passes. ExportError for an operator that is not known.
+    not, and may be set between two passes. With `learn_spans` the ranges are parameters too, but those that follow from
+    the graph. ExportError for an operator that is not known.
     """
 
-    def __init__(self, model: onnx.ModelProto, plan: Plan | None = None, table: RangeTable | None = None) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        plan: Plan | None = None,
+        table: RangeTable | None = None,
+        *,
+        learn_spans: bool = False,
+    ) -> None:
         super().__init__()
         self.plan, self.table = plan or _UNROUNDED, table or RangeTable({})
         self.float_tensors: frozenset[str] = frozenset()
         self.float_layers: frozenset[str] = frozenset()
         graph = Graph(model)
-        self._input, self._output = graph.inputs[0], graph.outputs[0]
-        self._steps = _without_ballast([self._step(node, graph) for node in graph.nodes], self._read(self._output))
+        self._input = graph.inputs[0]
+        self._rounded = frozenset(self.plan.tensors)
+        self._output = self._read(graph.outputs[0], by_rounded=True)
+        self._steps = _without_ballast([self._step(node, graph) for node in graph.nodes], self._output)
         trained = {name for step in self._steps if step.has_weights for name in step.inputs[1:]}
         self._weight_names = [name for name in graph.initializers if name in trained]
         self._weights = nn.ParameterList(_tensor(graph, name) for name in self._weight_names)
@@ -74,10 +84,17 @@ class TorchGraph(nn.Module):
                 scales = torch.from_numpy(np.asarray(self.table.weight_scales[step.name], np.float32))
                 self.register_buffer(f"_scales_{index}", scales, persistent=False)
 
+        self._learned = self._learnable(graph) if learn_spans else None
+
     @property
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters by their names in the ONNX file."""
         return dict(zip(self._weight_names, self._weights, strict=True))
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """The ranges that were learned, by tensor; none where they are not."""
+        return {} if self._learned is None else self._learned.spans()
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return self.watch(x_NCHW, ())[0]
@@ -106,7 +123,7 @@ class TorchGraph(nn.Module):
                 found |= {each: values[each] for each in (name, f"{name}_dq") if each in wanted}
             for name in step.drop:
                 del values[name]
-        return values[self._read(self._output)], found
+        return values[self._output], found
 
     def to_onnx(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of the float `model` this was made from, with the parameters as they are now."""
@@ -129,30 +146,38 @@ class TorchGraph(nn.Module):
 
     def _read(self, tensor: str, by_rounded: bool = False) -> str:
         """A float reader of a float tensor reads the float tensor, even where another takes its 8-bit form."""
-        rounded = tensor in self.plan.tensors and (by_rounded or tensor in self.plan.made)
+        rounded = tensor in self._rounded and (by_rounded or tensor in self.plan.made)
         return f"{tensor}_dq" if rounded else tensor
 
+    def _learnable(self, graph: Graph) -> LearnedSpans:
+        plan, spans = self.plan, self.table.spans
+        chosen = [name for name in plan.tensors if name not in plan.known]
+        limits = {name: plan.limits(graph, name) for name in chosen}
+        same = {name: source for name, source in plan.same_scale.items() if source not in plan.known}
+        return LearnedSpans({name: spans[name] for name in chosen if name not in plan.same_scale}, limits, same)
+
+    def _u8(self, tensor: str) -> U8:
+        tensor = self.plan.same_scale.get(tensor, tensor)
+        return U8.over(self.plan.known[tensor]) if tensor in self.plan.known else self.table.u8(tensor)
+
     def _round(self, tensor: str, values: dict[str, Tensor]) -> None:
-        if tensor not in self.plan.tensors:
+        if tensor not in self._rounded:
             return
         value = values[tensor]
-        if tensor not in self.float_tensors:
-            u8 = self.table.u8(tensor)
-            value = torch.fake_quantize_per_tensor_affine(value, u8.scale, u8.zero_point, 0, 255)
-        values[f"{tensor}_dq"] = value
+        if tensor in self.float_tensors:
+            values[f"{tensor}_dq"] = value
+        elif self._learned is not None and tensor in self._learned:
+            values[f"{tensor}_dq"] = self._learned.round(tensor, value)
+        else:
+            values[f"{tensor}_dq"] = round_u8(value, self._u8(tensor))
 
     def _rounded_weights(self, index: int, step: _Step, weights: list[Tensor]) -> list[Tensor]:
-        """The weight at its channels' scales; the bias in input scale x weight scale, as `quantize_weight` does."""
-        scales, weight = self.get_buffer(f"_scales_{index}"), weights[0]
-        input_scale = self.table.u8(step.inputs[0].removesuffix("_dq")).scale
-        if len(weights) > 1:
-            scales = torch.maximum(scales, weights[1].detach().abs() / (input_scale * _INT32_MAX))
-        zeros = torch.zeros(len(scales), dtype=torch.int32, device=scales.device)
-        rounded = [torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)]
-        for bias in weights[1:]:
-            unit = input_scale * scales
-            rounded.append(bias + (torch.round(bias / unit) * unit - bias).detach())
-        return rounded
+        """The weight, and the bias where there is one."""
+        scales, biases = self.get_buffer(f"_scales_{index}"), weights[1:]
+        input_scale = self._u8(step.inputs[0].removesuffix("_dq")).scale
+        for place, bias in enumerate(biases):
+            biases[place], scales = round_bias(bias, scales, input_scale)
+        return [round_weight(weights[0], scales), *biases]
 
 
 def _tensor(graph: Graph, name: str) -> Tensor:

@@ -68,7 +68,7 @@ def _permutation(count: int, *key: int | str) -> Tensor:
 def _draw(count: int, batch: int, step: int, *key: int | str) -> Tensor:
     """Positions [batch]: step after step walks through one permutation of `count` after another."""
     start = step * batch
-    parts: list[Tensor] = []
+    parts = [torch.empty(0, dtype=torch.int64)]  # of no images, where the batch has none of this kind
     while (missing := batch - sum(len(part) for part in parts)) > 0:
         epoch, offset = divmod(start, count)
         part = _permutation(count, *key, epoch)[offset : offset + missing]
@@ -86,7 +86,10 @@ def share_rows(count: int, rank: int, world: int) -> slice:
 
 @final
 class Batches:
-    """The batches of one stage. `unlabeled_batch` of 0 gives labels only; `share` is (rank, processes)."""
+    """The batches of one stage. `unlabeled_batch` of 0 gives labels only, `labeled_batch` of 0 images without.
+
+    `share` is (rank, processes).
+    """
 
     def __init__(
         self,
