@@ -38,7 +38,8 @@ def emulate_openvino(content: bytes, images: Batch, threads: int = 1) -> Batch:
     except ImportError:
         raise MissingPackage("openvino", "the second emulation of TensorRT files", "pip install openvino") from None
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(content, "CPU", options)
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(content), "CPU", options)
     return _in_batches(images, lambda batch: np.asarray(compiled(batch)[0]))
 
 

@@ -31,8 +31,11 @@ def test_openvino_runs_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     class Core:
-        def compile_model(self, content: bytes, device: str, options: dict[str, Any]) -> Any:
-            seen.update(options, device=device, content=content)
+        def read_model(self, model: bytes) -> list[bytes]:
+            return [model]
+
+        def compile_model(self, model: list[bytes], device: str, options: dict[str, Any]) -> Any:
+            seen.update(options, device=device, content=model[0])
             return lambda batch: [batch.sum((1, 2, 3))[:, None]]
 
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
