@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from kdedge_device.failures import DeviceFailure, Failure
 from kdedge_device.trt import Here, Log, flag_bits, load_tensorrt, new_log
-from kdedge_device.trt_errors import classify
+from kdedge_device.trt_errors import classify, must
 from kdedge_device.trt_inspect import count_layers
 from kdedge_device.trt_timing import TimingCache
 
@@ -58,15 +58,13 @@ def build_engine(
     log = new_log(here.trt)
     builder = _builder(here, log, options)
     network, parser = _parsed(here, log, builder, content, onnx_path)
-    config, flags = _config(here, builder, options)
-    _set_batch(builder, config, network, options, onnx_path)
+    config, flags = _config(here, log, builder, options)
+    name = _set_batch(builder, config, network, options, onnx_path)
     timing = TimingCache(timing_folder, here)
     timing.lend(config)
     started = time.monotonic()
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise classify(log.errors, f"TensorRT {here.version} could not build {onnx_path} ({options.precision})")
-    engine = bytes(plan)
+    what = f"TensorRT {here.version} could not build {onnx_path} ({options.precision})"
+    engine = bytes(must(builder.build_serialized_network(network, config), log.errors, what))
     timing.take_back(config)
     del parser  # TensorRT's parser owns the weights of the network: it may go only now
     report = {
@@ -81,7 +79,7 @@ def build_engine(
         "timing_cache": timing.state,
         "warnings": log.warnings[:20],
     }
-    report.update(_looked_at(here, engine))
+    report.update(_looked_at(here, engine, name, options))
     return engine, report
 
 
@@ -97,7 +95,7 @@ def _builder(here: Here, log: Log, options: BuildOptions) -> Any:
     what = f"TensorRT {here.version} cannot build here"
     try:
         builder = here.trt.Builder(log.logger)
-    except TypeError as error:  # pybind11's "factory function returned nullptr"
+    except (TypeError, RuntimeError) as error:  # pybind11: "factory function returned nullptr"
         raise classify(log.errors or [str(error)], what) from None
     # Asked up to 10 only; 11 runs on no GPU without INT8.
     if options.precision == "int8" and getattr(builder, "platform_has_fast_int8", True) is False:
@@ -111,7 +109,8 @@ def _builder(here: Here, log: Log, options: BuildOptions) -> Any:
 def _parsed(here: Here, log: Log, builder: Any, content: bytes, path: str) -> Tuple[Any, Any]:
     trt = here.trt
     names = ("EXPLICIT_BATCH",) if here.weakly_typed else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
-    network = builder.create_network(flag_bits(trt.NetworkDefinitionCreationFlag, *names))
+    flags = flag_bits(trt.NetworkDefinitionCreationFlag, *names)
+    network = must(builder.create_network(flags), log.errors, f"TensorRT {here.version} cannot make a network")
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(content):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
@@ -124,9 +123,9 @@ def _parsed(here: Here, log: Log, builder: Any, content: bytes, path: str) -> Tu
     return network, parser
 
 
-def _config(here: Here, builder: Any, options: BuildOptions) -> Tuple[Any, List[str]]:
+def _config(here: Here, log: Log, builder: Any, options: BuildOptions) -> Tuple[Any, List[str]]:
     trt = here.trt
-    config = builder.create_builder_config()
+    config = must(builder.create_builder_config(), log.errors, f"TensorRT {here.version} cannot be configured")
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector tells no types
     flags = [name for name in _FLAGS[options.precision] if hasattr(trt.BuilderFlag, name)]
@@ -135,7 +134,8 @@ def _config(here: Here, builder: Any, options: BuildOptions) -> Tuple[Any, List[
     return config, flags
 
 
-def _set_batch(builder: Any, config: Any, network: Any, options: BuildOptions, path: str) -> None:
+def _set_batch(builder: Any, config: Any, network: Any, options: BuildOptions, path: str) -> str:
+    """The name of the input. Where it leaves the batch open the engine takes that of `options`, else they must agree."""
     tensor = network.get_input(0)
     shape = tuple(tensor.shape)
     if shape[0] >= 0:
@@ -143,23 +143,29 @@ def _set_batch(builder: Any, config: Any, network: Any, options: BuildOptions, p
             raise Failure(
                 f"{path} takes batches of {shape[0]} only; {options.batch} was asked for. Use --batch {shape[0]}."
             )
-        return
+        return str(tensor.name)
     if any(size < 0 for size in shape[1:]):
         raise Failure(f"{path} takes an input of shape {shape}; only the batch may be left open.")
     profile = builder.create_optimization_profile()
     profile.set_shape(tensor.name, *((batch,) + shape[1:] for batch in options.batch))
     if config.add_optimization_profile(profile) < 0:
         raise Failure(f"TensorRT refuses batches of {options.batch} for {path}.")
+    return str(tensor.name)
 
 
-def _looked_at(here: Here, content: bytes) -> Dict[str, Any]:
+def _looked_at(here: Here, content: bytes, name: str, options: BuildOptions) -> Dict[str, Any]:
     """What the finished engine says of itself: layers by type, memory for its tensors. It is loaded, but never run."""
     trt, log = here.trt, new_log(here.trt)
+    what = f"TensorRT {here.version} cannot load the engine that it has just built"
     runtime = trt.Runtime(log.logger)
-    engine = runtime.deserialize_cuda_engine(content)
-    if engine is None:
-        raise classify(log.errors, f"TensorRT {here.version} cannot load the engine that it has just built")
+    engine = must(runtime.deserialize_cuda_engine(content), log.errors, what)
     memory = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
-    inspector = engine.create_engine_inspector()
+    # The memory formats of an engine for several shapes are known only to a context that has one.
+    context = must(engine.create_execution_context(), log.errors, what)
+    shape = tuple(engine.get_tensor_shape(name))
+    if shape[0] < 0:
+        must(context.set_input_shape(name, options.batch[1:2] + shape[1:]), log.errors, what)
+    inspector = must(engine.create_engine_inspector(), log.errors, what)
+    inspector.execution_context = context
     information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     return {"layers": count_layers(information), "memory_bytes": int(memory)}

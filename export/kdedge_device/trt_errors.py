@@ -3,11 +3,11 @@
 TensorRT answers None or False and explains itself in its log. The texts are those of the libraries 8.5 to 11.
 """
 
-from typing import NamedTuple, Sequence, Tuple, Type
+from typing import Any, NamedTuple, Sequence, Tuple, Type
 
 from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
 
-__all__ = ["classify"]
+__all__ = ["classify", "must"]
 
 _REBUILD = "Build the engine again on this machine with: python run.pyz build --rebuild"
 
@@ -89,6 +89,13 @@ def classify(errors: Sequence[str], what: str) -> Failure:
                 return rule.failure(f"{what}: {_short(line)} {rule.remedy}")
     told = _short(errors[0]) if errors else "TensorRT gives no reason."
     return Failure(f"{what}: {told}")
+
+
+def must(answer: Any, errors: Sequence[str], what: str) -> Any:
+    """`answer` itself; where TensorRT answered None or False, the Failure that its log explains."""
+    if answer is None or answer is False:
+        raise classify(errors, what)
+    return answer
 
 
 def _short(line: str) -> str:

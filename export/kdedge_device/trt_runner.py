@@ -14,7 +14,7 @@ from kdedge_device.cuda import Cuda
 from kdedge_device.failures import Failure
 from kdedge_device.trt import Here, Log, load_tensorrt, new_log
 from kdedge_device.trt_cache import read_engine
-from kdedge_device.trt_errors import classify
+from kdedge_device.trt_errors import must
 
 __all__ = ["TrtRunner"]
 
@@ -93,12 +93,9 @@ class TrtRunner:
         trt = self._here.trt
         self._log = new_log(trt)
         self._runtime = trt.Runtime(self._log.logger)
-        self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
-            raise classify(self._log.errors, f"TensorRT {self._here.version} refuses {self.model_path}")
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise classify(self._log.errors, f"TensorRT {self._here.version} cannot run {self.model_path}")
+        what = f"TensorRT {self._here.version} cannot run {self.model_path}"
+        self._engine = must(self._runtime.deserialize_cuda_engine(content), self._log.errors, what)
+        self._context = must(self._engine.create_execution_context(), self._log.errors, what)
 
     def _allocate(self, cuda: Cuda) -> None:
         engine = self._engine
@@ -192,6 +189,7 @@ class TrtRunner:
 
     def launch(self) -> None:
         """Begins to compute on what was put."""
+        self._opened()
         self._check(self._context.execute_async_v3(self._stream), "to run")
 
     def compute(self) -> None:
@@ -208,9 +206,7 @@ class TrtRunner:
 
     def _check(self, done: Any, what: str) -> None:
         """TensorRT answers False instead of raising."""
-        if done is False or done is None:
-            errors = self._log.errors if self._log is not None else []
-            raise classify(errors, f"The engine {self.model_path} refused {what}")
+        must(done, self._log.errors if self._log else [], f"The engine {self.model_path} refused {what}")
 
     def _opened(self) -> Tuple[Here, Cuda]:
         if self._cuda is None or self._here is None:

@@ -39,7 +39,9 @@ class TimingCache:
             self.state = "used"
             return
         self.state = "refused" if old else "new"
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+        empty = config.create_timing_cache(b"")
+        if empty is None or not config.set_timing_cache(empty, False):
+            self.state = "refused"
 
     def take_back(self, config: Any) -> None:
         cache = config.get_timing_cache() if self.path else None

@@ -1,9 +1,11 @@
 """A small bundle written by hand: one pooled linear layer over 4 x 4 grey images, two classes."""
 
+import ctypes
 import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge_device.preprocess import Preprocess
+
+from .fake_tensorrt import World
 
 PREPROCESS = Preprocess(4, 4, 1, "squash", (0.5,), (0.5,))
 
@@ -80,3 +84,20 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [compiler, "-Wall", "-Werror", "-shared", "-fPIC", "-O1", "-o", str(folder / "libcuda.so.1"), str(source)]
     subprocess.run(command, check=True)
     return folder
+
+
+@pytest.fixture
+def world(fake_cuda: Path) -> Iterator[World]:
+    """A machine for the fake TensorRT; whatever is allocated on it has to be freed."""
+    library = ctypes.CDLL(str(fake_cuda / "libcuda.so.1"))
+    library.fake_host.restype = ctypes.c_void_p
+    yield World(cuda=library)
+    assert library.fake_live() == 0, "something was not freed"
+
+
+@pytest.fixture
+def trt_bundle_folder(bundle: Path) -> Path:
+    """The bundle with every file that an engine is built from."""
+    from .trt_world import complete  # which is made of what stands above
+
+    return complete(bundle)

@@ -352,6 +352,9 @@ def _behaviour(trt: Any, world: World) -> dict[str, dict[str, Any]]:
 
     def information(self: Any, form: Any) -> str:
         assert form is trt.LayerInformationFormat.JSON
+        context = self.execution_context
+        if context_shape(context, self._engine._session.get_inputs()[0].name)[0] < 0:
+            return inspected(self._engine._header, self._engine._header["model"], major(), "N/A due to dynamic shapes")
         return inspected(self._engine._header, self._engine._header["model"], major())
 
     def tensor_profile_shape(self: Any, name: str, index: int) -> Any:
@@ -428,7 +431,7 @@ def unpack(plan: bytes) -> tuple[dict[str, Any], bytes]:
     return header, plan[end:]
 
 
-def inspected(header: dict[str, Any], model: onnx.ModelProto, major: int) -> str:
+def inspected(header: dict[str, Any], model: onnx.ModelProto, major: int, unknown: str = "") -> str:
     """The inspector's JSON as versions up to 10, or 11, lay it out; what reads a DequantizeLinear is INT8."""
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     rest = ("FP16", "Half") if "FP16" in header["flags"] else ("FP32", "Float")
@@ -438,6 +441,8 @@ def inspected(header: dict[str, Any], model: onnx.ModelProto, major: int) -> str
             continue
         description, short = ("Int8", "Int8") if makers.get(node.input[0]) == "DequantizeLinear" else rest
         form = f"Thirty-two wide channel vectorized row major {description} format"
+        if unknown:
+            form = short = unknown
         typed = {"Format": form, "DataType": short} if major >= 11 else {"Format/Datatype": form}
         kind = {"Conv": "CaskConvolution"}.get(node.op_type, node.op_type)
         tensor = {"Name": node.input[0], "Location": "Device", "Dimensions": [1], **typed}

@@ -8,12 +8,15 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge_device.cuda import Gpu
+from kdedge_device.manifest import Bundle
 from kdedge_device.trt import Here
+from kdedge_device.trt_build import BuildOptions
+from kdedge_device.trt_bundle import build_for_bundle
 
 from .conftest import entry, linear_model, write_manifest
 from .fake_tensorrt import VERSIONS, World, make
 
-LIBRARY = "libcuda.so.1"
+BATCH = np.random.default_rng(0).normal(size=(5, 1, 4, 4)).astype(np.float32)
 FILES = {
     "fp32": ("model.onnx", 17),
     "fp16": ("model.fp16.onnx", 17),
@@ -76,3 +79,9 @@ def complete(bundle: Path, leave_out: tuple[str, ...] = ()) -> Path:
     np.savez(bundle / "golden.npz", images=images, **{f"logits__{name}": logits for name in artifacts})
     write_manifest(bundle, artifacts=artifacts)
     return bundle
+
+
+def built(folder: Path, here: Here, precision: str = "int8", **how: Any) -> dict[str, Any]:
+    """What `build_for_bundle` gives, with a timing cache of the test's own."""
+    options = BuildOptions(precision)._replace(**how)
+    return build_for_bundle(Bundle(folder), options, here=here, timing_folder=str(folder.parent / "timing"))
