@@ -135,7 +135,7 @@ def _config(here: Here, log: Log, builder: Any, options: BuildOptions) -> Tuple[
 
 
 def _set_batch(builder: Any, config: Any, network: Any, options: BuildOptions, path: str) -> str:
-    """The name of the input. Where it leaves the batch open the engine takes that of `options`, else they must agree."""
+    """The name of the input. Where it leaves the batch open, that of `options` is taken; else the two must agree."""
     tensor = network.get_input(0)
     shape = tuple(tensor.shape)
     if shape[0] >= 0:
