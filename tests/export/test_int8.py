@@ -326,9 +326,9 @@ def test_the_linter_finds(damage: Callable[[onnx.ModelProto], None], told: str, 
 
 
 def test_the_linter_finds_an_activation_in_the_way(mobilenet_v2: Exported) -> None:
-    model = mobilenet_v2[1]
-    plan = make_plan(model)
-    table = make_table("minmax", model, plan, calibrate(model, measured(plan), images(4), SMALL))
-    made = plan.made | {node.output[0] for node in model.graph.node if node.op_type == "Conv"}
-    clumsy = Plan(plan.layers, plan.tensors, {}, made, plan.same_scale, {})
-    assert any("kept from it by Clip" in problem for problem in lint_int8(write_int8(model, clumsy, table)))
+    int8, _, _ = int8_of(mobilenet_v2[1])
+    conv = first(int8, "Conv")
+    rounds = next(node for node in int8.graph.node if node.input[0] == conv.output[0])
+    rounds.input[0] = "clipped"
+    int8.graph.node.append(onnx.helper.make_node("Clip", [conv.output[0]], ["clipped"], name="clip"))
+    assert any("kept from it by Clip" in problem for problem in lint_int8(int8))
