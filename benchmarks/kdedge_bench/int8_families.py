@@ -32,7 +32,7 @@ from kdedge_export.plan import make_plan
 from kdedge_export.qdq import write_int8
 from kdedge_export.ranges import make_table
 
-__all__ = ["main", "measure_family", "smooth_images", "speed_ratio"]
+__all__ = ["main", "measure_family", "settled", "smooth_images", "speed_ratio"]
 
 CLASSES = 1000
 IMAGES = 32  # to settle batch normalisation, again to calibrate, and others to compare
@@ -60,7 +60,7 @@ def measure_family(arch: str, px: int, *, rounds: int, queries: int) -> dict[str
     preprocess = Preprocess(px, px, 3, "squash", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     seen, others = smooth_images(IMAGES, px, seed=0), smooth_images(IMAGES, px, seed=1)
     torch.manual_seed(0)
-    network = _settled(build(ModelSpec(arch, CLASSES, halvings=architecture(arch).halvings)), preprocess, seen)
+    network = settled(build(ModelSpec(arch, CLASSES, halvings=architecture(arch).halvings)), preprocess, seen)
     model = export_float(network, preprocess, [str(k) for k in range(CLASSES)])
     require_clean(lint_float(model), f"{arch} in FP32")
     plan = make_plan(model)
@@ -95,7 +95,7 @@ def speed_ratio(times_ms: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, fl
 
 
 @torch.no_grad()
-def _settled(network: nn.Module, preprocess: Preprocess, images: npt.NDArray[np.uint8]) -> nn.Module:
+def settled(network: nn.Module, preprocess: Preprocess, images: npt.NDArray[np.uint8]) -> nn.Module:
     """In eval mode, its batch normalisation set by `images`, and nothing dropped."""
     network.eval()
     for module in network.modules():
