@@ -204,6 +204,7 @@ def _is_bundle(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _open_bundle(folder: Path, file: Path | None) -> Iterator[Model]:
+    from kdedge_device.evaluate import logits_of
     from kdedge_device.manifest import Bundle
     from kdedge_device.runners import OrtRunner
 
@@ -224,7 +225,7 @@ def _open_bundle(folder: Path, file: Path | None) -> Iterator[Model]:
             f"{name or bundle.shipped} of {folder}",
             tuple(bundle.classes),
             bundle.preprocess,
-            lambda images: runner.run(bundle.preprocess.normalize(images)),
+            lambda images: logits_of(runner, bundle.preprocess, images),
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 import numpy as np
 
 from kdedge_device.clock import Effort, measure, summarize, unstable
+from kdedge_device.evaluate import input_of
 from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.preprocess import Preprocess
@@ -134,7 +135,7 @@ def _latencies(
 def _inputs(subject: Subject, runner: Runner, batch: int) -> List["np.ndarray[Any, Any]"]:
     """A few different batches, so that no cache is flattered by one input only."""
     if subject.preprocess is not None and subject.images is not None:
-        values = subject.preprocess.normalize(subject.images)
+        values = input_of(runner, subject.preprocess, subject.images)
         return [
             np.ascontiguousarray(np.take(values, range(i, i + batch), axis=0, mode="wrap")) for i in range(len(values))
         ]
@@ -142,9 +143,11 @@ def _inputs(subject: Subject, runner: Runner, batch: int) -> List["np.ndarray[An
     if len(shape) != 4 or not all(isinstance(size, int) for size in shape):
         raise Failure(
             f"{subject.model_path} takes an input of shape {runner.input_shape}; "
-            "[batch, C, H, W] with only the batch left open was expected."
+            "[batch, C, H, W], or [batch, H, W, C] of pixels, with only the batch left open was expected."
         )
     rng = np.random.RandomState(0)
+    if runner.takes_pixels:
+        return [rng.randint(0, 256, shape).astype(np.uint8) for _ in range(8)]
     return [rng.standard_normal(shape).astype(np.float32) for _ in range(8)]
 
 
@@ -165,4 +168,4 @@ def _encoded(subject: Subject) -> List[bytes]:
 
 def _whole(subject: Subject, runner: Runner, encoded: bytes) -> "np.ndarray[Any, Any]":
     assert subject.preprocess is not None
-    return runner.run(subject.preprocess.normalize(subject.preprocess.decode(encoded)[None]))
+    return runner.run(input_of(runner, subject.preprocess, subject.preprocess.decode(encoded)[None]))

@@ -15,7 +15,7 @@ from kdedge_device.runners import OrtRunner
 from kdedge_device.trt_bundle import has_engines, open_engine
 from kdedge_device.trt_runner import TrtRunner
 
-__all__ = ["check", "evaluate", "logits_of", "open_runner", "predict"]
+__all__ = ["check", "evaluate", "input_of", "logits_of", "open_runner", "predict"]
 
 Runner = Union[OrtRunner, TrtRunner]
 BATCH = 32
@@ -23,8 +23,13 @@ BATCH = 32
 
 def logits_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """float32 [N, K] of uint8 [N, H, W, C], N above 0, in batches of BATCH."""
-    parts = [runner.run(preprocess.normalize(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-    return np.concatenate(parts)
+    batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+    return np.concatenate([runner.run(input_of(runner, preprocess, batch)) for batch in batches])
+
+
+def input_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """What `runner` takes for uint8 [N, H, W, C]: those, or float32 [N, C, H, W], as its file says."""
+    return images if runner.takes_pixels else preprocess.normalize(images)
 
 
 def open_runner(bundle: Bundle, artifact: Optional[str] = None, threads: int = 1) -> Runner:

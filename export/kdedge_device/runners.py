@@ -1,4 +1,6 @@
-"""Runtimes behind one shape: a context manager whose `run` takes float32 [N, C, H, W] and gives logits float32 [N, K].
+"""Runtimes behind one shape: a context manager whose `run` takes a batch of N images and gives logits float32 [N, K].
+
+What a batch is the file says: float32 [N, C, H, W], normalised, or the pixels themselves, uint8 [N, H, W, C].
 
 Nothing is loaded before `__enter__`: a runner can be made and passed about on a machine without the runtime.
 """
@@ -71,8 +73,13 @@ class OrtRunner:
         """As in the file: numbers, and names for dynamic axes."""
         return list(self._open().get_inputs()[0].shape)
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the file normalises by itself and takes uint8 [N, H, W, C]."""
+        return str(self._open().get_inputs()[0].type) == "tensor(uint8)"
+
     def run(self, batch: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """Logits [N, K] of float32 [N, C, H, W]."""
+        """Logits [N, K] of float32 [N, C, H, W], or of uint8 [N, H, W, C] where the file `takes_pixels`."""
         session = self._open()
         try:
             return np.asarray(session.run(None, {self._input: batch})[0])
