@@ -2,6 +2,8 @@
 
 python -m kdedge_bench.int8_families --out benchmarks/results/NAME/int8-families.json
 
+Beside the families stands the geometric mean of the speed-ups of those that are students of the project's own tables.
+
 The weights are random (batch normalisation has seen images, nothing has learned): speed does not depend on them, and
 the distances compare families with each other, not with trained networks, which round far better.
 """
@@ -20,22 +22,35 @@ import torch
 from torch import nn
 
 from kdedge import __version__
+from kdedge.intervals import signed_rank
 from kdedge.models.zoo import ARCHITECTURES, ModelSpec, architecture, build
 from kdedge.runs import write_json
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.record import load_average, machine, now
 from kdedge_device.runners import OrtRunner
 from kdedge_export.calibrate import calibrate
+from kdedge_export.cpu_form import cpu_form
 from kdedge_export.lint import lint_float, lint_int8, require_clean
 from kdedge_export.onnx_export import export_float
 from kdedge_export.plan import make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table
+from kdedge_export.ranges import make_table, measured
 
-__all__ = ["main", "measure_family", "settled", "smooth_images", "speed_ratio"]
+__all__ = [
+    "STUDENTS",
+    "geometric_mean",
+    "main",
+    "measure_family",
+    "settled",
+    "smooth_images",
+    "speed_ratio",
+    "times_ms",
+]
 
 CLASSES = 1000
+STUDENTS = ("mobilenet-v2", "mobilenet-v3-small", "mobilenet-v3-large", "efficientnet-b0", "resnet18", "shufflenet-v2")
 IMAGES = 32  # to settle batch normalisation, again to calibrate, and others to compare
+MIN_ROUNDS = 6  # below, no interval of 95 % can be told
 SETTLE_S = 2.0  # of work before anything is timed: a cold core is not yet at its speed
 
 
@@ -63,10 +78,10 @@ def measure_family(arch: str, px: int, *, rounds: int, queries: int) -> dict[str
     network = settled(build(ModelSpec(arch, CLASSES, halvings=architecture(arch).halvings)), preprocess, seen)
     model = export_float(network, preprocess, [str(k) for k in range(CLASSES)])
     require_clean(lint_float(model), f"{arch} in FP32")
-    plan = make_plan(model)
-    measured = [name for name in plan.tensors if name not in plan.same_scale]
-    table = make_table("minmax", model, plan, calibrate(model, measured, seen, preprocess))
-    int8 = write_int8(model, plan, table)
+    form = cpu_form(model)
+    plan = make_plan(form)
+    table = make_table("minmax", form, plan, calibrate(form, measured(plan), seen, preprocess))
+    int8 = write_int8(form, plan, table)
     require_clean(lint_int8(int8, frozenset(plan.kept_float)), f"{arch} in INT8")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +91,7 @@ def measure_family(arch: str, px: int, *, rounds: int, queries: int) -> dict[str
         with OrtRunner(files["fp32"]) as fp32_runner, OrtRunner(files["int8"]) as int8_runner:
             batch = preprocess.normalize(others)
             fp32, found = (np.concatenate([r.run(x[None]) for x in batch]) for r in (fp32_runner, int8_runner))
-            times = _times_ms({"fp32": fp32_runner, "int8": int8_runner}, batch, rounds, queries)
+            times = times_ms({"fp32": fp32_runner, "int8": int8_runner}, batch, rounds, queries)
         sizes = {name: file.stat().st_size for name, file in files.items()}
     return {
         "latency_ms": {name: float(np.median(values)) for name, values in times.items()},
@@ -84,14 +99,32 @@ def measure_family(arch: str, px: int, *, rounds: int, queries: int) -> dict[str
         "same_class": float((fp32.argmax(1) == found.argmax(1)).mean()),
         "relative_rms": float(np.sqrt(np.mean((found - fp32) ** 2)) / fp32.std()),
         "bytes": sizes,
-        "left_in_float": sorted({node.op_type for node in model.graph.node if node.name in plan.kept_float}),
+        "left_in_float": sorted({node.op_type for node in form.graph.node if node.name in plan.kept_float}),
     }
 
 
-def speed_ratio(times_ms: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
-    """FP32 over INT8 from times [rounds, queries]: the median over rounds of the ratio of medians, and its extremes."""
+def speed_ratio(times_ms: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
+    """FP32 over INT8 from times [rounds, queries]: the ratio of the two medians of each round, over rounds.
+
+    `interval`: 95 %, of the pseudo-median of the rounds' logarithms by signed ranks (Hodges and Lehmann), which one
+    disturbed round does not move; fewer than 6 rounds give none.
+    """
     ratios = np.median(times_ms["fp32"], 1) / np.median(times_ms["int8"], 1)
-    return {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())}
+    told = len(ratios) >= MIN_ROUNDS
+    _, *ends = signed_rank([float(each) for each in np.log(ratios)]) if told else (0.0,)
+    return {
+        "median": float(np.median(ratios)),
+        "min": float(ratios.min()),
+        "max": float(ratios.max()),
+        "interval": [float(np.exp(end)) for end in ends] or None,
+    }
+
+
+def geometric_mean(families: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Of the speed-ups of STUDENTS, a family that INT8 would slow down counted as 1: it ships in float."""
+    if not set(families) >= set(STUDENTS):
+        return None
+    return float(np.exp(np.mean([np.log(max(1.0, families[name]["speedup"]["median"])) for name in STUDENTS])))
 
 
 @torch.no_grad()
@@ -108,7 +141,7 @@ def settled(network: nn.Module, preprocess: Preprocess, images: npt.NDArray[np.u
     return network.eval()
 
 
-def _times_ms(
+def times_ms(
     runners: Mapping[str, OrtRunner], batch: npt.NDArray[np.float32], rounds: int, queries: int
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Milliseconds [rounds, queries] of each runner. In turns, so that whatever slows the machine slows both."""
@@ -166,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "load_average": {"before": before, "after": load_average()},
         },
         "families": families,
+        "students_geometric_mean": geometric_mean(families),
     }
     write_json(options.out, record)
 

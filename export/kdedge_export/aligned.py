@@ -17,7 +17,10 @@ from kdedge_export.table import RangeTable
 __all__ = ["aligned"]
 
 STEP = 16
-GROUP_WIDTH = 32  # channels of a group from where on its products are no longer the smaller part
+GROUP_WIDTH = 32  # channels of a group from where on its product is large enough
+MAX_WIDTH = 64  # and up to where the zeros cost less than the fewer products save
+MAX_WHOLE = 128  # all groups in one, where nothing between fits
+MAX_ZEROS = 100_000  # bytes that a layer may grow by: the file is to stay below 0.3 of the float one
 _KEEP = ("Relu", "Clip", "HardSigmoid", "Sigmoid", "HardSwish", "Add", "Mul")
 _POOL = ("GlobalAveragePool", "AveragePool", "MaxPool")
 
@@ -132,12 +135,15 @@ def _padded(array: npt.NDArray[np.float32], count: int, axis: int = 0) -> npt.ND
 
 
 def _merged(node: onnx.NodeProto, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The weights of fewer, wider groups: the fewest merged that reach GROUP_WIDTH, unless that is all of many."""
+    """The weights of fewer, wider groups: as wide as GROUP_WIDTH where that comes out even, else as near as it does."""
     groups, width = int(attribute(node, "group", 1)), weight.shape[1]
-    factors = [each for each in range(1, groups + 1) if groups % each == 0 and width * each >= GROUP_WIDTH]
-    if not factors:
+    factors = [each for each in range(1, groups + 1) if groups % each == 0 and width * each <= MAX_WIDTH]
+    factor = next((each for each in factors if width * each >= GROUP_WIDTH), max(factors, default=1))
+    if factor == 1 and width < GROUP_WIDTH and groups * width <= MAX_WHOLE:
+        factor = groups
+    if weight.size * (factor - 1) > MAX_ZEROS:
         return weight
-    factor, outputs = factors[0], len(weight) // groups
+    outputs = len(weight) // groups
     merged = np.zeros((len(weight), width * factor, *weight.shape[2:]), weight.dtype)
     for channel, row in enumerate(weight):
         start = channel // outputs % factor * width

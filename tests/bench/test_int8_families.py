@@ -8,7 +8,7 @@ import pytest
 
 from kdedge.models.zoo import ARCHITECTURES, INT8_SPEEDUP
 from kdedge_bench import int8_families
-from kdedge_bench.int8_families import main, smooth_images, speed_ratio
+from kdedge_bench.int8_families import STUDENTS, geometric_mean, main, smooth_images, speed_ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*/int8-families.json"))
@@ -18,7 +18,20 @@ def test_the_ratio_is_that_of_the_rounds() -> None:
     # The second round ran while something else did: both were slow, and the ratio stays; one outlier moves no median.
     times = {"fp32": np.array([[2.0, 2.0, 90.0], [6.0, 6.0, 6.0], [3.0, 3.0, 3.0]]), "int8": np.ones((3, 3))}
     times["int8"][1] = 3.0
-    assert speed_ratio(times) == {"median": 2.0, "min": 2.0, "max": 3.0}
+    assert speed_ratio(times) == {"median": 2.0, "min": 2.0, "max": 3.0, "interval": None}
+
+
+def test_the_interval_over_rounds_is_not_moved_by_a_disturbed_one() -> None:
+    ratios = np.array([2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.02, 40.0])
+    low, high = speed_ratio({"fp32": ratios[:, None], "int8": np.ones((8, 1))})["interval"]
+    assert 1.9 < low < 2.0 < high < 10
+
+
+def test_a_student_that_int8_slows_down_counts_as_float() -> None:
+    families = {name: {"speedup": {"median": 2.0}} for name in STUDENTS}
+    families["mobilenet-v3-small"] = {"speedup": {"median": 0.5}}
+    assert geometric_mean(families) == pytest.approx(2.0 ** (5 / 6))
+    assert geometric_mean({}) is None
 
 
 def test_images_are_smooth_and_use_all_tones() -> None:
