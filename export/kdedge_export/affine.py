@@ -56,12 +56,26 @@ def affine_after(net: Net, node: onnx.NodeProto) -> bool:
         return False
     source, scale, shift = found
     layer = net.producer(source)
-    if layer is None or net.only_reader(source) is None or not _plain(net, layer):
+    if layer is None or net.only_reader(source) is None:
+        return False
+    if layer.op_type == "BatchNormalization":
+        return _into_normalization(net, layer, scale, shift) and net.remove(node, source)
+    if not _plain(net, layer):
         return False
     weight, bias = _parameters(net, layer)
     shape = (-1,) + (1,) * (weight.ndim - 1)
     _set(net, layer, weight * scale.reshape(shape), bias * scale + shift)
     return net.remove(node, source)
+
+
+def _into_normalization(net: Net, norm: onnx.NodeProto, scale: Vector, shift: Vector) -> bool:
+    """scale * (gamma x' + beta) + shift, as Caffe wrote its Scale layers."""
+    gamma, beta = (net.constant(name) for name in norm.input[1:3])
+    if gamma is None or beta is None:
+        return False
+    net.set_constant(norm, 1, (gamma * scale).astype(np.float32), f"{norm.input[1]}.folded")
+    net.set_constant(norm, 2, (beta * scale + shift).astype(np.float32), f"{norm.input[2]}.folded")
+    return True
 
 
 def affine_before(net: Net, node: onnx.NodeProto) -> bool:

@@ -2,10 +2,9 @@
 
 Cast, Transpose, Sub, Mul: the same four in front of every file, float or quantized. What looks cleverer was tried.
 The division can go into the first convolution's weights, or into a QuantizeLinear with one scale a channel; the
-subtraction can not, since a convolution pads with 0, which is the mean colour behind it and black before it. Timed, both
-were too near to this to be worth a form of their own. To declare the bytes to be the 8-bit tensor would round the
-weights anew and pad with the wrong colour, for the channels differ in mean. So INT8 computes the codes that it computes
-of a float input.
+subtraction can not, since a convolution pads with 0, which is the mean colour behind it and black before it. Both ran
+no faster than this by more than timing could tell. To declare the bytes to be the 8-bit tensor would round the weights
+anew and pad with the wrong colour, for the channels differ in mean. So INT8 computes the codes of a float input.
 B images, H x W pixels, C channels.
 """
 

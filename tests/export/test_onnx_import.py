@@ -102,6 +102,18 @@ def test_batch_normalisation_behind_a_layer_is_folded(tmp_path: Path) -> None:
     assert words(found)["BatchNormalization"] == 1, "the layer has another reader, who wants it as it is"
 
 
+def test_scale_layers_of_caffe_go_into_the_normalisation(tmp_path: Path) -> None:
+    nodes = [
+        node("BatchNormalization", "conv g be m va", "bn"),
+        node("Mul", "bn s", "scaled"),
+        node("Add", "t scaled", "shifted"),
+        node("Concat", "conv shifted", "joined", axis=1),
+    ]
+    constants = batch_norm(8) | {"s": weights(8, 1, 1), "t": weights(1, 8, 1, 1), "v": weights(5, 16)}
+    found = imported(after_conv(nodes, "joined", constants), tmp_path)
+    assert (words(found)["BatchNormalization"], words(found)["Mul"], words(found)["Add"]) == (1, 0, 0)
+
+
 def test_a_shared_weight_is_not_changed_for_the_others(tmp_path: Path) -> None:
     nodes = [
         node("Conv", "x w", "twin", pads=[1, 1, 1, 1]),
