@@ -10,16 +10,32 @@ from kdedge.errors import ExportError
 
 if TYPE_CHECKING:
     from kdedge.runs import Run
+    from kdedge_export.export import Options
 
 __all__ = ["bench", "compare", "export", "report"]
 
 _PATH = click.Path(path_type=Path)
 
 
+def _numbers(context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    """Numbers between commas, one a channel."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of numbers such as 0.485,0.456,0.406.") from None
+
+
 @click.command()
-@click.argument("run", required=False, type=_PATH)
-@click.option("--int8", is_flag=True, help="Also write INT8, calibrated on training or unlabeled images.")
-@click.option("--calibrate", metavar="SPEC", help="Calibrate on these images instead of the run's own.")
+@click.argument("run", metavar="[RUN|MODEL.onnx]", required=False, type=_PATH)
+@click.option("--int8", is_flag=True, help="Also write INT8, for ONNX Runtime and for TensorRT.")
+@click.option("--fp16", is_flag=True, help="Also write FP16, and let it compete where it runs.")
+@click.option("--qat", is_flag=True, help="Train INT8 by the FP32 student's answers; kept where that is better.")
+@click.option(
+    "--qat-steps", type=click.IntRange(min=1), metavar="N", help="Of --qat; a tenth of the student's unless given."
+)
+@click.option("--calibrate", metavar="SPEC", help="Calibrate on these images; a MODEL.onnx has no others.")
 @click.option(
     "--max-drop",
     type=click.FloatRange(min=0),
@@ -32,27 +48,60 @@ _PATH = click.Path(path_type=Path)
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For the latency of the gate."
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 where INT8 was asked for and something else is shipped.")
-@click.option("--out", type=_PATH, metavar="DIR", help="The bundle's folder; RUN/bundle unless given.")
+@click.option("--tensorrt", is_flag=True, help="Build TensorRT engines for the GPU of this machine.")
+@click.option("--with-eval", type=click.IntRange(min=1), metavar="N", help="Take N labelled test images along.")
+@click.option("--uint8-input", is_flag=True, help="The files take pixels, uint8 NHWC, and normalise them.")
+@click.option("--mean", callback=_numbers, metavar="R,G,B", help="MODEL.onnx: subtracted from pixel / 255.")
+@click.option("--std", callback=_numbers, metavar="R,G,B", help="MODEL.onnx: divided by.")
+@click.option("--resize", type=click.Choice(["short-side-crop", "squash"]), help="MODEL.onnx: how images are fitted.")
+@click.option("--px", type=click.IntRange(min=4), help="MODEL.onnx: height and width where the file leaves them open.")
+@click.option("--out", type=_PATH, metavar="DIR", help="The bundle's folder; RUN/bundle or MODEL.bundle unless given.")
 @command_output
-def export(
-    run: Path | None, int8: bool, calibrate: str | None, max_drop: float, threads: int, strict: bool, out: Path | None
-) -> Reply:
+def export(run: Path | None, calibrate: str | None, strict: bool, out: Path | None, **asked: Any) -> Reply:
     """Write the student as ONNX, and INT8, into a bundle.
 
-    The bundle is complete, says what it is and checks itself. RUN left out is the latest finished run.
+    The bundle is complete, says what it is and checks itself. RUN left out is the latest finished run. A float
+    MODEL.onnx from elsewhere needs --calibrate SPEC.
     """
-    if run is not None and run.suffix == ".onnx":
-        raise ExportError(f"{run} is an ONNX file; a run folder was expected, as made by kdedge train-recipe.")
-    found = finished_run(run)
-    from kdedge_export.export import export_run
+    reading = {name: asked.pop(name) for name in ("mean", "std", "resize", "px")}
+    if asked["qat_steps"] and not asked["qat"]:
+        raise ExportError("--qat-steps says how long --qat trains; give both.")
+    if asked["qat"] and not asked["int8"]:
+        raise ExportError("--qat trains the INT8 file; give --int8 too.")
+    from kdedge_export.export import Options
 
-    document = export_run(
-        found, int8=int8, out=out, max_drop_points=max_drop, calibrate=calibrate, threads=threads, display=note
-    )
-    missed = strict and int8 and document["shipped"] != "int8"
+    options = Options(max_drop_points=asked.pop("max_drop"), with_eval=asked.pop("with_eval") or 0, **asked)
+    if run is not None and (run.is_file() or run.suffix == ".onnx"):
+        document, bundle = _exported_file(run, options, calibrate, reading, out)
+    else:
+        given = [f"--{name}" for name, value in reading.items() if value is not None]
+        if given:
+            raise ExportError(f"{', '.join(given)}: a run knows its own preprocessing; these are for a MODEL.onnx.")
+        document, bundle = _exported_run(finished_run(run), options, calibrate, out)
+    missed = strict and options.int8 and document["shipped"] != "int8"
     if missed:
         note(f"--strict: INT8 was asked for, and {document['shipped'].upper()} is shipped.")
-    return Reply(document, _export_text(document, out or found.bundle_path), exit_code=int(missed))
+    return Reply(document, _export_text(document, bundle), exit_code=int(missed))
+
+
+def _exported_run(
+    run: "Run", options: "Options", calibrate: str | None, out: Path | None
+) -> tuple[dict[str, Any], Path]:
+    from kdedge_export.export import export_run
+
+    return export_run(run, options, out=out, calibrate=calibrate, display=note), out or run.bundle_path
+
+
+def _exported_file(
+    path: Path, options: "Options", spec: str | None, reading: dict[str, Any], out: Path | None
+) -> tuple[dict[str, Any], Path]:
+    if spec is None:
+        raise ExportError(f"{path} brings no images; name some of its kind with --calibrate SPEC.")
+    from kdedge_export.export import export_file
+    from kdedge_export.foreign import Reading
+
+    bundle = out or path.with_suffix(".bundle")
+    return export_file(path, spec, options, reading=Reading(**reading), out=bundle, display=note), bundle
 
 
 def _export_text(document: dict[str, Any], bundle: Path) -> str:

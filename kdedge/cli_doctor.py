@@ -43,7 +43,7 @@ def doctor() -> Reply:
         _look("torchvision", _package("torchvision"), True, "networks and their weights"),
         _look("onnxruntime", _onnxruntime, True, "running and measuring ONNX files"),
         _look("cuda", _cuda, False, "training on a GPU"),
-        _look("tensorrt", _package("tensorrt"), False, "engines on this machine"),
+        _look("tensorrt", _tensorrt, False, "engines on this machine"),
         _look("pycuda", _package("pycuda"), False, "running engines"),
         _look("timm", _package("timm"), False, "starting weights by timm name"),
         _look("chromium", _chromium, False, "the browser tests of the report"),
@@ -112,6 +112,18 @@ def _cuda() -> str:
         raise _No(f"torch {torch.__version__} is built without CUDA")
     torch.zeros(1, device="cuda")  # raises with the driver's own reason
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+def _tensorrt() -> str:
+    """The GPU is probed in a process of its own first: without a driver TensorRT 11 takes the process with it."""
+    from kdedge_device.failures import Failure
+    from kdedge_device.trt import load_tensorrt
+
+    try:
+        here = load_tensorrt()
+    except Failure as error:
+        raise _No(str(error)) from None
+    return f"{here.version}, {here.gpu.name} (compute capability {here.gpu.capability}, CUDA {here.gpu.cuda})"
 
 
 def _chromium() -> str:

@@ -73,8 +73,10 @@ def _refuse_what_is_not_there(effort: str, on: Sequence[str], suite: str | None)
 def jobs(target: Path, out: Path | None = None) -> Iterator[Job]:
     """The measurements that `target` asks for. RunError where it is none of RUN, BUNDLE, MODEL.onnx."""
     if target.is_file():
-        if target.suffix != ".onnx":
-            raise RunError(f"{target} is no ONNX file. Expected a run folder, a bundle or a file named *.onnx.")
+        if target.suffix not in (".onnx", ".engine"):
+            raise RunError(
+                f"{target} is no ONNX file or engine. Expected a run folder, a bundle, a file named *.onnx or *.engine."
+            )
         yield Job(target, None, target.stem, out or _records_of(target.parent))
         return
     if not target.is_dir():
@@ -89,11 +91,17 @@ def jobs(target: Path, out: Path | None = None) -> Iterator[Job]:
 
 
 def _artifacts(folder: Path) -> list[str]:
-    """Names of a bundle's artifacts; empty where `folder` is no bundle."""
+    """Names of a bundle's artifacts that can be run; empty where `folder` is no bundle.
+
+    A file for TensorRT is run by an engine, and one has to be in the bundle.
+    """
     manifest = folder / "manifest.json"
     document = read_json(manifest) if manifest.is_file() else None
     artifacts = document.get("artifacts") if isinstance(document, dict) else None
-    return list(artifacts) if isinstance(artifacts, dict) else []
+    if not isinstance(artifacts, dict):
+        return []
+    engines = any(folder.glob("*.engine"))
+    return [name for name, entry in artifacts.items() if engines or entry.get("runtime") != "tensorrt"]
 
 
 def _records_of(folder: Path) -> Path:

@@ -20,7 +20,6 @@ from kdedge_export.images import Part
 
 __all__ = [
     "ARTIFACTS",
-    "FILES",
     "Artifact",
     "eval_part",
     "golden_tolerance",
@@ -51,7 +50,6 @@ ARTIFACTS = {
     "trt-fp16": Artifact("model.trt-fp16.onnx", "tensorrt", "int8", 0.1),
     "fp16": Artifact("model.fp16.onnx", "onnxruntime", "fp16", 0.01),
 }
-FILES = {name: ARTIFACTS[name].file for name in ("fp32", "int8")}
 
 
 @contextlib.contextmanager

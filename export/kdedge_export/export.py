@@ -1,262 +1,349 @@
-"""A finished run -> a bundle: float ONNX checked against torch, INT8 calibrated and decided on, test scored at the end.
+"""A float model and its images -> a bundle: every file asked for, checked and decided on, test scored at the end.
 
 N images, K classes.
 """
 
+import contextlib
 import platform
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
-from kdedge.errors import DataError
-from kdedge.models.weights import LoadedModel, load_model
+from kdedge.errors import ExportError
 from kdedge.predictions import add_predictions
-from kdedge.runs import Run, read_json, sha256_file, write_json
+from kdedge.runs import Run, write_json
 from kdedge_device.record import now
-from kdedge_export.bundle import FILES, golden_tolerance, new_bundle, write_golden, write_manifest
-from kdedge_export.gate import Decision, decide
-from kdedge_export.images import Part, RunImages, calibration_part, open_run_images
-from kdedge_export.latency import measure_alone, speedup
-from kdedge_export.lint import lint_float, require_clean
-from kdedge_export.onnx_export import Verification, export_float, verify
+from kdedge_export.bundle import (
+    eval_part,
+    golden_tolerance,
+    new_bundle,
+    write_eval,
+    write_golden,
+    write_manifest,
+)
+from kdedge_export.cpu_form import trt_form
+from kdedge_export.divergence import compare_layers
+from kdedge_export.files import Files, TensorRt, make_tensorrt
+from kdedge_export.foreign import Reading
+from kdedge_export.fp16 import write_fp16
+from kdedge_export.gate import Agreement, Candidate, Decision, agreement, gate_document, judge
+from kdedge_export.latency import Race, Speedup, measure_alone, race
 from kdedge_export.pyz import build_pyz
-from kdedge_export.quantize import Quantized, quantize
+from kdedge_export.qat import QATConfig, run_qat
+from kdedge_export.quantize import GateImages, Quantized, Train, quantize
+from kdedge_export.stored import store
+from kdedge_export.subject import Subject, file_subject, run_subject, some_images
+from kdedge_export.tensorrt import build_here
+from kdedge_export.verify import Proof, collect, prove
 
-__all__ = ["TARGET", "export_run"]
+__all__ = ["CPU", "TENSORRT", "Options", "export_file", "export_run"]
 
-TARGET = "onnxruntime-cpu"
+CPU, TENSORRT = "onnxruntime-cpu", "tensorrt"
 GOLDEN_IMAGES = 8
-VERIFIED_IMAGES = 32
+PROVED_IMAGES = 500  # files for TensorRT are emulated, ten times as slowly as a CPU's file runs
+LAYER_IMAGES = 4
 Say = Callable[[str], None]
 Logits = dict[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the steps share: the bundle being made, and everything it is made from."""
+class Options:
+    """What is asked of an export. `max_drop_points`: of 100 gate images. `threads`: of the measured latency."""
 
-    folder: Path
-    run: Run
-    model: LoadedModel
-    images: RunImages
-    threads: int
-    say: Say
+    int8: bool = False
+    fp16: bool = False
+    qat: bool = False
+    qat_steps: int | None = None
+    max_drop_points: float = 1.0
+    threads: int = 1
+    tensorrt: bool = False
+    with_eval: int = 0
+    uint8_input: bool = False
 
 
 def export_run(
-    run: Run,
-    *,
-    int8: bool,
-    out: Path | None = None,
-    max_drop_points: float = 1.0,
-    calibrate: str | None = None,
-    threads: int = 1,
-    display: Say | None = None,
+    run: Run, options: Options, *, out: Path | None = None, calibrate: str | None = None, display: Say | None = None
 ) -> dict[str, Any]:
-    """Write the bundle of `run` and give the document of `kdedge export --json`.
+    """Write the bundle of a finished run and give the document of `kdedge export --json`.
 
-    `max_drop_points`: of 100 gate images, how many may get another class (or lose accuracy) for INT8 to ship.
-    `calibrate`: a data SPEC to calibrate on instead of the run's own images. `threads`: of the measured latency.
-    `display`: told each step in a sentence. Raises RunError, DataError, ExportError; a bundle is complete or absent.
+    `calibrate`: a data SPEC to calibrate on instead of the run's own images. `display`: told each step in a sentence.
+    Raises RunError, DataError, ExportError; a bundle is complete or absent.
     """
-    images = open_run_images(run)
-    calibration = calibration_part(calibrate) if calibrate else images.calibration
-    model = load_model(run.student_path)
-    target = run.bundle_path if out is None else out
-    with new_bundle(target) as folder:
-        work = _Work(folder, run, model, images, threads, display or (lambda sentence: None))
-        verified = _float_file(work)
-        quantized = _int8_file(work, calibration) if int8 else None
-        names = ["fp32", "int8"] if quantized else ["fp32"]
-        records = _latencies(work) if quantized else {}
-        ratio = speedup(records["fp32"], records["int8"]) if quantized else None
-        decision = decide(quantized.agreement if quantized else None, ratio, max_drop_points)
-        golden = _golden(work, names)
-        # Every choice is made. Only now the test images are looked at, and nothing below changes because of them.
-        work.say(f"Scoring {len(images.test)} test images")
-        test = _logits(work, images.test, names)
-        accuracy = {name: _accuracy(test[name], images.test.labels) for name in names}
-        gate = _gate(decision, quantized, max_drop_points, records)
-        write_json(folder / "gate.json", gate)
+    say = display or (lambda sentence: None)
+    subject = run_subject(run, calibrate, say)
+    return _Export(subject, options, run.bundle_path if out is None else out, say).whole()
+
+
+def export_file(
+    path: Path, spec: str, options: Options, *, reading: Reading, out: Path | None = None, display: Say | None = None
+) -> dict[str, Any]:
+    """The same for a float ONNX file that was trained elsewhere, calibrated and judged on the images of `spec`."""
+    say = display or (lambda sentence: None)
+    if options.qat:
+        raise ExportError(f"{path} is an ONNX file, and --qat trains the student of a run. Leave it out.")
+    subject = file_subject(path, spec, reading, say)
+    return _Export(subject, options, path.with_suffix(".bundle") if out is None else out, say).whole()
+
+
+@final
+class _Export:
+    """One export. Its steps in the order of `whole`; what a step leaves for later ones is an attribute."""
+
+    def __init__(self, subject: Subject, options: Options, out: Path, say: Say) -> None:
+        self.subject, self.options, self.out, self.say = subject, options, out, say
+        self.preprocess, self.images = subject.preprocess, subject.images
+        self.raced: tuple[tuple[tuple[str, ...], bytes], Race] | None = None
+
+    def whole(self) -> dict[str, Any]:
+        """Everything; an interrupted calibration is kept to be gone on with, one that failed is not."""
+        try:
+            document, test = self._bundle()
+        except Exception:
+            with contextlib.suppress(OSError):
+                self._state_path.unlink(missing_ok=True)
+            raise
+        self._state_path.unlink(missing_ok=True)
+        if self.subject.run is not None:
+            self._add_predictions(self.subject.run, test)
+        return document
+
+    def _bundle(self) -> tuple[dict[str, Any], Logits]:
+        with (
+            new_bundle(self.out) as folder,
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".kdedge-export-") as scratch,
+        ):
+            self.folder, self.scratch = folder, Path(scratch)
+            self.files = Files(
+                folder, self.preprocess, uint8_input=self.options.uint8_input, threads=self.options.threads
+            )
+            self.files.write("fp32", self.subject.model)
+            self.gate = self._gate_images()
+            quantized = self._quantized() if self.options.int8 else None
+            tensorrt = self._tensorrt_files(quantized) if quantized else None
+            self._fp16_file(required=self.options.fp16, wanted=quantized is not None)
+            decisions = self._decisions(quantized)
+            golden = self._golden()
+            # Every choice is made. Only now the test images are looked at, and nothing below changes because of them.
+            test = self._test()
+            proof = self._proof(quantized, tensorrt)
+            gate = self._write_documents(decisions, quantized, tensorrt, proof)
+            self._manifest(decisions[0], golden, test, quantized)
+            engines = self._engines() if self.options.tensorrt else None
+            return self._document(decisions[0], gate, test, proof, engines), test
+
+    @property
+    def _state_path(self) -> Path:
+        """Where an interrupted calibration goes on from: beside the bundle, which does not exist before it is whole."""
+        return self.out.parent / f".{self.out.name}-calibration.npz"
+
+    def _gate_images(self) -> GateImages:
+        part = self.images.gate
+        stored = store(part, self.preprocess, self.scratch / "gate.npy")
+        logits = stored.logits(self.subject.model.SerializeToString(), self.options.threads)
+        return GateImages(stored, part.labels, logits, self.options.threads)
+
+    def _quantized(self) -> Quantized:
+        found = quantize(
+            self.subject.model,
+            self.preprocess,
+            self.subject.calibration,
+            self.gate,
+            max_drop_points=self.options.max_drop_points,
+            speed=self._speed,
+            train=self._train() if self.options.qat else None,
+            scratch=self.scratch,
+            state=self._state_path,
+            say=self.say,
+        )
+        self.files.write("int8", found.model)
+        self.gate_int8 = self.gate.logits(found.model)
+        return found
+
+    def _train(self) -> Train:
+        run, config = self.subject.run, QATConfig(total_steps=self.options.qat_steps)
+        assert run is not None
+        return lambda model, plan, table: run_qat(run, model, plan, table, config, self.say)
+
+    def _tensorrt_files(self, quantized: Quantized) -> TensorRt:
+        made = make_tensorrt(quantized)
+        self.files.write("trt", made.weak)
+        self.files.write("trt-fp16", made.typed)
+        return made
+
+    def _fp16_file(self, *, required: bool, wanted: bool) -> None:
+        """Where it was not asked for, and the gate only compares with it, a model that FP16 cannot hold has none."""
+        if not required and not wanted:
+            return
+        try:
+            self.files.write("fp16", write_fp16(self.subject.model))
+        except ExportError as error:
+            if required:
+                raise
+            self.say(f"There is no FP16 file to compare with: {error}")
+
+    def _speed(self, model: onnx.ModelProto) -> Speedup:
+        self.files.write("int8", model)
+        return self._race(("fp32", "int8")).speedups["int8"]
+
+    def _race(self, names: tuple[str, ...]) -> Race:
+        """The files in turn; kept, since the one that the search ends with is most often the last that it measured."""
+        key = (names, self.files.path(names[-1]).read_bytes())
+        if self.raced is None or self.raced[0] != key:
+            self.say(f"Measuring {' and '.join(name.upper() for name in names)} in turn")
+            self.raced = key, race(names, lambda name: measure_alone(self.files.path(name), self.options.threads))
+        return self.raced[1]
+
+    def _decisions(self, quantized: Quantized | None) -> list[Decision]:
+        """What ships on this machine's CPU, and what is known of TensorRT's files before they were timed."""
+        budget, here, there = self.options.max_drop_points, [], []
+        names = tuple(name for name in ("int8", "fp16") if name in self.files.names and self._asked(name))
+        speedups = self._race(("fp32", *names)).speedups if names else {}
+        for name in names:
+            found = quantized.searched.agreement if quantized and name == "int8" else self._agreement(name)
+            here.append(Candidate(name, name, found, speedups[name]))
         if quantized:
-            write_json(folder / "quantization.json", quantized.document)
-        build_pyz(folder / "run.pyz")
-        _manifest(work, accuracy, golden, verified, decision, calibration if quantized else None)
-        document = _document(folder, accuracy, records, decision, gate, target)
-    _add_predictions(run, images, test, quantized)
-    return document
+            there = [Candidate("trt", "int8", self._agreement("trt"))]
+            there += [Candidate("fp16", "fp16", self._agreement("fp16"))] if "fp16" in self.files.names else []
+        decisions = [judge(CPU, here, budget), *([judge(TENSORRT, there, budget)] if there else [])]
+        for each in decisions:
+            if each.warning:
+                self.say(each.warning)
+        return decisions
 
+    def _asked(self, name: str) -> bool:
+        return self.options.fp16 if name == "fp16" else self.options.int8
 
-def _float_file(work: _Work) -> Verification:
-    """model.onnx, compared with torch on real images: gate images, else test ones where the run has no others."""
-    work.say("Exporting FP32")
-    model, preprocess = work.model, work.model.preprocess
-    exported = export_float(model.module, preprocess, model.classes)
-    require_clean(lint_float(exported), "model.onnx")
-    images = _some(work, VERIFIED_IMAGES)
-    found = verify(model.module, exported, preprocess.normalize(images))
-    (work.folder / FILES["fp32"]).write_bytes(exported.SerializeToString())
-    return found
+    def _agreement(self, name: str) -> Agreement:
+        """On the gate images, or the first of them where the file has to be emulated."""
+        count = len(self.gate.images.pixels) if name in self.files.runnable else PROVED_IMAGES
+        images, run = self.gate.images.first(count), self.files.runner(name)
+        found = [run(batch) for batch in images]
+        logits = np.concatenate(found) if found else self.gate.fp32
+        return agreement(self.gate.fp32[:count], logits, self.gate.labels[:count])
 
+    def _golden(self) -> Logits:
+        images = some_images(self.images, self.preprocess, GOLDEN_IMAGES)
+        batch = self.preprocess.normalize(images)
+        logits = {name: self.files.runner(name)(batch) for name in self.files.names}
+        write_golden(self.folder / "golden.npz", images, logits)
+        return logits
 
-def _some(work: _Work, count: int) -> npt.NDArray[np.uint8]:
-    """A few real images, uint8 [n, H, W, C], of the gate, or else of another part; no labels are used."""
-    for part in (work.images.gate, work.images.calibration, work.images.test):
-        if len(part):
-            return part.load(work.model.preprocess, slice(0, count))
-    raise DataError(f"The run {work.run.path} has no images left to check the export on. Train with more images.")
+    def _test(self) -> Logits:
+        """Of the files that run here, over all test images, read as a device will read them."""
+        part = self.images.test
+        self.say(f"Scoring {len(part)} test images")
+        names = self.files.runnable
+        found = part.logits([self.files.path(name) for name in names], self.preprocess, self.options.threads)
+        logits = dict(zip(names, found, strict=True))
+        if self.options.with_eval:
+            shipped, _ = eval_part(part, self.options.with_eval)
+            write_eval(self.folder / "eval.npz", shipped, self.preprocess)
+        return logits
 
+    def _proof(self, quantized: Quantized | None, tensorrt: TensorRt | None) -> Proof:
+        """Every file, and where the model comes from, on the same images: test ones, or the gate's without a test."""
+        part = self.images.test if len(self.images.test) else self.images.gate
+        places = np.unique(np.linspace(0, len(part) - 1, min(PROVED_IMAGES, len(part))).round().astype(np.int64))
+        some = replace(part, indices=part.indices[places], labels=part.labels[places], sha256=None)
+        self.say(f"Comparing {len(self.files.names)} files on {len(some)} images")
+        stored = store(some, self.preprocess, self.scratch / "proof.npy")
+        runs = [(name, self.files.runner(name)) for name in self.files.names]
+        if self.subject.original is not None:
+            runs.insert(0, ("torch", self.subject.original))
+        logits = collect(runs, stored.chunks(), self.preprocess)
+        images, layers = [batch[:LAYER_IMAGES] for batch in stored[:1]], {}
+        if quantized and tensorrt:
+            form = quantized.numbers.model
+            layers["int8"] = compare_layers(form, quantized.model, images)
+            layers["trt"] = compare_layers(trt_form(form), tensorrt.weak, images, optimize=False)
+        return prove(logits, some.labels, self.subject.classes, part.name, layers)
 
-def _int8_file(work: _Work, calibration: Part) -> Quantized:
-    import onnx
+    def _write_documents(
+        self, decisions: list[Decision], quantized: Quantized | None, tensorrt: TensorRt | None, proof: Proof
+    ) -> dict[str, Any]:
+        gate = gate_document(decisions, measured=CPU)
+        if self.raced:
+            kept, raced = ("conditions", "repeats", "started_at"), self.raced[1]
+            gate["targets"][CPU]["latency"] = {
+                name: {
+                    "compute_ms": record["latency_ms"]["compute"],
+                    "rounds_ms": raced.rounds_ms[name],
+                    **{key: record[key] for key in kept},
+                }
+                for name, record in raced.records.items()
+            }
+        write_json(self.folder / "gate.json", gate)
+        write_json(self.folder / "proof.json", proof.to_json())
+        if quantized and tensorrt:
+            document = quantized.document | {"tensorrt": tensorrt.to_json(quantized)}
+            write_json(self.folder / "quantization.json", document)
+        build_pyz(self.folder / "run.pyz")
+        return gate
 
-    exported = onnx.load(str(work.folder / FILES["fp32"]))
-    found = quantize(
-        exported, work.model.preprocess, calibration, work.images.gate, work.folder, work.threads, work.say
-    )
-    (work.folder / FILES["int8"]).write_bytes(found.model.SerializeToString())
-    return found
+    def _accuracy(self, test: Logits) -> dict[str, float | None]:
+        """Share of the test images of known class that are right; None where there are none, or it is only emulated."""
+        known = self.images.test.labels >= 0
+        right = {name: (each.argmax(1) == self.images.test.labels)[known] for name, each in test.items()}
+        return {name: float(right[name].mean()) if known.any() and name in right else None for name in self.files.names}
 
-
-def _latencies(work: _Work) -> dict[str, dict[str, Any]]:
-    """Records of both files. A near tie is measured again in the other order; the quieter measurement stands."""
-    records = {name: _latency(work, name) for name in FILES}
-    if 0.9 < speedup(records["fp32"], records["int8"]) < 1.1:
-        for name in reversed(FILES):
-            again = _latency(work, name)
-            quieter = min(records[name], again, key=lambda record: record["latency_ms"]["compute"]["p50"])
-            records[name] = quieter | {"repeats": 2}
-    return records
-
-
-def _latency(work: _Work, name: str) -> dict[str, Any]:
-    work.say(f"Measuring {name.upper()} on {work.threads} thread{'s' if work.threads > 1 else ''}")
-    return measure_alone(work.folder / FILES[name], work.threads)
-
-
-def _golden(work: _Work, names: list[str]) -> Logits:
-    from kdedge_device.evaluate import logits_of
-    from kdedge_device.runners import OrtRunner
-
-    images = _some(work, GOLDEN_IMAGES)
-    logits: Logits = {}
-    for name in names:
-        with OrtRunner(work.folder / FILES[name]) as runner:
-            logits[name] = logits_of(runner, work.model.preprocess, images)
-    write_golden(work.folder / "golden.npz", images, logits)
-    return logits
-
-
-def _logits(work: _Work, part: Part, names: list[str]) -> Logits:
-    found = part.logits([work.folder / FILES[name] for name in names], work.model.preprocess, work.threads)
-    return dict(zip(names, found, strict=True))
-
-
-def _accuracy(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float | None:
-    """Share of images of known class that are right; None where there are none."""
-    known = labels >= 0
-    return float((logits.argmax(1) == labels)[known].mean()) if known.any() else None
-
-
-def _gate(
-    decision: Decision, quantized: Quantized | None, max_drop_points: float, records: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    entry = decision.to_json(quantized.agreement if quantized else None, max_drop_points)
-    kept = ("conditions", "repeats", "started_at")
-    entry["latency"] = {
-        name: {"compute_ms": record["latency_ms"]["compute"], **{key: record[key] for key in kept}}
-        for name, record in records.items()
-    }
-    return {"schema": 1, "shipped": decision.shipped, "targets": {TARGET: entry}}
-
-
-def _manifest(
-    work: _Work,
-    accuracy: dict[str, float | None],
-    golden: Logits,
-    verified: Verification,
-    decision: Decision,
-    calibration: Part | None,
-) -> None:
-    images, model = work.images, work.model
-    artifacts: dict[str, dict[str, Any]] = {
-        name: {
-            "runtime": "onnxruntime",
-            "opset": 17,
-            "ir_version": 8,
-            "accuracy": accuracy[name],
-            "golden_tolerance": golden_tolerance(name, golden[name]),
+    def _manifest(self, decision: Decision, golden: Logits, test: Logits, quantized: Quantized | None) -> None:
+        accuracy, part = self._accuracy(test), self.images.test
+        artifacts: dict[str, dict[str, Any]] = {
+            name: {"accuracy": accuracy[name], "golden_tolerance": golden_tolerance(name, golden[name])}
+            for name in self.files.names
         }
-        for name in accuracy
-    }
-    artifacts["fp32"]["verified_against_torch"] = dict(verified)
-    scored = {
-        "split": "val" if images.test_is_val else "test",
-        "images": int((images.test.labels >= 0).sum()),
-        "sha256": images.test.sha256,
-        **accuracy,
-    }
-    write_manifest(
-        work.folder,
-        artifacts,
-        model.preprocess,
-        model.classes,
-        decision.shipped,
-        scored,
-        _provenance(work, calibration),
-    )
+        artifacts["fp32"] |= self.subject.checked
+        scored = {
+            "split": "val" if self.images.test_is_val else "test",
+            "images": int((part.labels >= 0).sum()),
+            "sha256": part.sha256,
+            **accuracy,
+        }
+        calibration = self.subject.calibration
+        packages = ("kdedge", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+        provenance = self.subject.provenance | {
+            "calibration": {"images": len(calibration), "sha256": calibration.sha256} if quantized else None,
+            "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+            "exported_at": now(),
+        }
+        shipped = decision.artifact
+        write_manifest(self.folder, artifacts, self.preprocess, self.subject.classes, shipped, scored, provenance)
 
+    def _engines(self) -> dict[str, Any]:
+        precisions = ("int8", "fp16") if self.options.int8 else ("fp16",) if self.options.fp16 else ("fp32",)
+        return build_here(self.folder, precisions, self.say)
 
-def _provenance(work: _Work, calibration: Part | None) -> dict[str, Any]:
-    splits = read_json(work.run.splits_path)
-    packages = ("kdedge", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-    return {
-        "run": work.run.path.resolve().name,
-        "recipe_sha256": sha256_file(work.run.recipe_path),
-        "student_sha256": sha256_file(work.run.student_path),
-        "arch": work.model.arch,
-        "params": work.model.num_params,
-        "data": splits["data"],
-        "data_fingerprint": splits["fingerprint"],
-        "calibration": {"images": len(calibration), "sha256": calibration.sha256} if calibration else None,
-        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
-        "exported_at": now(),
-    }
+    def _add_predictions(self, run: Run, test: Logits) -> None:
+        """The logits of the exported files beside those of training."""
+        add_predictions(run, "test", self.images.test.ids, self.images.test.labels, test)
+        if "int8" in test:
+            logits = {"fp32": self.gate.fp32, "int8": self.gate_int8}
+            add_predictions(run, "gate", self.images.gate.ids, self.images.gate.labels, logits)
 
-
-def _add_predictions(run: Run, images: RunImages, test: Logits, quantized: Quantized | None) -> None:
-    """The logits of the exported files beside those of training."""
-    add_predictions(run, "test", images.test.ids, images.test.labels, test)
-    if quantized:
-        logits = {"fp32": quantized.gate_fp32, "int8": quantized.gate_int8}
-        add_predictions(run, "gate", images.gate.ids, images.gate.labels, logits)
-
-
-def _document(
-    folder: Path,
-    accuracy: dict[str, float | None],
-    records: dict[str, dict[str, Any]],
-    decision: Decision,
-    gate: dict[str, Any],
-    target: Path,
-) -> dict[str, Any]:
-    artifacts: dict[str, dict[str, Any]] = {}
-    for name, value in accuracy.items():
-        artifacts[name] = {"accuracy": value, "bytes": (folder / FILES[name]).stat().st_size}
-        if name in records:
-            compute = records[name]["latency_ms"]["compute"]
-            artifacts[name] |= {f"latency_ms_{key}": compute[key] for key in ("p50", "p90")}
-    return {
-        "artifacts": artifacts,
-        "drop_points": decision.drop_points,
-        "speedup": decision.speedup,
-        "shipped": decision.shipped,
-        "why": decision.why,
-        "targets": gate["targets"],
-        "bundle": str(target),
-    }
+    def _document(
+        self, decision: Decision, gate: dict[str, Any], test: Logits, proof: Proof, engines: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        artifacts: dict[str, dict[str, Any]] = {}
+        for name, value in self._accuracy(test).items():
+            artifacts[name] = {"accuracy": value, "bytes": self.files.path(name).stat().st_size}
+            if self.raced and name in self.raced[1].records:
+                compute = self.raced[1].records[name]["latency_ms"]["compute"]
+                artifacts[name] |= {f"latency_ms_{key}": compute[key] for key in ("p50", "p90")}
+        return {
+            "artifacts": artifacts,
+            "drop_points": decision.drop_points,
+            "speedup": decision.speedup,
+            "shipped": decision.shipped,
+            "why": decision.why,
+            "targets": gate["targets"],
+            "proof": proof.to_json(),
+            **({"tensorrt": engines} if engines is not None else {}),
+            "bundle": str(self.out),
+        }

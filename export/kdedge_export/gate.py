@@ -18,7 +18,6 @@ __all__ = [
     "Decision",
     "Judgement",
     "agreement",
-    "decide",
     "fill_in",
     "gate_document",
     "judge",
@@ -78,7 +77,7 @@ class Decision:
     def drop_points(self) -> float | None:
         return self.judged[0].candidate.agreement.drop_points if self.judged else None
 
-    def to_json(self, *_until_wired: object) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The target's entry in gate.json."""
         asked = self.judged[0].to_json() if self.judged else {}
         interval = self.judged[0].candidate.agreement.drop_interval_points if self.judged else None
@@ -218,10 +217,3 @@ def _timed(entry: Mapping[str, Any]) -> Speedup | None:
         return None
     low, high = entry["speedup_interval"]
     return Speedup(entry["speedup"], low, high, entry["rounds"])
-
-
-def decide(found: Agreement | None, speedup: float | None, max_drop_points: float) -> Decision:
-    """`judge` for one INT8 file and a speedup without interval: for export.py, until it races."""
-    speed = None if speedup is None else Speedup(speedup, speedup, speedup, 1)
-    candidates = [] if found is None else [Candidate("int8", "int8", found, speed)]
-    return judge("onnxruntime-cpu", candidates, max_drop_points)

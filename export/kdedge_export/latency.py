@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kdedge.errors import DeviceError
 from kdedge.intervals import signed_rank
 from kdedge_device.clock import unstable
 
-__all__ = ["LOOKS", "Race", "Speedup", "measure_alone", "race", "speedup"]
+__all__ = ["LOOKS", "Race", "Speedup", "measure_alone", "race"]
 
 LOOKS = ((6, 0.968), (12, 0.9907), (24, 0.991))
 """(rounds, confidence): when the ratios are looked at. Each look may be wrong; 3.1 %, 0.9 % and 0.9 % make 5 %,
@@ -158,8 +158,3 @@ def measure_alone(model: Path, threads: int, arguments: Sequence[str] = ONE_ROUN
             "Its latency was expected. Try: kdedge doctor"
         )
     return document
-
-
-def speedup(fp32: Mapping[str, Any], int8: Mapping[str, Any]) -> float:
-    """FP32's median of compute over INT8's."""
-    return float(fp32["latency_ms"]["compute"]["p50"] / int8["latency_ms"]["compute"]["p50"])

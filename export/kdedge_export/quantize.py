@@ -1,106 +1,296 @@
-"""Float ONNX -> INT8 ONNX: calibrate once, write a candidate for each calibrator, keep the one nearest to FP32.
+"""Float ONNX -> the numbers of its INT8 files: calibrated, cured, trained where asked, and layers given back to float.
 
-The choice is made on the gate split: fewest images given another class, then the smaller divergence of the outputs.
+Every choice is made on the gate split, against the float file: fewest images given another class, then the smaller
+divergence of the outputs. Numbers are a float model and a range table; with a plan they are a file.
 """
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.calibrate import Histogram, calibrate
+from kdedge_export.calibrate import calibrate
+from kdedge_export.choose import Choice, choose_spans_per_tensor
+from kdedge_export.cpu_form import cpu_form, trt_form
+from kdedge_export.cures import cure
+from kdedge_export.fallback import Search, search
 from kdedge_export.gate import Agreement, agreement
-from kdedge_export.graph import Graph
+from kdedge_export.histogram import Histogram
 from kdedge_export.images import Part
+from kdedge_export.latency import Speedup
 from kdedge_export.lint import lint_int8, require_clean
 from kdedge_export.plan import Plan, make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import CALIBRATORS, make_table
-from kdedge_export.table import RangeTable
+from kdedge_export.ranges import CALIBRATORS, measured
+from kdedge_export.sensitivity import sensitivity
+from kdedge_export.stored import Stored, store
+from kdedge_export.table import RangeTable, Span, natural_weight_scales
+from kdedge_export.trt_plan import make_trt_plan
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["GateImages", "Numbers", "Quantized", "Speed", "Train", "quantize"]
 
-SCHEMA = 1
+SCHEMA = 2
+CURE_IMAGES = 256  # of the calibration images: cures pass over them many times
+SENSITIVITY_IMAGES = 64
+TRAINED = "trained"
 Say = Callable[[str], None]
+Logits = npt.NDArray[np.float32]
+Speed = Callable[[onnx.ModelProto], Speedup]
+Train = Callable[[onnx.ModelProto, Plan, RangeTable], tuple[onnx.ModelProto, RangeTable]]
+"""Quantization-aware training: from the numbers of calibration to trained ones."""
+
+
+@dataclass(frozen=True)
+class GateImages:
+    """The gate split, decoded; `labels` -1 where the class is not known; `fp32`: the float file's logits [N, K]."""
+
+    images: Stored
+    labels: npt.NDArray[np.int64]
+    fp32: Logits
+    threads: int
+
+    def logits(self, model: onnx.ModelProto) -> Logits:
+        return self.images.logits(model.SerializeToString(), self.threads)
+
+    def agreement(self, model: onnx.ModelProto) -> Agreement:
+        return agreement(self.fp32, self.logits(model), self.labels)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """One way to the INT8 files. `model` is float, in the CPU form; `found`: with all quantized that can be."""
+
+    name: str
+    model: onnx.ModelProto
+    table: RangeTable
+    found: Agreement
+
+    @property
+    def badness(self) -> tuple[float, float]:
+        """Without gate images all ways are equal, and the first is taken."""
+        return self.found.drop_points or 0.0, self.found.divergence or 0.0
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The chosen INT8 model, how it agrees with FP32 on the gate images, its logits there, and quantization.json."""
+    """The file for ONNX Runtime on a CPU, and what the other forms are written from."""
 
     model: onnx.ModelProto
-    agreement: Agreement
-    gate_fp32: npt.NDArray[np.float32]
-    gate_int8: npt.NDArray[np.float32]
+    numbers: Numbers
+    plan: Plan
+    searched: Search[onnx.ModelProto]
+    left_for_accuracy: frozenset[str]
     document: dict[str, Any]
 
 
 def quantize(
-    model: onnx.ModelProto, preprocess: Preprocess, calibration: Part, gate: Part, folder: Path, threads: int, say: Say
-) -> Quantized:
-    """Candidates are written into `folder`, which holds model.onnx. DataError without images to calibrate on."""
-    plan, graph = make_plan(model), Graph(model)
-    measured = [name for name in plan.tensors if name not in plan.same_scale]
-    say(f"Calibrating {len(measured)} tensors on {len(calibration)} images ({calibration.name})")
-    histograms = calibrate(model, measured, calibration.load(preprocess), preprocess, threads)
-    tables = {name: make_table(name, model, plan, histograms) for name in CALIBRATORS}
-    models: dict[str, onnx.ModelProto] = {}
-    for name, table in tables.items():
-        models[name] = write_int8(model, plan, table)
-        require_clean(lint_int8(models[name], frozenset(plan.kept_float)), f"the INT8 file of calibrator {name}")
-        (folder / f"candidate-{name}.onnx").write_bytes(models[name].SerializeToString())
-    files = [folder / "model.onnx", *(folder / f"candidate-{name}.onnx" for name in models)]
-    fp32, *logits = gate.logits(files, preprocess, threads)
-    found = {name: agreement(fp32, each, gate.labels) for name, each in zip(models, logits, strict=True)}
-    chosen = min(found, key=lambda name: _badness(found[name]))
-    for file in files[1:]:
-        file.unlink()
-    document = _document(chosen, found, plan, graph, tables[chosen], histograms, calibration)
-    gate_int8 = dict(zip(models, logits, strict=True))[chosen]
-    return Quantized(models[chosen], found[chosen], fp32, gate_int8, document)
-
-
-def _badness(found: Agreement) -> tuple[float, float]:
-    """Without gate images all candidates are equal, and the first, min-max, is taken."""
-    return found.drop_points or 0.0, found.divergence or 0.0
-
-
-def _document(
-    chosen: str,
-    found: Mapping[str, Agreement],
-    plan: Plan,
-    graph: Graph,
-    table: RangeTable,
-    histograms: Mapping[str, Histogram],
+    model: onnx.ModelProto,
+    preprocess: Preprocess,
     calibration: Part,
-) -> dict[str, Any]:
-    document = table.to_json()
-    for name, entry in document["tensors"].items():
-        seen = histograms[plan.same_scale.get(name, name)]
-        entry |= {"seen_low": seen.low, "seen_high": seen.high, "same_as": plan.same_scale.get(name)}
-    operators = {node.name: node for node in graph.nodes}
-    layers = {
-        name: {
-            "operator": operators[name].op_type,
-            "input": operators[name].input[0],
-            **document["layers"].get(name, {}),
+    gate: GateImages,
+    *,
+    max_drop_points: float,
+    speed: Speed | None,
+    train: Train | None,
+    scratch: Path,
+    state: Path,
+    say: Say,
+) -> Quantized:
+    """From the float `model` in opset 17 to the numbers of its INT8 files.
+
+    `speed` gives FP32's latency over that of a file; None where the target cannot be measured. `train`: None without
+    QAT. `scratch`: a folder for images. `state`: a file that an interrupted calibration goes on from. DataError
+    without images to calibrate on.
+    """
+    form = cpu_form(model)
+    maker = _Maker(make_plan(form), preprocess, calibration, gate, scratch, state, say)
+    ways = [maker.calibrated(form)]
+    ways += maker.cured(ways[0], max_drop_points)
+    if train is not None:
+        ways += maker.trained(ways[0], train)
+    best = min(ways, key=lambda way: way.badness)
+    if len(ways) > 1:
+        say(_told(ways, best))
+    searched = maker.search(best, speed, max_drop_points)
+    untrained = min((way for way in ways if way.name != TRAINED), key=lambda way: way.badness)
+    if not searched.held and best is not untrained:
+        # Trained weights have learned to be rounded: in float they are another network, and no way back to FP32.
+        again = maker.search(untrained, speed, max_drop_points)
+        if again.held:
+            best, searched = untrained, again
+    plan = make_plan(best.model, frozenset(searched.left_float))
+    enough = [each.left_float for each in searched.tries if each.agreement.within(max_drop_points)]
+    left = frozenset(searched.left_float[: min(enough)] if enough else searched.left_float)
+    document = maker.document(ways, best, plan, searched)
+    return Quantized(searched.candidate, best, plan, searched, left, document)
+
+
+def _told(ways: list[Numbers], best: Numbers) -> str:
+    rows = ", ".join(f"{way.name} {way.found.drop_points or 0:.2f}" for way in ways)
+    kept = f"{best.name} is kept" if best is not ways[0] else f"none is better than {best.name}, which is kept"
+    return f"Points lost on the gate images: {rows}; {kept}"
+
+
+@final
+class _Maker:
+    """Makes the ways and keeps what is told of them: seconds, effects, where each range comes from."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        preprocess: Preprocess,
+        calibration: Part,
+        gate: GateImages,
+        scratch: Path,
+        state: Path,
+        say: Say,
+    ) -> None:
+        self.plan, self.preprocess, self.calibration = plan, preprocess, calibration
+        self.gate, self.scratch, self.state, self.say = gate, scratch, state, say
+        self.counted, held = calibration.hold_out()
+        self.held = store(held, preprocess, scratch / "held.npy")
+        self.seconds: dict[str, float] = {}
+        self.effects: list[dict[str, Any]] = []
+        self.sensitivity: list[dict[str, Any]] = []
+        self.calibrations: list[tuple[RangeTable, Mapping[str, Histogram], Choice]] = []
+        self._since_s = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What passed since the last lap was spent on `name`."""
+        now_s = time.perf_counter()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now_s - self._since_s, 3)
+        self._since_s = now_s
+
+    def calibrated(self, form: onnx.ModelProto) -> Numbers:
+        return self._numbers("calibrated", form, self.table(form))
+
+    def table(self, form: onnx.ModelProto) -> RangeTable:
+        """Spans from the calibration images for every tensor of any INT8 file, and the weights' own scales."""
+        trt = make_trt_plan(trt_form(form))
+        names = sorted({*measured(self.plan), *trt.measured})
+        self.say(f"Calibrating {len(names)} tensors on {len(self.calibration)} images ({self.calibration.name})")
+        histograms = calibrate(
+            form, names, self.counted, self.preprocess, self.gate.threads, say=self.say, state=self.state
+        )
+        self.lap("collection")
+        choice = choose_spans_per_tensor(
+            form, self.plan, histograms, self.held.pixels, self.preprocess, self.gate.threads
+        )
+        others = {name: _with_zero(CALIBRATORS["mse"](histograms[name])) for name in trt.measured}
+        scales = natural_weight_scales(form, {*self.plan.layers, *trt.weighted})
+        self.lap("choice")
+        made = RangeTable({**others, **choice.spans}, scales)
+        self.calibrations.append((made, histograms, choice))
+        return made
+
+    def cured(self, start: Numbers, max_drop_points: float) -> list[Numbers]:
+        """Nothing, where no cure brings the held-out images nearer to FP32."""
+        images = store(self.counted, self.preprocess, self.scratch / "cures.npy", most=CURE_IMAGES)
+        found = cure(
+            start.model,
+            self.plan,
+            start.table,
+            images,
+            logits=lambda model, table: self._held_logits(write_int8(model, self.plan, table)),
+            fp32=self._held_logits(start.model),
+            recalibrate=self.table,
+            until_points=max_drop_points,
+            say=self.say,
+        )
+        self.effects = [each.to_json() for each in found.effects]
+        self.lap("cures")
+        if not any(each.kept for each in found.effects):
+            return []
+        return [self._numbers("cured", found.model, found.table)]
+
+    def _held_logits(self, model: onnx.ModelProto) -> Logits:
+        return self.held.logits(model.SerializeToString(), self.gate.threads)
+
+    def trained(self, start: Numbers, train: Train) -> list[Numbers]:
+        model, table = train(start.model, self.plan, start.table)
+        self.lap("training")
+        return [self._numbers(TRAINED, model, table)]
+
+    def _numbers(self, name: str, model: onnx.ModelProto, table: RangeTable) -> Numbers:
+        file = write_int8(model, self.plan, table)
+        require_clean(lint_int8(file, frozenset(self.plan.kept_float)), f"the INT8 file ({name})")
+        found = Numbers(name, model, table, self.gate.agreement(file))
+        self.lap("comparison")
+        return found
+
+    def order(self, numbers: Numbers) -> list[str]:
+        """Layers, the most sensitive first."""
+        self.say("Looking for the layers that lose most")
+        images = store(self.counted, self.preprocess, self.scratch / "sensitivity.npy", most=SENSITIVITY_IMAGES)
+        found = sensitivity(numbers.model, self.plan, numbers.table, images, say=self.say)
+        self.sensitivity = [each.to_json() for each in found]
+        return [each.layer for each in found]
+
+    def search(self, numbers: Numbers, speed: Speed | None, max_drop_points: float) -> Search[onnx.ModelProto]:
+        """Layers back to float until both sides of the gate hold."""
+        found = search(
+            order=lambda: self.order(numbers),
+            make=lambda left: self.file(numbers, left),
+            accuracy=self.gate.agreement,
+            speed=speed,
+            max_drop_points=max_drop_points,
+            say=self.say,
+        )
+        self.lap("search")
+        return found
+
+    def file(self, numbers: Numbers, left_float: frozenset[str]) -> onnx.ModelProto:
+        plan = make_plan(numbers.model, left_float)
+        made = write_int8(numbers.model, plan, numbers.table)
+        require_clean(lint_int8(made, frozenset(plan.kept_float)), "the INT8 file")
+        return made
+
+    def document(
+        self, ways: list[Numbers], best: Numbers, plan: Plan, searched: Search[onnx.ModelProto]
+    ) -> dict[str, Any]:
+        """quantization.json, but for the forms that others write from it."""
+        table = best.table.to_json()
+        # Trained spans are nobody's choice; what the first calibration saw is still true.
+        same = (each for each in self.calibrations if each[0].spans == best.table.spans)
+        _, histograms, choice = next(same, self.calibrations[0])
+        for name, entry in table["tensors"].items():
+            source = plan.same_scale.get(name, name)
+            if source in histograms:
+                entry |= {"seen_low": histograms[source].low, "seen_high": histograms[source].high}
+            entry |= {"same_as": plan.same_scale.get(name), **choice.to_json(name)}
+        operators = {node.name: node for node in best.model.graph.node}
+        layers = {
+            name: {
+                "operator": operators[name].op_type,
+                "input": operators[name].input[0],
+                **table["layers"].get(name, {}),
+            }
+            for name in sorted(plan.layers)
         }
-        for name in sorted(plan.layers)
-    }
-    return {
-        "schema": SCHEMA,
-        "calibrator": chosen,
-        "candidates": {name: asdict(each) for name, each in found.items()},
-        "chosen_on": "gate",
-        "images": {"from": calibration.name, "count": len(calibration), "sha256": calibration.sha256},
-        "form": "u8: q = clamp(round(x / scale) + zero_point, 0, 255); s8: q = clamp(round(x / scale), -128, 127); "
-        "weights: int8 = round(w / scale), per output channel",
-        "tensors": document["tensors"],
-        "layers": layers,
-        "kept_float": plan.kept_float,
-    }
+        part = self.calibration
+        return {
+            "schema": SCHEMA,
+            "chosen": best.name,
+            "ways": {way.name: way.found.to_json() for way in ways},
+            "chosen_on": "gate",
+            "cures": self.effects,
+            "sensitivity": self.sensitivity,
+            "fallback": searched.to_json(),
+            "images": {"from": part.name, "count": len(part), "sha256": part.sha256 or part.fingerprint},
+            "seconds": {**self.seconds, "total": round(sum(self.seconds.values()), 3)},
+            "form": "u8: q = clamp(round(x / scale) + zero_point, 0, 255); s8: q = clamp(round(x / scale), -128, 127); "
+            "weights: int8 = round(w / scale), per output channel",
+            "tensors": table["tensors"],
+            "layers": layers,
+            "kept_float": plan.kept_float,
+        }
+
+
+def _with_zero(span: Span) -> Span:
+    return min(0.0, span[0]), max(0.0, span[1])

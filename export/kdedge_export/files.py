@@ -1,0 +1,95 @@
+"""The model files of a bundle, each written from the same numbers in the form that its runtime wants, and checked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from kdedge_device.preprocess import Preprocess
+from kdedge_export.bundle import ARTIFACTS
+from kdedge_export.cpu_form import trt_form
+from kdedge_export.emulate import emulate
+from kdedge_export.fp16 import write_fp16
+from kdedge_export.input_form import with_uint8_input
+from kdedge_export.lint import require_clean
+from kdedge_export.quantize import Quantized
+from kdedge_export.sessions import open_session
+from kdedge_export.trt_lint import lint_trt
+from kdedge_export.trt_plan import TrtPlan, make_trt_plan
+from kdedge_export.trt_qdq import write_trt
+from kdedge_export.trt_typed import write_trt_fp16
+
+__all__ = ["Files", "TensorRt", "make_tensorrt"]
+
+Batch = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TensorRt:
+    """Both INT8 files for TensorRT, and the plan they are written by."""
+
+    plan: TrtPlan
+    weak: onnx.ModelProto
+    typed: onnx.ModelProto
+
+    def to_json(self, quantized: Quantized) -> dict[str, Any]:
+        """What quantization.json says of them: their scales are those of the one table."""
+        scales = self.plan.scales(quantized.numbers.table)
+        return {"layers": sorted(self.plan.layers), "scales": scales, "kept_float": self.plan.kept_float}
+
+
+def make_tensorrt(quantized: Quantized) -> TensorRt:
+    """From the numbers of the CPU file. Layers that it needs in float for its accuracy stay in float here too."""
+    model, table = trt_form(quantized.numbers.model), quantized.numbers.table
+    plan = make_trt_plan(model, quantized.left_for_accuracy)
+    weak, typed = write_trt(model, plan, table), write_trt_fp16(model, plan, table)
+    kept = frozenset(plan.kept_float)
+    require_clean(lint_trt(weak, "trt", kept), ARTIFACTS["trt"].file)
+    require_clean(lint_trt(typed, "trt-fp16", kept), ARTIFACTS["trt-fp16"].file)
+    return TensorRt(plan, weak, typed)
+
+
+@final
+class Files:
+    """The files of a bundle by the names of their artifacts, as they were written, still with a float32 input.
+
+    On disk they take uint8 pixels where that was asked for; the two compute the same.
+    """
+
+    def __init__(self, folder: Path, preprocess: Preprocess, *, uint8_input: bool, threads: int) -> None:
+        self.folder, self.preprocess = folder, preprocess
+        self.uint8_input, self.threads = uint8_input, threads
+        self.models: dict[str, onnx.ModelProto] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.models)
+
+    @property
+    def runnable(self) -> list[str]:
+        """Those that ONNX Runtime runs; the others are for an engine."""
+        return [name for name in self.models if ARTIFACTS[name].runtime == "onnxruntime"]
+
+    def path(self, name: str) -> Path:
+        return self.folder / ARTIFACTS[name].file
+
+    def write(self, name: str, model: onnx.ModelProto) -> None:
+        self.models[name] = model
+        final_form = with_uint8_input(model, self.preprocess) if self.uint8_input else model
+        self.path(name).write_bytes(final_form.SerializeToString())
+
+    def write_fp16(self) -> None:
+        self.write("fp16", write_fp16(self.models["fp32"]))
+
+    def runner(self, name: str) -> Callable[[Batch], Batch]:
+        """Logits [N, K] of float32 [N, C, H, W]; of a file for TensorRT, as a device would compute them."""
+        content, threads = self.models[name].SerializeToString(), self.threads
+        if name not in self.runnable:
+            return lambda batch: emulate(content, batch, threads)
+        session = open_session(content, threads)
+        entry = session.get_inputs()[0].name
+        return lambda batch: np.asarray(session.run(None, {entry: batch})[0])
