@@ -20,7 +20,7 @@ from kdedge_export.histogram import Histogram
 from kdedge_export.images import Held, Images
 from kdedge_export.judge import Form, Judge, Options
 from kdedge_export.plan import Plan
-from kdedge_export.ranges import CALIBRATORS, inside, known_spans, measured, squared_error
+from kdedge_export.ranges import CALIBRATORS, measured, seen, squared_error, with_zero
 from kdedge_export.table import Span
 
 __all__ = ["Choice", "choose_among", "choose_spans_per_tensor"]
@@ -61,31 +61,25 @@ def choose_spans_per_tensor(
     """The spans of all tensors of `plan`, each by the best of CALIBRATORS on `images`; equal in any order of these.
 
     A way that costs a tensor more than BEARABLE times the least, over its histogram, is not among them. `histograms` of
-    `measured(plan)`, from other images. Behind an absorbed activation a span stays inside what that lets pass; tensors
-    of one scale have one span, chosen by what reads any of them. DataError without images.
+    `measured(plan)`, from other images. A span stays inside what an absorbed activation lets pass and readers tell
+    apart; tensors of one scale have one span, chosen by what reads any of them. DataError without images.
     """
     graph = Graph(model)
-    candidates = {
-        name: _bearable(
-            histograms[name],
-            {method: inside(plan, graph, name, way(histograms[name])) for method, way in CALIBRATORS.items()},
-        )
-        for name in measured(plan)
-    }
+    candidates = {name: _bearable(seen(plan, graph, name, histograms[name])) for name in measured(plan)}
     methods, errors = choose_among(
         model, candidates, images, preprocess, same_scale=plan.same_scale, moved=plan.layers, threads=threads
     )
-    known = known_spans(plan)
-    chosen = {name: candidates[name][method] for name, method in methods.items()} | known
+    chosen = {name: candidates[name][method] for name, method in methods.items()} | plan.known
     spans = {name: chosen[plan.same_scale.get(name, name)] for name in plan.tensors}
-    return Choice(spans, {**dict.fromkeys(known, KNOWN), **methods}, errors)
+    return Choice(spans, {**dict.fromkeys(plan.known, KNOWN), **methods}, errors)
 
 
-def _bearable(histogram: Histogram, spans: Mapping[str, Span]) -> dict[str, Span]:
-    """`spans` without those that cost the tensor itself much more than the best one does.
+def _bearable(histogram: Histogram) -> dict[str, Span]:
+    """Method -> span, without those that cost the tensor itself much more than the best one does.
 
     Few images judge, and many more were counted: what a rare image needs, the few may not show.
     """
+    spans = {method: with_zero(way(histogram)) for method, way in CALIBRATORS.items()}
     error = squared_error(histogram)
     errors = {method: error(span) for method, span in spans.items()}
     most = BEARABLE * min(errors.values())

@@ -62,6 +62,18 @@ class Histogram:
         share = (fraction - before) / (after - before)
         return float(edges[index - 1] + share * (edges[index] - edges[index - 1]))
 
+    def within(self, low: float, high: float) -> "Histogram":
+        """The histogram of the same values, clipped to low..high, which holds 0."""
+        if low <= self.low and self.high <= high:
+            return self
+        ends = [float(np.clip(end, low, high)) for end in (self.low, self.high)]
+        first, last = (SIDE - 1 + math.trunc(end / self.width) for end in ends)
+        counts = self.counts.copy()
+        counts[:first], counts[last + 1 :] = 0, 0
+        counts[first] += self.counts[:first].sum()
+        counts[last] += self.counts[last + 1 :].sum()
+        return Histogram(ends[0], ends[1], self.exponent, counts)
+
 
 class Tally:
     """The histogram of one tensor while it is counted."""

@@ -1,7 +1,8 @@
 """A graph that says what 8-bit forms of a tensor do to what reads it: the float model with branches, one run an image.
 
 For a tensor t [1, ...] and M scales: e [M, ...] = DQ(Q(t)) - t, one row a scale, by Q and DQ that have axis 0 for their
-scales. Then each reader of t that is linear is applied to e without its bias, and rows are squared and summed.
+scales. Then each reader of t that is linear is applied to e without its bias, and rows are squared and summed. An
+activation f is judged by f(DQ(Q(t))) - f(t).
 """
 
 import math
@@ -23,6 +24,8 @@ from kdedge_export.table import TINY, U8, Span, s8_scale
 
 __all__ = ["Form", "Judge", "Options"]
 
+CURVES = ("Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
+"""Operators that are not linear, but cheap: they are applied to the 8-bit values themselves."""
 Form = Literal["u8", "s8"]
 CHUNK = 16  # images decoded at a time
 
@@ -67,15 +70,10 @@ class Judge:
         readers = [node for node in self.graph.readers(tensor) if not self._moves(node)]
         if len(options.forms) < 2 or not readers:
             return
-        error = self._error(tensor, options)
-        through = [node for node in readers if self._linear(node, tensor)]
+        rounded, error = self._error(tensor, options)
+        through = [node for node in readers if self._linear(node, tensor) or node.op_type in CURVES]
         for node in through:
-            made = f"{error}.{node.name}"
-            branch = onnx.NodeProto()
-            branch.CopyFrom(node)
-            branch.name, branch.input[0], branch.output[0] = made, error, made
-            del branch.input[2:]  # the bias is there with and without the error
-            self.nodes.append(branch)
+            made = self._moved(node, rounded) if node.op_type in CURVES else self._passed(node, tensor, error)
             self.terms.append((chosen_for, self._squares(node.output[0]), self._squares(made)))
         if len(through) < len(readers):  # an Add, a Concat or whatever takes the error as it is
             self.terms.append((chosen_for, self._squares(tensor), self._squares(error)))
@@ -106,13 +104,37 @@ class Judge:
         return node.op_type in MOVES and node.name in self.moved
 
     def _linear(self, node: onnx.NodeProto, tensor: str) -> bool:
+        """Whether `node` makes of `tensor` with an error what it makes of each, added up, but for its bias."""
         if node.op_type == "GlobalAveragePool":
             return True
+        if node.op_type == "Mul":
+            return list(node.input).count(tensor) == 1
         weighted = node.op_type in ("Conv", "Gemm") and node.input[1] in self.graph.initializers
         return weighted and node.input[0] == tensor
 
-    def _error(self, tensor: str, options: Options) -> str:
-        """[M, ...]: what each of M forms adds to `tensor` [1, ...]."""
+    def _passed(self, node: onnx.NodeProto, tensor: str, error: str) -> str:
+        """What the linear `node` makes of `error` in the place of `tensor`."""
+        made = f"{tensor}.judged.{node.name}"
+        branch = self._copied(node, list(node.input).index(tensor), error, made)
+        del branch.input[2:]  # the bias is there with and without the error
+        return made
+
+    def _moved(self, node: onnx.NodeProto, rounded: str) -> str:
+        """By how much the output of `node` moves where its input is `rounded`."""
+        made = f"{rounded}.{node.name}"
+        self._copied(node, 0, rounded, f"{made}.rounded")
+        self._node("Sub", [f"{made}.rounded", node.output[0]], made)
+        return made
+
+    def _copied(self, node: onnx.NodeProto, place: int, taken: str, made: str) -> onnx.NodeProto:
+        branch = onnx.NodeProto()
+        branch.CopyFrom(node)
+        branch.name, branch.input[place], branch.output[0] = made, taken, made
+        self.nodes.append(branch)
+        return branch
+
+    def _error(self, tensor: str, options: Options) -> tuple[str, str]:
+        """[M, ...] each: the M forms of `tensor` [1, ...], and what they add to it."""
         prefix = f"{tensor}.judged"
         code = np.uint8 if self.form == "u8" else np.int8
         scales, zeros = zip(*options.forms, strict=True)
@@ -123,7 +145,7 @@ class Judge:
         self._node("QuantizeLinear", [f"{prefix}.rows", *parameters], f"{prefix}.q", axis=0)
         self._node("DequantizeLinear", [f"{prefix}.q", *parameters], f"{prefix}.dq", axis=0)
         self._node("Sub", [f"{prefix}.dq", tensor], f"{prefix}.error")
-        return f"{prefix}.error"
+        return f"{prefix}.dq", f"{prefix}.error"
 
     def _squares(self, tensor: str) -> str:
         """[rows]: the sum of squares of each row of `tensor`."""

@@ -17,15 +17,15 @@ __all__ = [
     "CALIBRATORS",
     "choose_spans",
     "entropy",
-    "inside",
-    "known_spans",
     "make_table",
     "measured",
     "minmax",
     "mse",
     "percentile",
     "quantize_weight",
+    "seen",
     "squared_error",
+    "with_zero",
 ]
 
 EMPTY = 1e-4  # of a value, in a group of bins that holds none
@@ -126,25 +126,24 @@ CALIBRATORS: dict[str, Callable[[Histogram], Span]] = {
 
 def measured(plan: Plan) -> list[str]:
     """The tensors of the plan whose span is to be seen: no follower of another's scale, none that the graph tells."""
-    return [name for name in plan.tensors if name not in plan.same_scale and name not in known_spans(plan)]
+    return [name for name in plan.tensors if name not in plan.same_scale and name not in plan.known]
 
 
-def known_spans(plan: Plan) -> dict[str, Span]:
-    """Spans that follow from the graph."""
-    return dict(getattr(plan, "known", {}))
+def seen(plan: Plan, graph: Graph, tensor: str, histogram: Histogram) -> Histogram:
+    """`histogram` of `tensor` as far as it matters: clipped as the activation absorbed in front of it, or its readers,
+    clip it. What they do not tell apart must not widen a range.
+    """
+    return histogram.within(*plan.limits(graph, tensor))
 
 
-def inside(plan: Plan, graph: Graph, tensor: str, span: Span) -> Span:
-    """`span` with 0 in it, and nothing that an activation absorbed in front of `tensor` would not let pass."""
-    floor, ceiling = plan.limits(graph, tensor)
-    return min(0.0, max(span[0], floor)), max(0.0, min(span[1], ceiling))
+def with_zero(span: Span) -> Span:
+    return min(0.0, span[0]), max(0.0, span[1])
 
 
 def choose_spans(calibrator: str, plan: Plan, graph: Graph, histograms: Mapping[str, Histogram]) -> dict[str, Span]:
-    """The span of every tensor of the plan; behind an absorbed activation it stays inside what that lets pass."""
-    chosen = {
-        name: inside(plan, graph, name, CALIBRATORS[calibrator](histograms[name])) for name in measured(plan)
-    } | known_spans(plan)
+    """The span of every tensor of the plan, by one way for all."""
+    way = CALIBRATORS[calibrator]
+    chosen = {name: with_zero(way(seen(plan, graph, name, histograms[name]))) for name in measured(plan)} | plan.known
     return {name: chosen[plan.same_scale.get(name, name)] for name in plan.tensors}
 
 

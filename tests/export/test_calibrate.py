@@ -68,6 +68,18 @@ def test_bins_double_without_a_trace(low: int) -> None:
     np.testing.assert_array_equal(expected.counts, counted_at_once(values, expected.width))
 
 
+@pytest.mark.parametrize(("low", "high"), [(-0.7, 1.3), (-9.0, 1.0), (0.0, 9.0), (0.0, 0.2), (-0.1, 0.0)])
+def test_a_histogram_of_clipped_values(low: float, high: float) -> None:
+    values = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    found = histogram(values).within(low, high)
+    clipped = np.clip(values, np.float32(low), np.float32(high))
+    assert found.low == pytest.approx(clipped.min())
+    assert found.high == pytest.approx(clipped.max())
+    np.testing.assert_array_equal(found.counts, counted_at_once(clipped, found.width))
+    for fraction in (0.05, 0.5, 0.95):
+        assert found.quantile(fraction) == pytest.approx(np.quantile(clipped, fraction), abs=0.02)
+
+
 def test_a_tensor_of_zeros_then_of_numbers() -> None:
     late, early = Tally("t"), Tally("t")
     for piece in (np.zeros(5), np.full(3, 1e-45), np.array([-3.0, 2.0])):

@@ -11,10 +11,11 @@ from kdedge.errors import DataError
 from kdedge_export.calibrate import calibrate
 from kdedge_export.choose import Choice, choose_among, choose_spans_per_tensor
 from kdedge_export.graph import Graph, constant_tensor
+from kdedge_export.histogram import Histogram
 from kdedge_export.images import Part
 from kdedge_export.judge import Form
 from kdedge_export.plan import Plan, make_plan
-from kdedge_export.ranges import CALIBRATORS, inside, measured
+from kdedge_export.ranges import CALIBRATORS, measured, seen, with_zero
 from kdedge_export.sessions import open_session
 from kdedge_export.table import U8
 
@@ -69,6 +70,17 @@ def shuffled() -> onnx.ModelProto:
     return made(nodes, weights, "input", "logits")
 
 
+def gated() -> onnx.ModelProto:
+    """A HardSwish taken apart: a convolution's output times a gate that is made of it."""
+    weights = {"w1": np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["input", "w1"], ["conv1"]),
+        helper.make_node("HardSigmoid", ["conv1"], ["gate"], alpha=1 / 6),
+        helper.make_node("Mul", ["conv1", "gate"], ["swish"]),
+    ]
+    return made(nodes, weights, "input", "swish")
+
+
 def outlier(weight: float) -> onnx.ModelProto:
     """A convolution of the input that weighs its green channel with `weight`."""
     weights = {"w": np.ones((4, 3, 1, 1), np.float32)}
@@ -120,10 +132,22 @@ def oracle(
                 terms.add(share(convolved(model, node, error), values[node.output[0]]))
             elif node.op_type == "GlobalAveragePool":
                 terms.add(share(error.mean((2, 3)), value.mean((2, 3))))
+            elif node.op_type == "Mul":
+                other = values[next(each for each in node.input if each != name)]
+                terms.add(share(error * other, value * other))
+            elif node.op_type == "HardSigmoid":
+                gates = [np.clip(each / 6 + 0.5, 0, 1) for each in (value + error, value)]
+                terms.add(share(gates[0] - gates[1], gates[1]))
             elif node.op_type not in ("MaxPool", "Flatten", "Reshape", "Transpose", "Split"):
                 terms.add(share(error, value))
         total += sum(terms)
     return total
+
+
+def span_of(
+    model: onnx.ModelProto, plan: Plan, name: str, method: str, histograms: dict[str, Histogram]
+) -> tuple[float, float]:
+    return with_zero(CALIBRATORS[method](seen(plan, Graph(model), name, histograms[name])))
 
 
 def share(error: np.ndarray, value: np.ndarray) -> float:
@@ -149,12 +173,12 @@ def test_errors_are_those_of_the_readers(mobilenet_v2: Exported) -> None:
     tried = [*judged[:4], several[0], judged[-1]]
     for name in tried:
         for method in found.errors[name]:
-            span = inside(plan, Graph(model), name, CALIBRATORS[method](histograms[name]))
+            span = span_of(model, plan, name, method, histograms)
             expected = oracle(model, plan, name, span, values)
             assert found.errors[name][method] == pytest.approx(expected, rel=1e-3), (name, method)
         best = min(found.errors[name].values())
         assert found.errors[name][found.methods[name]] == best
-        assert found.spans[name] == inside(plan, Graph(model), name, CALIBRATORS[found.methods[name]](histograms[name]))
+        assert found.spans[name] == span_of(model, plan, name, found.methods[name], histograms)
 
 
 def test_images_in_any_order() -> None:
@@ -184,11 +208,27 @@ def test_tensors_of_one_scale_are_chosen_together() -> None:
     assert set(found.errors) >= {"relu1", "conv2", "joined", "conv3", "pooled"}
     for name, errors in found.errors.items():
         for method, error in errors.items():
-            span = inside(plan, Graph(model), name, CALIBRATORS[method](histograms[name]))
+            span = span_of(model, plan, name, method, histograms)
             assert error == pytest.approx(oracle(model, plan, name, span, values), rel=1e-3), (name, method)
     assert {found.spans[name] for name in group} == {found.spans["relu1"]}
     assert found.to_json("left") == {}
     assert set(found.to_json("relu1")) == {"method", "errors"}
+
+
+def test_a_factor_weighs_the_error() -> None:
+    """Where the convolution is far below 0 the gate is 0, for both: what is clipped there is not missed."""
+    model, plan = gated(), Plan(tensors=("conv1",))
+    values = values_of(model, SMALL.normalize(images(6)))
+    spans = {"wide": (-30.0, 30.0), "from -3": (-3.0, 30.0), "to 3": (-30.0, 3.0)}
+    _, errors = choose_among(model, {"conv1": spans}, images(6), SMALL)
+    for method, span in spans.items():
+        assert errors["conv1"][method] == pytest.approx(oracle(model, plan, "conv1", span, values), rel=1e-3)
+    assert errors["conv1"]["from -3"] < errors["conv1"]["wide"] < errors["conv1"]["to 3"]
+    plan = Plan(tensors=("conv1",), enough={"conv1": (-3.0, np.inf)})
+    histograms = calibrate(model, ["conv1"], images(24), SMALL)
+    found = choose_spans_per_tensor(model, plan, histograms, images(6), SMALL)
+    assert histograms["conv1"].low < -6
+    assert found.spans["conv1"][0] == -3.0
 
 
 @pytest.mark.parametrize("form", ["u8", "s8"])
