@@ -50,6 +50,7 @@ class _Writer:
         self.plan = plan
         self.table = table
         self.nodes: list[onnx.NodeProto] = []
+        self.zeros: set[str] = set()
         self.absorbed = {
             node.input[0]: node.output[0] for node in self.graph.nodes if node.name in plan.absorbed
         }  # what a layer made -> what it makes now that its activation is gone
@@ -124,8 +125,11 @@ class _Writer:
     ) -> str:
         self._constant(name, codes)
         self._constant(f"{name}_scale", scales)
-        self._constant(f"{name}_zero_point", np.zeros(len(scales), codes.dtype))
-        inputs = [name, f"{name}_scale", f"{name}_zero_point"]
+        zeros = f"zeros:{codes.dtype}:{len(scales)}"  # shared: of a small network they are several percent of the file
+        if zeros not in self.zeros:
+            self.zeros.add(zeros)
+            self._constant(zeros, np.zeros(len(scales), codes.dtype))
+        inputs = [name, f"{name}_scale", zeros]
         self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}_DQ", axis=0))
         return f"{name}_dq"
 

@@ -85,16 +85,29 @@ def test_depthwise_convolutions_get_multiples_of_sixteen_channels() -> None:
 
 
 def test_narrow_groups_are_merged() -> None:
-    """Four groups of 3 channels never reach 32; six of 16 become three of 32."""
+    """Four groups of 3 channels become one of 12, six of 16 become three of 32."""
     model, _, table = exported(Inverted())
-    assert weight(aligned(model, table)[0], "last").shape == (20, 3, 3, 3)
-    wide = nn.Sequential(nn.Conv2d(3, 96, 1), nn.Conv2d(96, 48, 3, groups=6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model, _, table = exported(nn.Sequential(*wide, nn.Linear(48, 10)))
-    merged, _ = aligned(model, table)
-    assert_same(model, merged)
-    grouped = model.graph.node[1]
-    assert weight(merged, grouped.name).shape == (48, 32, 3, 3)
+    assert weight(aligned(model, table)[0], "last").shape == (20, 12, 3, 3)
+    merged = grouped(96, 48, 6)
+    assert weight(merged, merged.graph.node[1].name).shape == (48, 32, 3, 3)
     assert attribute(merged.graph.node[1], "group") == 3
+
+
+def test_groups_stay_where_zeros_would_cost_more() -> None:
+    """25 groups of 16 come out even at 80 only, and 55 of 8 would take more bytes than a layer may grow by."""
+    for channels, groups in ((400, 25), (440, 55)):
+        same = grouped(channels, channels, groups)
+        assert weight(same, same.graph.node[1].name).shape == (channels, channels // groups, 3, 3)
+        assert attribute(same.graph.node[1], "group") == groups
+
+
+def grouped(channels: int, made: int, groups: int) -> onnx.ModelProto:
+    """A grouped convolution between a plain one and a head, aligned, proven to be the same function."""
+    layers = [nn.Conv2d(3, channels, 1), nn.Conv2d(channels, made, 3, groups=groups), nn.AdaptiveAvgPool2d(1)]
+    model, _, table = exported(nn.Sequential(*layers, nn.Flatten(), nn.Linear(made, 10)))
+    found, _ = aligned(model, table)
+    assert_same(model, found)
+    return found
 
 
 def test_shared_weights_keep_their_channels() -> None:
