@@ -44,8 +44,13 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
     ranks = _ranks(copy)
     graph = Graph(copy)
     nodes: list[onnx.NodeProto] = []
+    same: dict[str, str] = {}  # what a node without effect made -> what it made it of
     for node in graph.nodes:
-        if node.op_type in _REDUCTIONS:
+        for place, name in enumerate(node.input):
+            node.input[place] = same.get(name, name)
+        if _is_pointless(node, graph):
+            same[node.output[0]] = node.input[0]
+        elif node.op_type in _REDUCTIONS:
             nodes.extend(_reduce(node, graph, ranks))
         elif node.op_type == "Split":
             nodes.append(_split(node, copy))
@@ -89,6 +94,13 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     return {
         each.name: len(each.type.tensor_type.shape.dim) for each in infos if each.type.tensor_type.HasField("shape")
     }
+
+
+def _is_pointless(node: onnx.NodeProto, graph: Graph) -> bool:
+    """A pooling over one pixel in steps of one: what is left of a halving that small images do without."""
+    one = node.op_type in ("MaxPool", "AveragePool") and set(attribute(node, "kernel_shape")) == {1}
+    moved = set(attribute(node, "strides", [1])) != {1} or any(attribute(node, "pads", []))
+    return one and not moved and len(node.output) == 1 and node.output[0] not in graph.outputs
 
 
 def _reduce(node: onnx.NodeProto, graph: Graph, ranks: dict[str, int]) -> list[onnx.NodeProto]:

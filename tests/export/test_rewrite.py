@@ -63,6 +63,16 @@ def test_every_reduction_has_its_axes_as_an_attribute() -> None:
     assert onnx.helper.get_attribute_value(rewritten.graph.node[0].attribute[0]) == [2, 3]
 
 
+def test_a_pooling_over_one_pixel_is_left_out() -> None:
+    pools = [
+        helper.make_node("Relu", ["input"], ["relu"]),
+        helper.make_node("MaxPool", ["relu"], ["same"], kernel_shape=[1, 1], strides=[1, 1]),
+        helper.make_node("MaxPool", ["same"], ["fewer"], kernel_shape=[1, 1], strides=[2, 2]),
+        helper.make_node("Sigmoid", ["fewer"], ["logits"]),
+    ]
+    assert operators(same(model_18(pools, {}, [4, 3, 3]))) == ["Relu", "MaxPool", "Sigmoid"]
+
+
 def test_reshape_behind_a_pooling_becomes_flatten() -> None:
     nodes = [
         helper.make_node("ReduceMean", ["input", "axes"], ["mean"], keepdims=1),
