@@ -5,7 +5,7 @@ histograms have not seen. A convolution is linear, so Conv(e) is exactly what th
 file has to be written and run. All candidates of all tensors are judged in one graph, in one run an image (`judge`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,12 @@ from kdedge_device.preprocess import Preprocess
 from kdedge_export.graph import Graph
 from kdedge_export.histogram import Histogram
 from kdedge_export.images import Held, Images
-from kdedge_export.judge import Form, Judge, Options
+from kdedge_export.judge import Judge, Options
 from kdedge_export.plan import Plan
-from kdedge_export.ranges import CALIBRATORS, measured, seen, squared_error, with_zero
+from kdedge_export.ranges import CALIBRATORS, S8_CALIBRATORS, Form, measured, seen, squared_error, with_zero
 from kdedge_export.table import Span
 
-__all__ = ["Choice", "choose_among", "choose_spans_per_tensor"]
+__all__ = ["Choice", "choose_among", "choose_s8_spans", "choose_spans_per_tensor"]
 
 KNOWN = "known"
 # Times the least squared error. Without it, four of 1,000 images held half of a MobileNetV3's divergence: what they
@@ -74,13 +74,35 @@ def choose_spans_per_tensor(
     return Choice(spans, {**dict.fromkeys(plan.known, KNOWN), **methods}, errors)
 
 
-def _bearable(histogram: Histogram) -> dict[str, Span]:
+def choose_s8_spans(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    same_scale: Mapping[str, str],
+    histograms: Mapping[str, Histogram],
+    images: Images | npt.NDArray[np.uint8],
+    preprocess: Preprocess,
+    threads: int = 1,
+) -> Choice:
+    """The spans of `tensors` for symmetric 8 bits, as TensorRT reads them.
+
+    `same_scale`: tensor -> the one whose scale it takes; what reads it is judged there, behind the node that made it.
+    """
+    candidates = {name: _bearable(histograms[name], "s8") for name in tensors}
+    moved = frozenset(node.name for node in model.graph.node if any(name in same_scale for name in node.output))
+    methods, errors = choose_among(
+        model, candidates, images, preprocess, same_scale=same_scale, moved=moved, form="s8", threads=threads
+    )
+    return Choice({name: candidates[name][method] for name, method in methods.items()}, methods, errors)
+
+
+def _bearable(histogram: Histogram, form: Form = "u8") -> dict[str, Span]:
     """Method -> span, without those that cost the tensor itself much more than the best one does.
 
     Few images judge, and many more were counted: what a rare image needs, the few may not show.
     """
-    spans = {method: with_zero(way(histogram)) for method, way in CALIBRATORS.items()}
-    error = squared_error(histogram)
+    ways = CALIBRATORS if form == "u8" else S8_CALIBRATORS
+    spans = {method: with_zero(way(histogram)) for method, way in ways.items()}
+    error = squared_error(histogram, form)
     errors = {method: error(span) for method, span in spans.items()}
     most = BEARABLE * min(errors.values())
     return {method: span for method, span in spans.items() if errors[method] <= most}

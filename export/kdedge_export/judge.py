@@ -8,7 +8,7 @@ activation f is judged by f(DQ(Q(t))) - f(t).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,14 @@ from kdedge_device.preprocess import Preprocess
 from kdedge_export.graph import Graph, constant_tensor, prune
 from kdedge_export.images import Images
 from kdedge_export.plan import MOVES
+from kdedge_export.ranges import Form
 from kdedge_export.sessions import open_session
 from kdedge_export.table import TINY, U8, Span, s8_scale
 
-__all__ = ["Form", "Judge", "Options"]
+__all__ = ["Judge", "Options"]
 
 CURVES = ("Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 """Operators that are not linear, but cheap: they are applied to the 8-bit values themselves."""
-Form = Literal["u8", "s8"]
 CHUNK = 16  # images decoded at a time
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,12 @@ import onnx
 from kdedge_export.graph import Graph
 from kdedge_export.histogram import SIDE, Histogram
 from kdedge_export.plan import Plan
-from kdedge_export.table import U8, RangeTable, Span, natural_weight_scales
+from kdedge_export.table import U8, RangeTable, Span, natural_weight_scales, s8_scale
 
 __all__ = [
     "CALIBRATORS",
+    "S8_CALIBRATORS",
+    "Form",
     "choose_spans",
     "entropy",
     "make_table",
@@ -23,11 +25,15 @@ __all__ = [
     "mse",
     "percentile",
     "quantize_weight",
+    "s8_mse",
     "seen",
     "squared_error",
     "with_zero",
 ]
 
+Form = Literal["u8", "s8"]
+"""What a span becomes: U8 with a zero point, or symmetric S8."""
+STEPS, LEAST_SHARE = 40, 0.2  # of the search for the smallest squared error: ends tried, and the least of them
 EMPTY = 1e-4  # of a value, in a group of bins that holds none
 Levels = npt.NDArray[np.float64]
 
@@ -42,10 +48,10 @@ def percentile(histogram: Histogram, percent: float) -> Span:
     return min(0.0, histogram.quantile(1 - percent / 100)), max(0.0, histogram.quantile(percent / 100))
 
 
-def mse(histogram: Histogram, steps: int = 40) -> Span:
+def mse(histogram: Histogram, steps: int = STEPS) -> Span:
     """The ends with the smallest mean squared error, found one end at a time between 20 % and all of the range."""
     low, high = min(0.0, histogram.low), max(0.0, histogram.high)
-    shares = np.linspace(0.2, 1.0, steps)
+    shares = np.linspace(LEAST_SHARE, 1.0, steps)
     error = squared_error(histogram)
     best = (low, high)
     for _ in range(2):
@@ -54,11 +60,26 @@ def mse(histogram: Histogram, steps: int = 40) -> Span:
     return best
 
 
-def squared_error(histogram: Histogram) -> Callable[[Span], float]:
-    """A function from a span to the mean squared error of its U8 form over the values that were counted."""
+def s8_mse(histogram: Histogram, steps: int = STEPS) -> Span:
+    """The magnitude with the smallest mean squared error in symmetric 8 bits; each end keeps no more than was seen."""
+    most = max(-histogram.low, histogram.high)
+    error = squared_error(histogram, "s8")
+    ends = [float(share) * most for share in np.linspace(LEAST_SHARE, 1.0, steps)]
+    best = min(ends, key=lambda end: error((-end, end)))
+    return max(histogram.low, -best), min(histogram.high, best)
+
+
+def squared_error(histogram: Histogram, form: Form = "u8") -> Callable[[Span], float]:
+    """A function from a span to the mean squared error of its 8-bit form over the values that were counted."""
     filled = np.flatnonzero(histogram.counts)
     centres, counts = histogram.centres[filled], histogram.counts[filled].astype(np.float64)
-    return lambda span: float((counts * (U8.over(span).apply(centres) - centres) ** 2).sum() / counts.sum())
+    rounded = _s8 if form == "s8" else lambda span, values: U8.over(span).apply(values)
+    return lambda span: float((counts * (rounded(span, centres) - centres) ** 2).sum() / counts.sum())
+
+
+def _s8(span: Span, values: Levels) -> Levels:
+    scale = s8_scale(span)
+    return np.asarray(np.clip(np.rint(values / scale), -128, 127) * scale, np.float64)
 
 
 def entropy(histogram: Histogram, stride: int = 16) -> Span:
@@ -122,6 +143,8 @@ CALIBRATORS: dict[str, Callable[[Histogram], Span]] = {
     "entropy": entropy,
     "mse": mse,
 }
+S8_CALIBRATORS = {**CALIBRATORS, "mse": s8_mse}
+"""The same for symmetric 8 bits."""
 
 
 def measured(plan: Plan) -> list[str]:

@@ -17,7 +17,7 @@ from kdedge_export.calibrate import calibrate
 from kdedge_export.histogram import BINS, SIDE, VALUES, Histogram, Tally, sample
 from kdedge_export.images import Held, Images
 from kdedge_export.plan import make_plan
-from kdedge_export.ranges import CALIBRATORS, entropy, minmax, mse, percentile, quantize_weight
+from kdedge_export.ranges import CALIBRATORS, entropy, minmax, mse, percentile, quantize_weight, s8_mse
 from kdedge_export.sessions import open_session
 from kdedge_export.table import U8
 
@@ -314,6 +314,20 @@ def test_mse_against_a_search_over_all_ends() -> None:
     grid = np.linspace(0.2, 1.0, 25)
     best = min(error(a * found.low, b * found.high) for a in grid for b in grid)
     assert error(*ends) <= 1.02 * best
+
+
+def test_symmetric_mse_against_a_search_over_all_ends() -> None:
+    values = np.random.default_rng(0).laplace(size=20_000) + 0.5
+    found = histogram(values)
+
+    def error(end: float) -> float:
+        scale = end / 127
+        return float(np.mean((np.clip(np.rint(values / scale), -128, 127) * scale - values) ** 2))
+
+    most = np.abs(values).max()
+    low, high = s8_mse(found)
+    assert max(-low, high) < most, "a tail is cut"
+    assert error(max(-low, high)) <= 1.02 * min(error(share * most) for share in np.linspace(0.1, 1, 91))
 
 
 def test_weights_are_symmetric_per_channel() -> None:

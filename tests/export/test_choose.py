@@ -9,15 +9,14 @@ from torch import nn
 from kdedge.data.sources import open_source
 from kdedge.errors import DataError
 from kdedge_export.calibrate import calibrate
-from kdedge_export.choose import Choice, choose_among, choose_spans_per_tensor
+from kdedge_export.choose import Choice, choose_among, choose_s8_spans, choose_spans_per_tensor
 from kdedge_export.graph import Graph, constant_tensor
 from kdedge_export.histogram import Histogram
 from kdedge_export.images import Part
-from kdedge_export.judge import Form
 from kdedge_export.plan import Plan, make_plan
-from kdedge_export.ranges import CALIBRATORS, measured, seen, with_zero
+from kdedge_export.ranges import CALIBRATORS, S8_CALIBRATORS, Form, measured, seen, with_zero
 from kdedge_export.sessions import open_session
-from kdedge_export.table import U8
+from kdedge_export.table import U8, s8_scale
 
 from .conftest import SMALL, images
 
@@ -241,6 +240,23 @@ def test_what_no_reader_minds_is_clipped(weight: float, best: str, form: Form) -
     methods, errors = choose_among(outlier(weight), spans, pixels, SMALL, form=form)
     assert methods == {"input": best}
     assert errors["input"][best] == min(errors["input"].values())
+
+
+def test_spans_for_symmetric_codes() -> None:
+    model = shuffled()
+    names, followers = ["input", "relu1", "joined"], {"left": "relu1", "right": "relu1"}
+    histograms = calibrate(model, names, images(24), SMALL)
+    found = choose_s8_spans(model, names, followers, histograms, images(6), SMALL)
+    values = values_of(model, SMALL.normalize(images(6)))
+    assert set(found.spans) == set(found.methods) == set(names)
+    for name in names:
+        assert found.spans[name] == with_zero(S8_CALIBRATORS[found.methods[name]](histograms[name]))
+    span = with_zero(S8_CALIBRATORS["mse"](histograms["joined"]))
+    scale = s8_scale(span)
+    error = np.clip(np.rint(values["joined"] / scale), -128, 127) * scale - values["joined"]
+    reader = next(node for node in model.graph.node if node.name == "conv3")
+    expected = share(convolved(model, reader, error.astype(np.float32)), values["conv3"])
+    assert found.errors["joined"]["mse"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_a_rare_image_needs_is_kept() -> None:
