@@ -17,12 +17,13 @@ from kdedge.errors import ExportError
 from kdedge_export.adaround import adaround
 from kdedge_export.bias_correction import correct_bias
 from kdedge_export.equalize import equalize
+from kdedge_export.graph import Graph
 from kdedge_export.plan import Plan
 from kdedge_export.sensitivity import divergences
 from kdedge_export.table import RangeTable
-from kdedge_export.taps import Batches
+from kdedge_export.taps import Batches, set_constant
 
-__all__ = ["Cured", "Effect", "cure"]
+__all__ = ["Cured", "Effect", "cure", "partly_float"]
 
 Logits = npt.NDArray[np.float32]
 
@@ -54,9 +55,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Cured:
-    """The float model and the table that INT8 files are to be written from, and what each cure did."""
+    """The float model and the table that INT8 files are to be written from, and what each cure did.
+
+    `reference`: the float network that the INT8 file is near to. `model` in float is not: its biases make up for the
+    rounding of its layers, and a layer that is not rounded has nothing to make up for (`partly_float`).
+    """
 
     model: onnx.ModelProto
+    reference: onnx.ModelProto
     table: RangeTable
     effects: tuple[Effect, ...]
 
@@ -80,7 +86,7 @@ def cure(
     never). `recalibrate` gives the table of a model whose ranges have moved. `plan` holds for the result.
     """
     if len(fp32) == 0:
-        return Cured(model, table, ())
+        return Cured(model, model, table, ())
     trial = _Trial(_Candidate(model, table, model), logits, fp32, say)
 
     def biased() -> _Candidate:
@@ -100,7 +106,32 @@ def cure(
     trial.attempt("cross-layer equalization, then bias correction", equalized)
     if trial.points > until_points:
         trial.attempt("AdaRound", rounded)
-    return Cured(trial.best.model, trial.best.table, tuple(trial.effects))
+    return Cured(trial.best.model, trial.best.reference, trial.best.table, tuple(trial.effects))
+
+
+def partly_float(
+    model: onnx.ModelProto,
+    reference: onnx.ModelProto,
+    plan: Plan,
+    table: RangeTable,
+    batches: Batches,
+    leave_float: frozenset[str],
+) -> onnx.ModelProto:
+    """A cured `model` for the plan without `leave_float`: these have the weights of `reference` again, and the biases
+    of all make up for the rounding of what is still rounded.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    original, nodes = Graph(reference), {node.name: node for node in copy.graph.node}
+    for node in original.nodes:
+        if node.op_type in ("Conv", "Gemm"):
+            for place in range(1 if node.name in leave_float else 2, len(node.input)):
+                value = original.constant(node.input[place])
+                if value is not None:
+                    set_constant(copy, nodes[node.name], place, value)
+            if node.name in leave_float and len(node.input) < 3:  # the correction gave it a bias: none again
+                del nodes[node.name].input[2:]
+    return correct_bias(copy, plan, table, batches, reference)
 
 
 @dataclass(frozen=True)

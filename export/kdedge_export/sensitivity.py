@@ -59,7 +59,8 @@ def sensitivity(
     for place, (layer, nodes) in enumerate(units(model, plan).items()):
         others = frozenset(layers) - {layer}
         found.append(Sensitivity(layer, _divergence(model, others, table, few, fp32), nodes))
-        say(f"Sensitivity of {place + 1} of {len(layers)} layers")
+        if (place + 1) % 10 == 0:
+            say(f"Sensitivity: {place + 1} of {len(layers)} layers")
     return sorted(found, key=lambda each: -each.divergence)
 
 

@@ -15,7 +15,7 @@ from kdedge_export.adaround import adaround
 from kdedge_export.bias_correction import correct_bias
 from kdedge_export.calibrate import calibrate
 from kdedge_export.cpu_form import cpu_form
-from kdedge_export.cures import Cured, cure
+from kdedge_export.cures import Cured, cure, partly_float
 from kdedge_export.equalize import MARGIN, equalize, pairs, peaks
 from kdedge_export.graph import Graph
 from kdedge_export.onnx_export import export_float
@@ -484,6 +484,23 @@ def test_a_network_torch_cannot_run_goes_uncured(
     table = table_of(small)
     found = cured(small, table, batches, until_points=np.inf)
     assert (found.model is small, found.table is table, found.effects) == (True, True, ())
+
+
+def test_a_layer_given_back_to_float_is_the_original_again(small: onnx.ModelProto, batches: Batches) -> None:
+    """Its weights and its bias, also where it had none; what is still rounded is corrected anew."""
+    plan, table = make_plan(small), coarse(table_of(small), 12)
+    corrected = correct_bias(small, plan, table, batches)
+    back = frozenset({"narrow", "wide.0"})
+    part = make_plan(small, back)
+    found = partly_float(corrected, small, part, table, batches, back)
+    for name in back:
+        np.testing.assert_array_equal(value(found, name), value(small, name))
+    np.testing.assert_array_equal(value(found, "wide.0", 2), value(small, "wide.0", 2))
+    assert [each for each in node(found, "narrow").input[2:] if each] == []
+    assert np.abs(value(found, "grouped.0", 2) - value(small, "grouped.0", 2)).max() > 0
+    fp32 = run(small, batches)
+    errors = [np.abs(run(write_int8(each, part, table), batches) - fp32).mean() for each in (corrected, found)]
+    assert errors[1] < errors[0]
 
 
 def test_adaround_is_tried_while_the_budget_is_not_met(small: onnx.ModelProto, batches: Batches) -> None:
