@@ -31,7 +31,7 @@ from kdedge_device.record import load_average, machine, now
 
 __all__ = ["WAYS", "Generated", "main", "measure", "parser"]
 
-MODEL = "model.onnx"
+MODEL, DRAWN = "model.onnx", "images.npy"
 CLASSES = 10
 POOL = 64  # images that are drawn; the others are those, moved and lightened
 Seconds = dict[str, float]
@@ -130,13 +130,12 @@ def _say(sentence: str) -> None:
 
 
 def measure(way: str, images: int, px: int, folder: Path) -> dict[str, Any]:
-    """`way` over `images` images and the model in `folder`, in this process, on one of its processors."""
-    from kdedge_bench.int8_families import smooth_images
+    """`way` over `images` images of those drawn in `folder` and the model there, in this process, on one processor."""
     from kdedge_export.sessions import open_session
 
     if hasattr(os, "sched_setaffinity"):  # ONNX Runtime's calibrators take all processors and cannot be told otherwise
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    generated = Generated(smooth_images(min(POOL, images), px, seed=0), images)
+    generated = Generated(np.load(folder / DRAWN), images)
     session = open_session((folder / MODEL).read_bytes())
     session.run(None, {session.get_inputs()[0].name: _preprocess(px).normalize(generated.image(0)[None])})
     del session
@@ -216,8 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one:
         write_json(options.out, measure(options.way, options.images, options.px, options.scratch))
         return
+    from kdedge_bench.int8_families import smooth_images
+
     before = load_average()
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+        # Drawn here, so that what that takes is not the memory of the processes that are measured.
+        np.save(Path(name) / DRAWN, smooth_images(POOL, options.px, seed=0))
         _write_model(options.arch, options.px, Path(name))
         ways = _rounds(options, Path(name))
         many = _apart("ours, collection", options.many, options.px, Path(name)) if options.many else None
