@@ -172,10 +172,16 @@ class _Export:
         return lambda model, plan, table: run_qat(run, model, plan, table, config, self.say)
 
     def _tensorrt_files(self, quantized: Quantized) -> TensorRt:
-        made = make_tensorrt(quantized)
+        made = make_tensorrt(quantized, self._lost)
         self.files.write("trt", made.weak)
         self.files.write("trt-fp16", made.typed)
         return made
+
+    def _lost(self, model: onnx.ModelProto) -> tuple[float, float]:
+        """Of a file for TensorRT, emulated: points lost on the gate images, then how far its answers are."""
+        self.files.write("trt", model)
+        found = self._agreement("trt")
+        return found.drop_points or 0.0, found.divergence or 0.0
 
     def _fp16_file(self, *, required: bool, wanted: bool) -> None:
         """Where it was not asked for, and the gate only compares with it, a model that FP16 cannot hold has none."""
@@ -260,7 +266,7 @@ class _Export:
         logits = collect(runs, stored.chunks(), self.preprocess)
         images, layers = [batch[:LAYER_IMAGES] for batch in stored[:1]], {}
         if quantized and tensorrt:
-            form = quantized.numbers.model
+            form = quantized.numbers.reference
             layers["int8"] = compare_layers(form, quantized.model, images)
             layers["trt"] = compare_layers(trt_form(form), tensorrt.weak, images, optimize=False)
         return prove(logits, some.labels, self.subject.classes, part.name, layers)

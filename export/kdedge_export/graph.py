@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-__all__ = ["Graph", "attribute", "constant_tensor", "prune"]
+__all__ = ["Graph", "attribute", "constant_tensor", "input_channels", "prune"]
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
@@ -45,6 +45,13 @@ class Graph:
         """The one node that reads `name`, or None where there are more, none, or the model's caller does."""
         readers = self.readers(name)
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+
+def input_channels(node: onnx.NodeProto, weight: npt.NDArray[Any]) -> int:
+    """How many channels (features) a Conv or Gemm with this weight reads."""
+    if node.op_type == "Gemm":
+        return int(weight.shape[1 if attribute(node, "transB", 0) else 0])
+    return int(weight.shape[1] * attribute(node, "group", 1))
 
 
 def prune(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:

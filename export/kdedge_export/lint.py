@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from kdedge.errors import BugError
-from kdedge_export.graph import Graph, attribute
+from kdedge_export.graph import Graph, attribute, input_channels
 from kdedge_export.plan import ELEMENTWISE, MOVES
 from kdedge_export.rewrite import IR, OPSET
 from kdedge_export.table import U8
@@ -78,7 +78,7 @@ def _quantize(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
     readers = graph.readers(node.output[0])
     if not readers or any(each.op_type != "DequantizeLinear" for each in readers):
         yield f"{node.name}: it is not read by DequantizeLinear alone"
-    if any(list(each.input[1:3]) != list(node.input[1:3]) and not _is_gate(node, each, graph) for each in readers):
+    if not all(_same_scale(node, each, graph) or _is_gate(node, each, graph) for each in readers):
         yield f"{node.name}: its DequantizeLinear has another scale, and it is no hard sigmoid's"
     producer = graph.producer.get(node.input[0])
     before = (
@@ -88,6 +88,15 @@ def _quantize(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
         yield f"{node.name}: {before.op_type} {before.name} is kept from it by {producer.op_type if producer else ''}"
 
 
+def _same_scale(quantize: onnx.NodeProto, dequantize: onnx.NodeProto, graph: Graph) -> bool:
+    """One for one, or told once for each channel, which is how a float layer has to read it."""
+    for mine, theirs in zip(quantize.input[1:3], dequantize.input[1:3], strict=True):
+        one, each = graph.constant(mine), graph.constant(theirs)
+        if one is None or each is None or not (each == one).all():
+            return False
+    return True
+
+
 def _is_gate(quantize: onnx.NodeProto, dequantize: onnx.NodeProto, graph: Graph) -> bool:
     """A hard sigmoid: what a Conv, Gemm or Add made is cut to 256 codes from 0 on, and read as 0 to 1."""
     producer = graph.producer.get(quantize.input[0])
@@ -95,7 +104,7 @@ def _is_gate(quantize: onnx.NodeProto, dequantize: onnx.NodeProto, graph: Graph)
     before = graph.constant(quantize.input[2])
     if producer is None or producer.op_type not in ("Conv", "Gemm", "Add"):
         return False
-    if scale is None or zero is None or before is None:
+    if scale is None or zero is None or before is None or scale.ndim:
         return False
     return bool(scale == np.float32(_GATE.scale) and zero == before == _GATE.zero_point)
 
@@ -130,6 +139,7 @@ def _from_integers(node: onnx.NodeProto, graph: Graph) -> bool:
 
 def _weighted(node: onnx.NodeProto, graph: Graph, kept_float: frozenset[str]) -> Iterator[str]:
     if node.name in kept_float:
+        yield from _float_reader(node, graph)
         return
     if not _from_integers(node, graph):
         yield f"{node.name}: an input, weight or bias of it is not dequantized"
@@ -141,6 +151,16 @@ def _weighted(node: onnx.NodeProto, graph: Graph, kept_float: frozenset[str]) ->
     reader = graph.only_reader(node.output[0])
     if node.op_type == "Conv" and (reader is None or reader.op_type != "QuantizeLinear"):
         yield f"{node.name}: its output is not quantized at once"
+
+
+def _float_reader(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:
+    """ONNX Runtime quantizes the weights of what reads a DequantizeLinear of one scale, with one scale for all."""
+    source, weight = graph.producer.get(node.input[0]), graph.constant(node.input[1])
+    if source is None or source.op_type != "DequantizeLinear" or weight is None or input_channels(node, weight) < 2:
+        return
+    scale = graph.constant(source.input[1])
+    if scale is None or scale.size == 1:
+        yield f"{node.name}: it is left in float behind one scale, so ONNX Runtime would quantize its weights"
 
 
 def _follower(node: onnx.NodeProto, graph: Graph) -> Iterator[str]:

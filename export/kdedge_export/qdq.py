@@ -15,7 +15,7 @@ from onnx import helper
 
 from kdedge_export.aligned import aligned
 from kdedge_export.columns import in_columns
-from kdedge_export.graph import Graph, constant_tensor, prune
+from kdedge_export.graph import Graph, constant_tensor, input_channels, prune
 from kdedge_export.plan import Plan, hard_sigmoid
 from kdedge_export.ranges import quantize_weight
 from kdedge_export.table import U8, RangeTable
@@ -37,7 +37,7 @@ def write_int8(model: onnx.ModelProto, plan: Plan, table: RangeTable) -> onnx.Mo
         writer.quantize(name)
     for node in writer.graph.nodes:
         writer.add(node)
-    prune(writer.copy, writer.nodes)
+    prune(writer.copy, writer.read())
     onnx.checker.check_model(writer.copy, full_check=True)
     return writer.copy
 
@@ -51,6 +51,7 @@ class _Writer:
         self.table = table
         self.nodes: list[onnx.NodeProto] = []
         self.zeros: set[str] = set()
+        self.by_channel: set[str] = set()
         self.absorbed = {
             node.input[0]: node.output[0] for node in self.graph.nodes if node.name in plan.absorbed
         }  # what a layer made -> what it makes now that its activation is gone
@@ -67,6 +68,8 @@ class _Writer:
                 copy.input[place] = f"{name}_dq"
         if quantized and node.op_type in ("Conv", "Gemm"):
             self._weights(node, copy)
+        elif node.op_type in ("Conv", "Gemm") and copy.input[0] != node.input[0]:
+            copy.input[0] = self._by_channel(node)
         elif quantized and node.op_type == "HardSigmoid":
             copy = self._shift(node)
         copy.output[0] = self.absorbed.get(node.output[0], node.output[0])
@@ -91,6 +94,32 @@ class _Writer:
         self.nodes.append(
             helper.make_node("DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], name=f"{name}_DQ")
         )
+
+    def _by_channel(self, node: onnx.NodeProto) -> str:
+        """What a float Conv or Gemm reads of an 8-bit tensor: the same values, by one equal scale a channel.
+
+        Behind a DequantizeLinear of one scale, ONNX Runtime quantizes the float weights of its reader by itself, with
+        one scale for all of them (WeightBiasQuantization, from 1.22 or before): a layer left in float for its accuracy
+        would lose it all, a depthwise one above all.
+        """
+        name, weight = node.input[0], self.graph.constant(node.input[1])
+        channels = 0 if weight is None else input_channels(node, weight)
+        if channels < 2:  # one scale is one scale, and a computed weight is left alone
+            return f"{name}_dq"
+        made = f"{name}_dq_{channels}"
+        if made not in self.by_channel:
+            self.by_channel.add(made)
+            found = U8.over(self.plan.known[name]) if name in self.plan.known else self.table.u8(name)
+            self._constant(f"{made}_scale", np.full(channels, found.scale, np.float32))
+            self._constant(f"{made}_zero_point", np.full(channels, found.zero_point, np.uint8))
+            inputs = [f"{name}_q", f"{made}_scale", f"{made}_zero_point"]
+            self.nodes.append(helper.make_node("DequantizeLinear", inputs, [made], name=f"{made}_DQ", axis=1))
+        return made
+
+    def read(self) -> list[onnx.NodeProto]:
+        """The nodes, without a DequantizeLinear that nobody reads: ONNX Runtime would run it."""
+        wanted = {name for node in self.nodes for name in node.input} | set(self.graph.outputs)
+        return [node for node in self.nodes if node.op_type != "DequantizeLinear" or node.output[0] in wanted]
 
     def _shift(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """x + beta / alpha, the constant as one code of its own scale."""

@@ -16,9 +16,9 @@ import onnx
 
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.calibrate import calibrate
-from kdedge_export.choose import Choice, choose_spans_per_tensor
+from kdedge_export.choose import Choice, choose_among, choose_spans_per_tensor
 from kdedge_export.cpu_form import cpu_form, trt_form
-from kdedge_export.cures import cure
+from kdedge_export.cures import cure, partly_float
 from kdedge_export.fallback import Search, search
 from kdedge_export.gate import Agreement, agreement
 from kdedge_export.histogram import Histogram
@@ -31,13 +31,12 @@ from kdedge_export.ranges import CALIBRATORS, measured
 from kdedge_export.sensitivity import sensitivity
 from kdedge_export.stored import Stored, store
 from kdedge_export.table import RangeTable, Span, natural_weight_scales
-from kdedge_export.trt_plan import make_trt_plan
+from kdedge_export.trt_plan import TrtPlan, make_trt_plan
 
 __all__ = ["GateImages", "Numbers", "Quantized", "Speed", "Train", "quantize"]
 
 SCHEMA = 2
 CURE_IMAGES = 256  # of the calibration images: cures pass over them many times
-SENSITIVITY_IMAGES = 64
 TRAINED = "trained"
 Say = Callable[[str], None]
 Logits = npt.NDArray[np.float32]
@@ -64,10 +63,14 @@ class GateImages:
 
 @dataclass(frozen=True)
 class Numbers:
-    """One way to the INT8 files. `model` is float, in the CPU form; `found`: with all quantized that can be."""
+    """One way to the INT8 files. `model` is float, in the CPU form; `found`: with all quantized that can be.
+
+    `reference`: the float network whose answers are meant; another than `model` where that makes up for its rounding.
+    """
 
     name: str
     model: onnx.ModelProto
+    reference: onnx.ModelProto
     table: RangeTable
     found: Agreement
 
@@ -79,9 +82,13 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The file for ONNX Runtime on a CPU, and what the other forms are written from."""
+    """The file for ONNX Runtime on a CPU (`model`), and what the other forms are written from.
+
+    `made_of`: the float model it is made of, as `numbers.model` with biases for the layers that are still rounded.
+    """
 
     model: onnx.ModelProto
+    made_of: onnx.ModelProto
     numbers: Numbers
     plan: Plan
     searched: Search[onnx.ModelProto]
@@ -113,7 +120,7 @@ def quantize(
     ways = [maker.calibrated(form)]
     ways += maker.cured(ways[0], max_drop_points)
     if train is not None:
-        ways += maker.trained(ways[0], train)
+        ways += maker.trained(min(ways, key=lambda way: way.badness), train)
     best = min(ways, key=lambda way: way.badness)
     if len(ways) > 1:
         say(_told(ways, best))
@@ -128,7 +135,8 @@ def quantize(
     enough = [each.left_float for each in searched.tries if each.agreement.within(max_drop_points)]
     left = frozenset(searched.left_float[: min(enough)] if enough else searched.left_float)
     document = maker.document(ways, best, plan, searched)
-    return Quantized(searched.candidate, best, plan, searched, left, document)
+    made_of = maker.partly_float(best, frozenset(searched.left_float))
+    return Quantized(searched.candidate, made_of, best, plan, searched, left, document)
 
 
 def _told(ways: list[Numbers], best: Numbers) -> str:
@@ -155,6 +163,7 @@ class _Maker:
         self.gate, self.scratch, self.state, self.say = gate, scratch, state, say
         self.counted, held = calibration.hold_out()
         self.held = store(held, preprocess, scratch / "held.npy")
+        self.cure_images = store(self.counted, preprocess, scratch / "cures.npy", most=CURE_IMAGES)
         self.seconds: dict[str, float] = {}
         self.effects: list[dict[str, Any]] = []
         self.sensitivity: list[dict[str, Any]] = []
@@ -168,7 +177,7 @@ class _Maker:
         self._since_s = now_s
 
     def calibrated(self, form: onnx.ModelProto) -> Numbers:
-        return self._numbers("calibrated", form, self.table(form))
+        return self._numbers("calibrated", form, form, self.table(form))
 
     def table(self, form: onnx.ModelProto) -> RangeTable:
         """Spans from the calibration images for every tensor of any INT8 file, and the weights' own scales."""
@@ -182,21 +191,39 @@ class _Maker:
         choice = choose_spans_per_tensor(
             form, self.plan, histograms, self.held.pixels, self.preprocess, self.gate.threads
         )
-        others = {name: _with_zero(CALIBRATORS["mse"](histograms[name])) for name in trt.measured}
+        symmetric = self._symmetric_spans(form, trt, histograms)
         scales = natural_weight_scales(form, {*self.plan.layers, *trt.weighted})
         self.lap("choice")
-        made = RangeTable({**others, **choice.spans}, scales)
+        made = RangeTable({**symmetric, **choice.spans}, scales, symmetric)
         self.calibrations.append((made, histograms, choice))
         return made
 
+    def _symmetric_spans(
+        self, form: onnx.ModelProto, trt: TrtPlan, histograms: Mapping[str, Histogram]
+    ) -> dict[str, Span]:
+        """For TensorRT's codes, which are symmetric; chosen in the same way, by what reads each tensor."""
+        candidates = {
+            name: {method: _with_zero(way(histograms[name])) for method, way in CALIBRATORS.items()}
+            for name in trt.measured
+        }
+        methods, _ = choose_among(
+            trt_form(form),
+            candidates,
+            self.held.pixels,
+            self.preprocess,
+            same_scale=trt.same_scale,
+            form="s8",
+            threads=self.gate.threads,
+        )
+        return {name: candidates[name][method] for name, method in methods.items()}
+
     def cured(self, start: Numbers, max_drop_points: float) -> list[Numbers]:
         """Nothing, where no cure brings the held-out images nearer to FP32."""
-        images = store(self.counted, self.preprocess, self.scratch / "cures.npy", most=CURE_IMAGES)
         found = cure(
             start.model,
             self.plan,
             start.table,
-            images,
+            self.cure_images,
             logits=lambda model, table: self._held_logits(write_int8(model, self.plan, table)),
             fp32=self._held_logits(start.model),
             recalibrate=self.table,
@@ -207,7 +234,7 @@ class _Maker:
         self.lap("cures")
         if not any(each.kept for each in found.effects):
             return []
-        return [self._numbers("cured", found.model, found.table)]
+        return [self._numbers("cured", found.model, found.reference, found.table)]
 
     def _held_logits(self, model: onnx.ModelProto) -> Logits:
         return self.held.logits(model.SerializeToString(), self.gate.threads)
@@ -215,20 +242,19 @@ class _Maker:
     def trained(self, start: Numbers, train: Train) -> list[Numbers]:
         model, table = train(start.model, self.plan, start.table)
         self.lap("training")
-        return [self._numbers(TRAINED, model, table)]
+        return [self._numbers(TRAINED, model, model, table)]
 
-    def _numbers(self, name: str, model: onnx.ModelProto, table: RangeTable) -> Numbers:
+    def _numbers(self, name: str, model: onnx.ModelProto, reference: onnx.ModelProto, table: RangeTable) -> Numbers:
         file = write_int8(model, self.plan, table)
         require_clean(lint_int8(file, frozenset(self.plan.kept_float)), f"the INT8 file ({name})")
-        found = Numbers(name, model, table, self.gate.agreement(file))
+        found = Numbers(name, model, reference, table, self.gate.agreement(file))
         self.lap("comparison")
         return found
 
     def order(self, numbers: Numbers) -> list[str]:
         """Layers, the most sensitive first."""
         self.say("Looking for the layers that lose most")
-        images = store(self.counted, self.preprocess, self.scratch / "sensitivity.npy", most=SENSITIVITY_IMAGES)
-        found = sensitivity(numbers.model, self.plan, numbers.table, images, say=self.say)
+        found = sensitivity(numbers.reference, self.plan, numbers.table, self.cure_images, say=self.say)
         self.sensitivity = [each.to_json() for each in found]
         return [each.layer for each in found]
 
@@ -247,9 +273,16 @@ class _Maker:
 
     def file(self, numbers: Numbers, left_float: frozenset[str]) -> onnx.ModelProto:
         plan = make_plan(numbers.model, left_float)
-        made = write_int8(numbers.model, plan, numbers.table)
+        made = write_int8(self.partly_float(numbers, left_float), plan, numbers.table)
         require_clean(lint_int8(made, frozenset(plan.kept_float)), "the INT8 file")
         return made
+
+    def partly_float(self, numbers: Numbers, left_float: frozenset[str]) -> onnx.ModelProto:
+        """The float model that a file with these layers in float is made of."""
+        if not left_float or numbers.reference is numbers.model:
+            return numbers.model
+        plan = make_plan(numbers.model, left_float)
+        return partly_float(numbers.model, numbers.reference, plan, numbers.table, self.cure_images, left_float)
 
     def document(
         self, ways: list[Numbers], best: Numbers, plan: Plan, searched: Search[onnx.ModelProto]

@@ -78,18 +78,24 @@ def natural_weight_scales(model: onnx.ModelProto, layers: Iterable[str]) -> dict
 class RangeTable:
     """`spans`: the (low, high) with low <= 0 <= high that each quantized tensor of the float model keeps.
 
+    `s8_spans`: those chosen for symmetric codes, where half of them may be wasted; `spans` for tensors not in it.
+
     `weight_scales`: of each quantized Conv and Gemm by node name, float32 [output channels] along axis 0, symmetric
     -127..127. They are kept apart from the weights, since rounding that was learned must not move them.
     """
 
     spans: Mapping[str, Span]
     weight_scales: Mapping[str, Scales] = field(default_factory=dict)
+    s8_spans: Mapping[str, Span] = field(default_factory=dict)
 
     def u8(self, tensor: str) -> U8:
         return U8.over(self.spans[tensor])
 
+    def s8_span(self, tensor: str) -> Span:
+        return self.s8_spans.get(tensor) or self.spans[tensor]
+
     def s8(self, tensor: str) -> float:
-        return s8_scale(self.spans[tensor])
+        return s8_scale(self.s8_span(tensor))
 
     def with_spans(self, spans: Mapping[str, Span]) -> "RangeTable":
         """A copy in which `spans` replace or join those there are."""
@@ -102,7 +108,7 @@ class RangeTable:
                 "low": span[0],
                 "high": span[1],
                 "u8": {"scale": self.u8(name).scale, "zero_point": self.u8(name).zero_point},
-                "s8": {"scale": self.s8(name)},
+                "s8": {"low": self.s8_span(name)[0], "high": self.s8_span(name)[1], "scale": self.s8(name)},
             }
             for name, span in self.spans.items()
         }
@@ -113,7 +119,13 @@ class RangeTable:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "RangeTable":
+        tensors, layers = document["tensors"], document["layers"]
         return cls(
-            {name: (float(each["low"]), float(each["high"])) for name, each in document["tensors"].items()},
-            {name: np.asarray(each["weight_scales"], np.float32) for name, each in document["layers"].items()},
+            {name: (float(each["low"]), float(each["high"])) for name, each in tensors.items()},
+            {
+                name: np.asarray(each["weight_scales"], np.float32)
+                for name, each in layers.items()
+                if "weight_scales" in each
+            },
+            {name: (float(each["s8"]["low"]), float(each["s8"]["high"])) for name, each in tensors.items()},
         )

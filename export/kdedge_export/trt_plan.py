@@ -68,7 +68,7 @@ class TrtPlan:
         found: dict[str, float] = {}
         for name in self.tensors:
             source = self.same_scale.get(name, name)
-            spans = [table.spans[each] for each in group_of.get(source, (source,))]
+            spans = [table.s8_span(each) for each in group_of.get(source, (source,))]
             found[name] = s8_scale((min(low for low, _ in spans), max(high for _, high in spans)))
         return found
 

@@ -332,3 +332,25 @@ def test_the_linter_finds_an_activation_in_the_way(mobilenet_v2: Exported) -> No
     rounds.input[0] = "clipped"
     int8.graph.node.append(onnx.helper.make_node("Clip", [conv.output[0]], ["clipped"], name="clip"))
     assert any("kept from it by Clip" in problem for problem in lint_int8(int8))
+
+
+def test_a_layer_left_in_float_is_float(mobilenet_v2: Exported) -> None:
+    """Behind a DequantizeLinear of one scale ONNX Runtime quantizes float weights by itself: depthwise ones are lost."""
+    _, model = mobilenet_v2
+    shapes = {each.name: tuple(each.dims) for each in model.graph.initializer}
+    depthwise = next(n.name for n in model.graph.node if n.op_type == "Conv" and shapes[n.input[1]][1] == 1)
+    plan = make_plan(model, frozenset({depthwise}))
+    full = make_plan(model)
+    found = calibrate(model, measured(full), images(48), SMALL)
+    int8 = write_int8(model, plan, make_table("minmax", model, full, found))
+    assert lint_int8(int8, frozenset(plan.kept_float)) == []
+    batch = SMALL.normalize(images(8))
+    content = int8.SerializeToString()
+    assert relative_rms(run_onnx(content, batch), run_onnx(content, batch, optimize=False)) < 0.05
+    node = next(each for each in int8.graph.node if each.name == depthwise)
+    source = next(each for each in int8.graph.node if node.input[0] in each.output)
+    node.input[0] = "one_scale"
+    int8.graph.node.append(
+        onnx.helper.make_node("DequantizeLinear", [source.input[0], "input_scale", "input_zero_point"], ["one_scale"])
+    )
+    assert any("would quantize its weights" in told for told in lint_int8(int8, frozenset(plan.kept_float)))
