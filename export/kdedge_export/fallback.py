@@ -141,7 +141,8 @@ class _Walk(Generic[C]):
             entry = Try(count, self.accuracy(self.file(count)))
             self.tried[count] = entry
             drop = entry.agreement.drop_points
-            told = "cannot be compared" if drop is None else f"loses {drop:.2f} of {self.max_drop_points:g} points"
+            budget = f"{self.max_drop_points:g} allowed"
+            told = "cannot be compared" if drop is None else f"loses {drop:.2f} of 100 gate images, {budget}"
             self.say(f"INT8 with {count or 'no'} layer{'s' if count != 1 else ''} left in float {told}")
         return self.tried[count].agreement.within(self.max_drop_points)
 

@@ -1,9 +1,9 @@
-"""Distilled QAT of a finished run: the FP32 student's own answers, on labeled and unlabeled images, teach its INT8 self.
+"""Distilled QAT of a finished run: the FP32 student's own answers, on all its images, teach its INT8 self.
 
 It starts from calibrated ranges and ends in another range table and other float weights, from which every file is then
 written. NVIDIA's recipe (pytorch-quantization's user guide, TensorRT 8.6.1): a calibrated start, about a tenth of the
-schedule, a hundredth of the learning rate, batch normalisation frozen (here it is folded), scales not moved at every
-step (unless they are learned).
+schedule, a small learning rate, batch normalisation frozen (here it is folded), scales not moved at every step (unless
+they are learned).
 
 Images of the gate split are left out: it decides afterwards between QAT and what there was before.
 """
@@ -61,7 +61,7 @@ class QATConfig(Config):
     method: DistilledQATConfig = DistilledQATConfig()
     teacher: Literal["student", "teacher"] = "student"  # the student in FP32, or the run's outer network
     total_steps: Annotated[int, Field(gt=0)] | None = None  # null: a tenth of the student's, 100 or more
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3  # a tenth of FixMatch's: steps are few, and gradients small
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     learn_spans: bool = False

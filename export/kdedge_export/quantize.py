@@ -1,7 +1,7 @@
 """Float ONNX -> the numbers of its INT8 files: calibrated, cured, trained where asked, and layers given back to float.
 
-Every choice is made on the gate split, against the float file: fewest images given another class, then the smaller
-divergence of the outputs. Numbers are a float model and a range table; with a plan they are a file.
+Every choice is made on the gate split, against the float file: of two ways that whose outputs diverge less; of the
+layers as few in float as the budget asks for. Numbers are a float model and a range table; with a plan they are a file.
 """
 
 import time
@@ -21,13 +21,14 @@ from kdedge_export.cpu_form import cpu_form, trt_form
 from kdedge_export.cures import cure, partly_float
 from kdedge_export.fallback import Search, search
 from kdedge_export.gate import Agreement, agreement
+from kdedge_export.graph import Graph
 from kdedge_export.histogram import Histogram
 from kdedge_export.images import Part
 from kdedge_export.latency import Speedup
 from kdedge_export.lint import lint_int8, require_clean
 from kdedge_export.plan import Plan, make_plan
 from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import CALIBRATORS, measured
+from kdedge_export.ranges import CALIBRATORS, choose_spans, measured
 from kdedge_export.sensitivity import sensitivity
 from kdedge_export.stored import Stored, store
 from kdedge_export.table import RangeTable, Span, natural_weight_scales
@@ -38,6 +39,7 @@ __all__ = ["GateImages", "Numbers", "Quantized", "Speed", "Train", "quantize"]
 SCHEMA = 2
 CURE_IMAGES = 256  # of the calibration images: cures pass over them many times
 TRAINED = "trained"
+UNIFORM = "mse"
 Say = Callable[[str], None]
 Logits = npt.NDArray[np.float32]
 Speed = Callable[[onnx.ModelProto], Speedup]
@@ -75,9 +77,9 @@ class Numbers:
     found: Agreement
 
     @property
-    def badness(self) -> tuple[float, float]:
-        """Without gate images all ways are equal, and the first is taken."""
-        return self.found.drop_points or 0.0, self.found.divergence or 0.0
+    def badness(self) -> float:
+        """The divergence: finer than lost points, which are few. Without gate images all ways are equal."""
+        return self.found.divergence or 0.0
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ def quantize(
     """
     form = cpu_form(model)
     maker = _Maker(make_plan(form), preprocess, calibration, gate, scratch, state, say)
-    ways = [maker.calibrated(form)]
-    ways += maker.cured(ways[0], max_drop_points)
+    ways = maker.calibrated(form)
+    ways += maker.cured(min(ways, key=lambda way: way.badness), max_drop_points)
     if train is not None:
         ways += maker.trained(min(ways, key=lambda way: way.badness), train)
     best = min(ways, key=lambda way: way.badness)
@@ -140,9 +142,9 @@ def quantize(
 
 
 def _told(ways: list[Numbers], best: Numbers) -> str:
-    rows = ", ".join(f"{way.name} {way.found.drop_points or 0:.2f}" for way in ways)
-    kept = f"{best.name} is kept" if best is not ways[0] else f"none is better than {best.name}, which is kept"
-    return f"Points lost on the gate images: {rows}; {kept}"
+    rows = ", ".join(f"{way.name} {way.badness:.2g} ({way.found.drop_points or 0:.2f} points)" for way in ways)
+    trained = f", {TRAINED} is not better" if ways[-1].name == TRAINED and best is not ways[-1] else ""
+    return f"Divergence from FP32 on the gate images: {rows}; {best.name} is kept{trained}"
 
 
 @final
@@ -176,17 +178,21 @@ class _Maker:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now_s - self._since_s, 3)
         self._since_s = now_s
 
-    def calibrated(self, form: onnx.ModelProto) -> Numbers:
-        return self._numbers("calibrated", form, form, self.table(form))
+    def calibrated(self, form: onnx.ModelProto) -> list[Numbers]:
+        """Ranges chosen tensor by tensor, and least squares for all: neither is the better one for every network."""
+        table = self.table(form, self.state)
+        uniform = choose_spans(UNIFORM, self.plan, Graph(form), self.calibrations[0][1])
+        return [
+            self._numbers("calibrated", form, form, table),
+            self._numbers(f"calibrated, {UNIFORM}", form, form, table.with_spans(uniform)),
+        ]
 
-    def table(self, form: onnx.ModelProto) -> RangeTable:
+    def table(self, form: onnx.ModelProto, state: Path | None = None) -> RangeTable:
         """Spans from the calibration images for every tensor of any INT8 file, and the weights' own scales."""
         trt = make_trt_plan(trt_form(form))
         names = sorted({*measured(self.plan), *trt.measured})
         self.say(f"Calibrating {len(names)} tensors on {len(self.calibration)} images ({self.calibration.name})")
-        histograms = calibrate(
-            form, names, self.counted, self.preprocess, self.gate.threads, say=self.say, state=self.state
-        )
+        histograms = calibrate(form, names, self.counted, self.preprocess, self.gate.threads, say=self.say, state=state)
         self.lap("collection")
         choice = choose_spans_per_tensor(
             form, self.plan, histograms, self.held.pixels, self.preprocess, self.gate.threads

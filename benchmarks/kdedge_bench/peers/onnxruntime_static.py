@@ -27,7 +27,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, path: str, name: str) -> None:
         self.images, self.name, self.place = np.load(path, mmap_mode="r"), name, 0
 
-    def get_next(self) -> "dict[str, np.ndarray] | None":  # type: ignore[type-arg]
+    def get_next(self) -> "dict[str, np.ndarray] | None":
         if self.place == len(self.images):
             return None
         self.place += 1
