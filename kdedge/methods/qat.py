@@ -24,7 +24,8 @@ __all__ = ["DistilledQAT", "DistilledQATConfig"]
 class DistilledQATConfig(Config):
     """What the rounded network learns from; no label is needed."""
 
-    views: Literal["weak", "both"] = "both"  # of the unlabeled images: weak ones, or strong ones as well
+    # Of the unlabeled images: weak views, or strong ones as well, which cost half as much again and were no better.
+    views: Literal["weak", "both"] = "weak"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     labeled_weight: Annotated[float, Field(ge=0)] = 0.0  # of the cross entropy on the labeled images
 

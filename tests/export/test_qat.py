@@ -1,0 +1,169 @@
+"""QAT of a run: it repairs what calibration broke, never sees the gate, and is the same when it was stopped."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from kdedge import recipe_io
+from kdedge.data.batches import Batches
+from kdedge.data.sources import open_source
+from kdedge.data.splits import Splits
+from kdedge.errors import ExportError
+from kdedge.models.weights import load_model
+from kdedge.recipe import resolve
+from kdedge.run_pool import describe
+from kdedge.runs import Run, read_json
+from kdedge_export import qat
+from kdedge_export.gate import agreement
+from kdedge_export.graph import Graph
+from kdedge_export.images import open_run_images
+from kdedge_export.onnx_export import export_float
+from kdedge_export.plan import Plan, make_plan
+from kdedge_export.qat import QATConfig, rounded_network, run_qat
+from kdedge_export.qdq import write_int8
+from kdedge_export.sessions import run_onnx
+from kdedge_export.table import RangeTable, natural_weight_scales
+from kdedge_export.torch_graph import TorchGraph
+
+Calibrated = tuple[onnx.ModelProto, Plan, RangeTable]
+QUICK = QATConfig(total_steps=100, learning_rate=1e-5, ema_decay=0.9, learn_spans=True)
+
+
+@pytest.fixture(scope="module")
+def calibrated(run_folder: Path) -> Calibrated:
+    """The float file of the run's student, its plan, and a table whose ranges hold all of the calibration images."""
+    student = load_model(Run(run_folder).student_path)
+    model = export_float(student.module, student.preprocess, student.classes)
+    plan = make_plan(model)
+    x = torch.from_numpy(
+        student.preprocess.normalize(open_run_images(Run(run_folder)).calibration.load(student.preprocess))
+    )
+    with torch.inference_mode():
+        _, seen = TorchGraph(model).watch(x, plan.tensors)
+    ends = {name: (min(0.0, float(seen[name].min())), max(0.0, float(seen[name].max()))) for name in plan.tensors}
+    spans = {name: ends[plan.same_scale.get(name, name)] for name in plan.tensors}
+    return model, plan, RangeTable(spans, natural_weight_scales(model, plan.layers))
+
+
+@pytest.fixture
+def saves_every_s(request: pytest.FixtureRequest) -> float:
+    return float(getattr(request, "param", 20.0))
+
+
+@pytest.fixture
+def run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves_every_s: float) -> Run:
+    """As the pipeline leaves it: the recipe resolved, how the stages were computed noted."""
+    monkeypatch.setattr(qat, "available_cores", lambda: 1)
+    run = Run(tmp_path / "run")
+    shutil.copytree(run_folder, run.path)
+    recipe, source = recipe_io.load(str(run.recipe_path)), open_source("digits")
+    splits = Splits.from_json(read_json(run.splits_path), source)
+    recipe = resolve(recipe, describe(recipe, source, splits, {}))
+    optim = recipe.student.optim.model_copy(update={"labeled_batch": 8, "unlabeled_ratio": 2})
+    student = recipe.student.model_copy(update={"optim": optim})
+    engine = recipe.engine.model_copy(update={"checkpoint_every_s": saves_every_s})
+    recipe = recipe.model_copy(update={"engine": engine, "student": student})
+    run.recipe_path.write_text(recipe_io.dump(recipe))
+    run.update_manifest(engine_plan={})
+    return run
+
+
+def divergence(run: Run, model: onnx.ModelProto, plan: Plan, table: RangeTable) -> float:
+    """Mean KL(FP32 || INT8) on the gate images."""
+    student = load_model(run.student_path)
+    x = student.preprocess.normalize(open_run_images(run).gate.load(student.preprocess))
+    with torch.inference_mode():
+        expected = student.module(torch.from_numpy(x)).numpy()
+    found = run_onnx(write_int8(model, plan, table).SerializeToString(), x)
+    measured = agreement(expected, found, np.full(len(x), -1)).divergence
+    assert measured is not None
+    return measured
+
+
+def too_small(plan: Plan, table: RangeTable) -> RangeTable:
+    """Three tensors keep a third of what they need."""
+    chosen = [name for name in plan.tensors if name not in plan.same_scale][5:20:5]
+    assert len(chosen) == 3
+    spans = {name: (table.spans[name][0] / 3, table.spans[name][1] / 3) for name in chosen}
+    spans |= {name: spans[source] for name, source in plan.same_scale.items() if source in spans}
+    return table.with_spans(spans)
+
+
+def test_learned_ranges_repair_a_calibration_that_clips(run: Run, calibrated: Calibrated) -> None:
+    model, plan, table = calibrated
+    broken, told = too_small(plan, table), list[str]()
+    before = divergence(run, model, plan, broken)
+    trained, learned = run_qat(run, model, plan, broken, QUICK, told.append)
+    assert divergence(run, trained, plan, learned) < 0.7 * before
+    assert set(learned.spans) == set(broken.spans)
+    assert learned.weight_scales.keys() == broken.weight_scales.keys()
+    assert [each.name for each in trained.graph.initializer] == [each.name for each in model.graph.initializer]
+    assert not (run.path / "qat-checkpoint").exists()
+    assert any("step 100 of 100" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize("saves_every_s", [0.0], indirect=True)
+def test_what_was_stopped_ends_as_if_it_had_not_been(
+    run: Run, calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, table = calibrated
+    config = QUICK.model_copy(update={"total_steps": 6})
+    expected, expected_table = run_qat(run, model, plan, table, config, lambda _: None)
+    at = Batches.at
+
+    def stops(self: Batches, step: int) -> object:
+        if step == 4:
+            raise KeyboardInterrupt
+        return at(self, step)
+
+    monkeypatch.setattr(Batches, "at", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_qat(run, model, plan, table, config, lambda _: None)
+    assert list((run.path / "qat-checkpoint").glob("qat-*.4.safetensors"))
+    steps = list[int]()
+    monkeypatch.setattr(Batches, "at", lambda self, step: (steps.append(step), at(self, step))[1])
+    found, found_table = run_qat(run, model, plan, table, config, lambda _: None)
+    assert steps == [4, 5]
+    assert found.SerializeToString() == expected.SerializeToString()
+    assert found_table.spans == expected_table.spans
+
+
+def test_the_gate_is_never_trained_on(run: Run) -> None:
+    student = load_model(run.student_path)
+    recipe = recipe_io.load(str(run.recipe_path))
+    pool, _ = qat._pool(run, recipe, student, torch.device("cpu"))
+    splits = read_json(run.splits_path)["splits"]
+    kept = sorted(set(splits["unlabeled"]["indices"]) - set(splits["gate"]["indices"]))
+    assert 0 < len(kept) < len(splits["unlabeled"]["indices"])
+    source = open_run_images(run).gate.source
+    assert torch.equal(pool.images.rows(torch.arange(len(kept))), source.load(np.array(kept), student.preprocess))
+    labeled = sorted(set(splits["labeled"]["indices"]) & set(kept))
+    assert [kept[place] for place in pool.labeled.tolist()] == labeled
+
+
+@pytest.mark.parametrize("learn_spans", [False, True])
+def test_the_trained_network_is_the_int8_file(run: Run, calibrated: Calibrated, learn_spans: bool) -> None:
+    model, plan, table = calibrated
+    student = load_model(run.student_path)
+    x = student.preprocess.normalize(open_run_images(run).gate.load(student.preprocess))[:16]
+    network = rounded_network(model, plan, table, learn_spans)
+    with torch.inference_mode():
+        found = network(torch.from_numpy(x)).numpy()
+    expected = run_onnx(write_int8(model, plan, table).SerializeToString(), x, optimize=False)
+    assert np.abs(found - expected).mean() <= 0.01 * np.abs(expected).max()
+    if not learn_spans:
+        with torch.inference_mode():
+            assert np.allclose(found, TorchGraph(model, plan, table)(torch.from_numpy(x)).numpy(), atol=1e-5)
+
+
+def test_a_model_that_does_not_end_in_a_linear_layer_is_refused(calibrated: Calibrated) -> None:
+    model, plan, table = calibrated
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.output[0].name = Graph(model).producer["logits"].input[0]
+    with pytest.raises(ExportError, match="ends in a Flatten"):
+        rounded_network(copy, plan, table)
