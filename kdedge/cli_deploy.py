@@ -98,7 +98,7 @@ def _exported_file(
     if spec is None:
         raise ExportError(f"{path} brings no images; name some of its kind with --calibrate SPEC.")
     from kdedge_export.export import export_file
-    from kdedge_export.foreign import Reading
+    from kdedge_export.float_form.foreign import Reading
 
     bundle = out or path.with_suffix(".bundle")
     return export_file(path, spec, options, reading=Reading(**reading), out=bundle, display=note), bundle

@@ -67,10 +67,10 @@ def _preprocess(px: int) -> Preprocess:
 def _ours(choose: bool) -> Callable[[Path, Generated, int], Seconds]:
     def way(path: Path, images: Generated, px: int) -> Seconds:
         """An eighth of the images chooses, the others are counted; without a choice, all are."""
-        from kdedge_export.calibrate import calibrate
-        from kdedge_export.choose import choose_spans_per_tensor
-        from kdedge_export.plan import make_plan
-        from kdedge_export.ranges import measured
+        from kdedge_export.calibration.calibrate import calibrate
+        from kdedge_export.calibration.choose import choose_spans_per_tensor
+        from kdedge_export.calibration.ranges import measured
+        from kdedge_export.cpu.plan import make_plan
 
         model, preprocess = onnx.load(str(path)), _preprocess(px)
         plan = make_plan(model)
@@ -158,7 +158,7 @@ def _write_model(arch: str, px: int, folder: Path) -> None:
 
     from kdedge.models.zoo import ModelSpec, architecture, build
     from kdedge_bench.int8_families import settled, smooth_images
-    from kdedge_export.onnx_export import export_float
+    from kdedge_export.float_form.onnx_export import export_float
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -28,13 +28,13 @@ from kdedge.runs import write_json
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.record import load_average, machine, now
 from kdedge_device.runners import OrtRunner
-from kdedge_export.calibrate import calibrate
-from kdedge_export.cpu_form import cpu_form
-from kdedge_export.lint import lint_float, lint_int8, require_clean
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table, measured
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import make_table, measured
+from kdedge_export.cpu.cpu_form import cpu_form
+from kdedge_export.cpu.lint import lint_float, lint_int8, require_clean
+from kdedge_export.cpu.plan import make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.onnx_export import export_float
 
 __all__ = [
     "STUDENTS",

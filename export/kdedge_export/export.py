@@ -28,20 +28,20 @@ from kdedge_export.bundle import (
     write_golden,
     write_manifest,
 )
-from kdedge_export.cpu_form import trt_form
-from kdedge_export.divergence import compare_layers
+from kdedge_export.cpu.cpu_form import trt_form
 from kdedge_export.files import Files, TensorRt, make_tensorrt
-from kdedge_export.foreign import Reading
-from kdedge_export.fp16 import write_fp16
-from kdedge_export.gate import Agreement, Candidate, Decision, agreement, gate_document, judge
-from kdedge_export.latency import Race, Speedup, measure_alone, race
+from kdedge_export.float_form.foreign import Reading
+from kdedge_export.judging.divergence import compare_layers
+from kdedge_export.judging.gate import Agreement, Candidate, Decision, agreement, gate_document, judge
+from kdedge_export.judging.latency import Race, Speedup, measure_alone, race
+from kdedge_export.judging.verify import Proof, collect, prove
 from kdedge_export.pyz import build_pyz
-from kdedge_export.qat import QATConfig, run_qat
 from kdedge_export.quantize import GateImages, Quantized, Train, quantize
 from kdedge_export.stored import store
 from kdedge_export.subject import Subject, file_subject, run_subject, some_images
-from kdedge_export.tensorrt import build_here
-from kdedge_export.verify import Proof, collect, prove
+from kdedge_export.training.qat import QATConfig, run_qat
+from kdedge_export.trt.engines import build_here
+from kdedge_export.trt.fp16 import write_fp16
 
 __all__ = ["CPU", "TENSORRT", "Options", "export_file", "export_run"]
 

@@ -11,17 +11,17 @@ import onnx
 
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.bundle import ARTIFACTS
-from kdedge_export.cpu_form import trt_form
-from kdedge_export.emulate import emulate
-from kdedge_export.fp16 import write_fp16
-from kdedge_export.input_form import with_uint8_input
-from kdedge_export.lint import require_clean
+from kdedge_export.cpu.cpu_form import trt_form
+from kdedge_export.cpu.lint import require_clean
+from kdedge_export.float_form.input_form import with_uint8_input
 from kdedge_export.quantize import Quantized
 from kdedge_export.sessions import open_session
-from kdedge_export.trt_lint import lint_trt
-from kdedge_export.trt_plan import TrtPlan, make_trt_plan
-from kdedge_export.trt_qdq import write_trt
-from kdedge_export.trt_typed import write_trt_fp16
+from kdedge_export.trt.emulate import emulate
+from kdedge_export.trt.fp16 import write_fp16
+from kdedge_export.trt.lint import lint_trt
+from kdedge_export.trt.plan import TrtPlan, make_trt_plan
+from kdedge_export.trt.qdq import write_trt
+from kdedge_export.trt.typed import write_trt_fp16
 
 __all__ = ["Files", "TensorRt", "make_tensorrt"]
 

@@ -15,24 +15,24 @@ import numpy.typing as npt
 import onnx
 
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.calibrate import calibrate
-from kdedge_export.choose import Choice, choose_among, choose_spans_per_tensor
-from kdedge_export.cpu_form import cpu_form, trt_form
-from kdedge_export.cures import cure, partly_float
-from kdedge_export.fallback import Search, search
-from kdedge_export.gate import Agreement, agreement
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.choose import Choice, choose_among, choose_spans_per_tensor
+from kdedge_export.calibration.histogram import Histogram
+from kdedge_export.calibration.ranges import CALIBRATORS, choose_spans, measured
+from kdedge_export.cpu.cpu_form import cpu_form, trt_form
+from kdedge_export.cpu.lint import lint_int8, require_clean
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.cures.cure import cure, partly_float
+from kdedge_export.cures.sensitivity import sensitivity
 from kdedge_export.graph import Graph
-from kdedge_export.histogram import Histogram
 from kdedge_export.images import Part
-from kdedge_export.latency import Speedup
-from kdedge_export.lint import lint_int8, require_clean
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import CALIBRATORS, choose_spans, measured
-from kdedge_export.sensitivity import sensitivity
+from kdedge_export.judging.fallback import Search, search
+from kdedge_export.judging.gate import Agreement, agreement
+from kdedge_export.judging.latency import Speedup
 from kdedge_export.stored import Stored, store
 from kdedge_export.table import RangeTable, Span, natural_weight_scales
-from kdedge_export.trt_plan import TrtPlan, make_trt_plan
+from kdedge_export.trt.plan import TrtPlan, make_trt_plan
 
 __all__ = ["GateImages", "Numbers", "Quantized", "Speed", "Train", "quantize"]
 

@@ -16,10 +16,10 @@ from kdedge.errors import DataError
 from kdedge.models.weights import load_model
 from kdedge.runs import Run, read_json, sha256_file
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.foreign import Reading, open_foreign
+from kdedge_export.cpu.lint import lint_float, require_clean
+from kdedge_export.float_form.foreign import Reading, open_foreign
+from kdedge_export.float_form.onnx_export import export_float, verify
 from kdedge_export.images import Part, RunImages, calibration_part, open_run_images
-from kdedge_export.lint import lint_float, require_clean
-from kdedge_export.onnx_export import export_float, verify
 
 __all__ = ["Original", "Subject", "file_subject", "run_subject", "some_images"]
 

@@ -10,7 +10,7 @@ import pytest
 
 import kdedge_device
 from kdedge.errors import BundleError, DeviceError, ExportError, KdedgeError, MissingPackage
-from kdedge_export.tensorrt import build_here
+from kdedge_export.trt.engines import build_here
 
 from .trt_world import NEW, OLD, complete
 

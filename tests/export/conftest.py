@@ -17,7 +17,7 @@ from kdedge.models.weights import save_model
 from kdedge.models.zoo import ModelSpec, Network, build
 from kdedge.runs import Run, write_bytes, write_json
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.onnx_export import export_float
+from kdedge_export.float_form.onnx_export import export_float
 
 torch.set_num_threads(1)
 

@@ -10,14 +10,14 @@ import onnx
 import pytest
 from torch import nn
 
-import kdedge_export.calibrate as calibrate_module
+import kdedge_export.calibration.calibrate as calibrate_module
 from kdedge.errors import DataError, ExportError
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.calibrate import calibrate
-from kdedge_export.histogram import BINS, SIDE, VALUES, Histogram, Tally, sample
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.histogram import BINS, SIDE, VALUES, Histogram, Tally, sample
+from kdedge_export.calibration.ranges import CALIBRATORS, entropy, minmax, mse, percentile, quantize_weight, s8_mse
+from kdedge_export.cpu.plan import make_plan
 from kdedge_export.images import Held, Images
-from kdedge_export.plan import make_plan
-from kdedge_export.ranges import CALIBRATORS, entropy, minmax, mse, percentile, quantize_weight, s8_mse
 from kdedge_export.sessions import open_session
 from kdedge_export.table import U8
 

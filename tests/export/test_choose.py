@@ -8,13 +8,13 @@ from torch import nn
 
 from kdedge.data.sources import open_source
 from kdedge.errors import DataError
-from kdedge_export.calibrate import calibrate
-from kdedge_export.choose import Choice, choose_among, choose_s8_spans, choose_spans_per_tensor
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.choose import Choice, choose_among, choose_s8_spans, choose_spans_per_tensor
+from kdedge_export.calibration.histogram import Histogram
+from kdedge_export.calibration.ranges import CALIBRATORS, S8_CALIBRATORS, Form, measured, seen, with_zero
+from kdedge_export.cpu.plan import Plan, make_plan
 from kdedge_export.graph import Graph, constant_tensor
-from kdedge_export.histogram import Histogram
 from kdedge_export.images import Part
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.ranges import CALIBRATORS, S8_CALIBRATORS, Form, measured, seen, with_zero
 from kdedge_export.sessions import open_session
 from kdedge_export.table import U8, s8_scale
 

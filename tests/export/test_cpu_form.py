@@ -9,13 +9,13 @@ import torch
 from onnx import helper
 from torch import nn
 
-from kdedge_export.calibrate import calibrate
-from kdedge_export.cpu_form import cpu_form, trt_form
-from kdedge_export.lint import lint_int8
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table, measured
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import make_table, measured
+from kdedge_export.cpu.cpu_form import cpu_form, trt_form
+from kdedge_export.cpu.lint import lint_int8
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import run_onnx
 from kdedge_export.table import U8, RangeTable
 

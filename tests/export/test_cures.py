@@ -11,21 +11,21 @@ from torch import nn
 from torch.nn import functional
 
 from kdedge.errors import ExportError
-from kdedge_export.adaround import adaround
-from kdedge_export.bias_correction import correct_bias
-from kdedge_export.calibrate import calibrate
-from kdedge_export.cpu_form import cpu_form
-from kdedge_export.cures import Cured, cure, partly_float
-from kdedge_export.equalize import MARGIN, equalize, pairs, peaks
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import make_table, measured
+from kdedge_export.cpu.cpu_form import cpu_form
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.cures.adaround import adaround
+from kdedge_export.cures.bias_correction import correct_bias
+from kdedge_export.cures.cure import Cured, cure, partly_float
+from kdedge_export.cures.equalize import MARGIN, equalize, pairs, peaks
+from kdedge_export.cures.sensitivity import divergences, sensitivity, units
+from kdedge_export.cures.taps import run, set_constant, tap
+from kdedge_export.cures.walk import spread, weighted_layers
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.graph import Graph
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table, measured
-from kdedge_export.sensitivity import divergences, sensitivity, units
 from kdedge_export.table import U8, RangeTable
-from kdedge_export.taps import run, set_constant, tap
-from kdedge_export.walk import spread, weighted_layers
 
 from .conftest import CLASSES, SMALL, images, warm
 
@@ -330,8 +330,8 @@ def test_adaround_moves_no_weight_by_more_than_a_code(small: onnx.ModelProto, ba
 
 def test_every_kind_of_layer_is_sampled_as_it_computes(small: onnx.ModelProto, batches: Batches) -> None:
     """AdaRound's unfolded layer makes what the layer itself makes, for padding, strides, groups and depthwise."""
-    from kdedge_export.adaround import _samples
-    from kdedge_export.walk import Layer, cure_layers
+    from kdedge_export.cures.adaround import _samples
+    from kdedge_export.cures.walk import Layer, cure_layers
 
     seen: list[str] = []
 
@@ -467,7 +467,7 @@ def test_a_cure_that_harms_is_not_kept(
         altered(copy, "wide.0", lambda b: b + 10, place=2)
         return copy
 
-    monkeypatch.setattr("kdedge_export.cures.correct_bias", spoilt)
+    monkeypatch.setattr("kdedge_export.cures.cure.correct_bias", spoilt)
     found = cured(small, table, batches, until_points=np.inf)
     assert [each.kept for each in found.effects] == [False, False]
     assert found.model is small
@@ -480,7 +480,7 @@ def test_a_network_torch_cannot_run_goes_uncured(
     def refused(*_: object) -> onnx.ModelProto:
         raise ExportError("The node odd is an Odd.")
 
-    monkeypatch.setattr("kdedge_export.cures.correct_bias", refused)
+    monkeypatch.setattr("kdedge_export.cures.cure.correct_bias", refused)
     table = table_of(small)
     found = cured(small, table, batches, until_points=np.inf)
     assert (found.model is small, found.table is table, found.effects) == (True, True, ())

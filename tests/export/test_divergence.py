@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge.errors import DataError, ExportError
-from kdedge_export.divergence import compare_layers
-from kdedge_export.plan import make_plan
-from kdedge_export.qdq import write_int8
+from kdedge_export.cpu.plan import make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.judging.divergence import compare_layers
 from kdedge_export.table import RangeTable, natural_weight_scales
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 2, 6, 6)).astype(np.float32)

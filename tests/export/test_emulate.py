@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kdedge.errors import MissingPackage
-from kdedge_export.emulate import emulate, emulate_openvino
 from kdedge_export.sessions import run_onnx
-from kdedge_export.trt_qdq import write_trt
+from kdedge_export.trt.emulate import emulate, emulate_openvino
+from kdedge_export.trt.qdq import write_trt
 
 from .conftest import SMALL, images
 from .trt_toys import make_toy

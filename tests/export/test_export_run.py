@@ -21,10 +21,10 @@ from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner
 from kdedge_export import export as steps
 from kdedge_export import subject as subjects
+from kdedge_export.cpu.lint import lint_float, lint_int8
 from kdedge_export.export import Options, export_run
 from kdedge_export.images import calibration_part, open_run_images
-from kdedge_export.latency import measure_alone, race
-from kdedge_export.lint import lint_float, lint_int8
+from kdedge_export.judging.latency import measure_alone, race
 
 from .test_latency import record
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdedge_export.fake_quant import LearnedSpans, round_between, round_bias, round_u8, round_weight
-from kdedge_export.ranges import quantize_weight
+from kdedge_export.calibration.ranges import quantize_weight
 from kdedge_export.table import U8
+from kdedge_export.training.fake_quant import LearnedSpans, round_between, round_bias, round_u8, round_weight
 
 
 def test_a_tensor_is_rounded_as_its_table_says_and_gradients_pass_inside() -> None:

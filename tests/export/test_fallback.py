@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kdedge_export.fallback import Search, search
-from kdedge_export.gate import Agreement
-from kdedge_export.latency import Speedup
+from kdedge_export.judging.fallback import Search, search
+from kdedge_export.judging.gate import Agreement
+from kdedge_export.judging.latency import Speedup
 
 LAYERS = tuple(f"layer{i}" for i in range(40))
 BUDGET = 1.0

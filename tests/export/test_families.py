@@ -10,14 +10,14 @@ from torch import nn
 
 from kdedge.models.zoo import ARCHITECTURES, ModelSpec, build
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.calibrate import calibrate
-from kdedge_export.cpu_form import cpu_form
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import make_table, measured
+from kdedge_export.cpu.cpu_form import cpu_form
+from kdedge_export.cpu.lint import lint_float, lint_int8
+from kdedge_export.cpu.plan import make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.onnx_export import export_float, verify
 from kdedge_export.graph import attribute
-from kdedge_export.lint import lint_float, lint_int8
-from kdedge_export.onnx_export import export_float, verify
-from kdedge_export.plan import make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table, measured
 from kdedge_export.sessions import run_onnx
 
 from .conftest import CLASSES, images, warm

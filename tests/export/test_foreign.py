@@ -9,8 +9,8 @@ from PIL import Image
 
 from kdedge.errors import DataError, ExportError
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.foreign import Reading, open_foreign, preprocess_of, spec_images
-from kdedge_export.onnx_import import Imported, import_onnx
+from kdedge_export.float_form.foreign import Reading, open_foreign, preprocess_of, spec_images
+from kdedge_export.float_form.onnx_import import Imported, import_onnx
 
 from .foreign_files import classifier, saved
 

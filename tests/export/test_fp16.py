@@ -8,11 +8,11 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from kdedge.errors import ExportError
-from kdedge_export.emulate import emulate
-from kdedge_export.fp16 import overflowing, write_fp16
-from kdedge_export.lint import lint_float
-from kdedge_export.onnx_export import export_float
+from kdedge_export.cpu.lint import lint_float
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import run_onnx
+from kdedge_export.trt.emulate import emulate
+from kdedge_export.trt.fp16 import overflowing, write_fp16
 
 from .conftest import CLASSES, SMALL, images
 from .test_int8 import relative_rms

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kdedge.intervals import tango, wilson
-from kdedge_export.gate import Agreement, Candidate, Decision, agreement, fill_in, gate_document, judge
-from kdedge_export.latency import Speedup
+from kdedge_export.judging.gate import Agreement, Candidate, Decision, agreement, fill_in, gate_document, judge
+from kdedge_export.judging.latency import Speedup
 
 UNKNOWN = np.full(1000, -1, np.int64)
 CPU = "onnxruntime-cpu"

@@ -16,19 +16,19 @@ from kdedge_device.evaluate import logits_of
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.runners import OrtRunner
 from kdedge_export.bundle import golden_tolerance, write_golden, write_manifest
-from kdedge_export.calibrate import calibrate
-from kdedge_export.fp16 import write_fp16
-from kdedge_export.input_form import with_uint8_input
-from kdedge_export.onnx_import import import_onnx
-from kdedge_export.plan import make_plan
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import make_table, measured
+from kdedge_export.cpu.plan import make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.input_form import with_uint8_input
+from kdedge_export.float_form.onnx_import import import_onnx
 from kdedge_export.pyz import build_pyz
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table, measured
 from kdedge_export.sessions import open_session, run_onnx
 from kdedge_export.table import RangeTable, natural_weight_scales
-from kdedge_export.trt_plan import make_trt_plan
-from kdedge_export.trt_qdq import write_trt
-from kdedge_export.trt_typed import write_trt_fp16
+from kdedge_export.trt.fp16 import write_fp16
+from kdedge_export.trt.plan import make_trt_plan
+from kdedge_export.trt.qdq import write_trt
+from kdedge_export.trt.typed import write_trt_fp16
 
 from .conftest import images
 from .foreign_files import classifier, node, saved, weights

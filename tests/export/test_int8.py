@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from kdedge.errors import BugError
-from kdedge_export.calibrate import calibrate
-from kdedge_export.cpu_form import cpu_form
-from kdedge_export.lint import lint_int8, require_clean
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import CALIBRATORS, make_table, measured
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import CALIBRATORS, make_table, measured
+from kdedge_export.cpu.cpu_form import cpu_form
+from kdedge_export.cpu.lint import lint_int8, require_clean
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import run_onnx
 from kdedge_export.table import U8, RangeTable
 
@@ -335,7 +335,7 @@ def test_the_linter_finds_an_activation_in_the_way(mobilenet_v2: Exported) -> No
 
 
 def test_a_layer_left_in_float_is_float(mobilenet_v2: Exported) -> None:
-    """Behind a DequantizeLinear of one scale ONNX Runtime quantizes float weights by itself: depthwise ones are lost."""
+    """Behind one scale ONNX Runtime quantizes a float layer by itself, with one scale for its weights: depthwise is lost."""
     _, model = mobilenet_v2
     shapes = {each.name: tuple(each.dims) for each in model.graph.initializer}
     depthwise = next(n.name for n in model.graph.node if n.op_type == "Conv" and shapes[n.input[1]][1] == 1)

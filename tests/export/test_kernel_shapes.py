@@ -8,17 +8,17 @@ from onnx import helper
 from torch import nn
 
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.aligned import aligned
-from kdedge_export.calibrate import calibrate
-from kdedge_export.columns import in_columns
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.calibration.ranges import make_table, measured
+from kdedge_export.cpu.aligned import aligned
+from kdedge_export.cpu.columns import in_columns
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.cpu.unshuffled import unshuffled
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.graph import attribute
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qdq import write_int8
-from kdedge_export.ranges import make_table, measured
 from kdedge_export.sessions import run_onnx
 from kdedge_export.table import RangeTable, natural_weight_scales
-from kdedge_export.unshuffled import unshuffled
 
 from .conftest import CLASSES, SMALL, images
 

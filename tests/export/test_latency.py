@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from kdedge.errors import DeviceError
-from kdedge_export.latency import LOOKS, Race, Speedup, measure_alone, race
+from kdedge_export.judging.latency import LOOKS, Race, Speedup, measure_alone, race
 
 SHORT = ("--seconds", "0", "--runs", "20")
 

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from kdedge.errors import ExportError
-from kdedge_export import onnx_file
-from kdedge_export.onnx_import import import_onnx
+from kdedge_export.float_form import onnx_file
+from kdedge_export.float_form.onnx_import import import_onnx
 
 from .foreign_files import after_conv, classifier, model_of, node, saved, weights
 

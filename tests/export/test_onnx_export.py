@@ -10,8 +10,8 @@ from torch import nn
 
 from kdedge.errors import ExportError
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.lint import lint_float
-from kdedge_export.onnx_export import export_float, verify
+from kdedge_export.cpu.lint import lint_float
+from kdedge_export.float_form.onnx_export import export_float, verify
 from kdedge_export.sessions import run_onnx
 
 from .conftest import CLASSES, SMALL, images

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kdedge_export.lint import lint_float
-from kdedge_export.onnx_import import import_onnx
+from kdedge_export.cpu.lint import lint_float
+from kdedge_export.float_form.onnx_import import import_onnx
 from kdedge_export.sessions import run_onnx
 
 from .conftest import warm

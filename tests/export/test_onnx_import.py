@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.lint import lint_float
-from kdedge_export.onnx_import import Imported, import_onnx
+from kdedge_export.cpu.lint import lint_float
+from kdedge_export.float_form.onnx_import import Imported, import_onnx
 from kdedge_export.sessions import open_session, run_onnx
 
 from .conftest import SMALL

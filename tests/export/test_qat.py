@@ -17,17 +17,17 @@ from kdedge.models.weights import load_model
 from kdedge.recipe import resolve
 from kdedge.run_pool import describe
 from kdedge.runs import Run, read_json
-from kdedge_export import qat
-from kdedge_export.gate import agreement
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.graph import Graph
 from kdedge_export.images import open_run_images
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qat import QATConfig, rounded_network, run_qat
-from kdedge_export.qdq import write_int8
+from kdedge_export.judging.gate import agreement
 from kdedge_export.sessions import run_onnx
 from kdedge_export.table import RangeTable, natural_weight_scales
-from kdedge_export.torch_graph import TorchGraph
+from kdedge_export.training import qat
+from kdedge_export.training.qat import QATConfig, rounded_network, run_qat
+from kdedge_export.training.torch_graph import TorchGraph
 
 Calibrated = tuple[onnx.ModelProto, Plan, RangeTable]
 QUICK = QATConfig(total_steps=100, learning_rate=1e-5, ema_decay=0.9, learn_spans=True)

@@ -6,8 +6,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge.errors import ExportError
-from kdedge_export.lint import lint_float
-from kdedge_export.rewrite import to_opset_17
+from kdedge_export.cpu.lint import lint_float
+from kdedge_export.float_form.rewrite import to_opset_17
 from kdedge_export.sessions import run_onnx
 
 X = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32)

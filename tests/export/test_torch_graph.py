@@ -11,13 +11,13 @@ from torch import nn
 
 from kdedge.errors import ExportError
 from kdedge.models.zoo import ModelSpec, build
-from kdedge_export.cpu_form import cpu_form
-from kdedge_export.onnx_export import export_float
-from kdedge_export.plan import Plan, make_plan
-from kdedge_export.qdq import write_int8
+from kdedge_export.cpu.cpu_form import cpu_form
+from kdedge_export.cpu.plan import Plan, make_plan
+from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import open_session, run_onnx
 from kdedge_export.table import U8, RangeTable, natural_weight_scales
-from kdedge_export.torch_graph import TorchGraph
+from kdedge_export.training.torch_graph import TorchGraph
 
 from .conftest import CLASSES, SMALL, images, warm
 from .test_families import shallow

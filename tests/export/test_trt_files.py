@@ -12,15 +12,15 @@ from torch import nn
 
 from kdedge.errors import BugError, ExportError
 from kdedge.models.zoo import ModelSpec, build
-from kdedge_export.cpu_form import cpu_form, trt_form
-from kdedge_export.emulate import emulate
-from kdedge_export.onnx_export import export_float
+from kdedge_export.cpu.cpu_form import cpu_form, trt_form
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import run_onnx
 from kdedge_export.table import RangeTable
-from kdedge_export.trt_lint import lint_trt
-from kdedge_export.trt_plan import make_trt_plan
-from kdedge_export.trt_qdq import write_trt
-from kdedge_export.trt_typed import to_opset_20, write_trt_fp16
+from kdedge_export.trt.emulate import emulate
+from kdedge_export.trt.lint import lint_trt
+from kdedge_export.trt.plan import make_trt_plan
+from kdedge_export.trt.qdq import write_trt
+from kdedge_export.trt.typed import to_opset_20, write_trt_fp16
 
 from .conftest import CLASSES, SMALL, images, warm
 from .test_families import PREPROCESS, shallow

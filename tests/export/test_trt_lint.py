@@ -8,13 +8,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from kdedge_export import trt_lint, trt_placement
-from kdedge_export.trt_lint import RULES, Form, lint_trt
-from kdedge_export.trt_placement import PLACEMENT
-from kdedge_export.trt_plan import make_trt_plan
-from kdedge_export.trt_qdq import write_trt
-from kdedge_export.trt_typed import write_trt_fp16
-from kdedge_export.trt_view import View
+from kdedge_export.trt import lint as trt_lint
+from kdedge_export.trt import placement as trt_placement
+from kdedge_export.trt.lint import RULES, Form, lint_trt
+from kdedge_export.trt.placement import PLACEMENT
+from kdedge_export.trt.plan import make_trt_plan
+from kdedge_export.trt.qdq import write_trt
+from kdedge_export.trt.typed import write_trt_fp16
+from kdedge_export.trt.view import View
 
 from .trt_toys import make_toy
 

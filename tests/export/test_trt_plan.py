@@ -7,12 +7,12 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.graph import Graph
-from kdedge_export.onnx_export import export_float
 from kdedge_export.table import RangeTable
-from kdedge_export.trt_plan import make_trt_plan
-from kdedge_export.trt_qdq import write_trt
-from kdedge_export.trt_rules import Pooled, why_weighted_float
+from kdedge_export.trt.plan import make_trt_plan
+from kdedge_export.trt.qdq import write_trt
+from kdedge_export.trt.rules import Pooled, why_weighted_float
 
 from .conftest import CLASSES, SMALL
 from .trt_toys import FLOAT_LAYERS, make_toy

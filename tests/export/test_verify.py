@@ -9,8 +9,8 @@ import pytest
 from kdedge.errors import BugError, ExportError
 from kdedge.intervals import wilson
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.divergence import Divergence, Layer
-from kdedge_export.verify import FileProof, collect, prove
+from kdedge_export.judging.divergence import Divergence, Layer
+from kdedge_export.judging.verify import FileProof, collect, prove
 
 CLASSES = ("ant", "bee", "cow")
 BASE = np.array([[5, 1, 0], [4, 2, 0], [1, 5, 0], [0, 3, 1], [0, 1, 4], [2, 0, 5]], np.float32)  # a a b b c c

@@ -13,10 +13,10 @@ from torch import nn
 from kdedge.data.sources import open_source
 from kdedge.models.zoo import ARCHITECTURES, ModelSpec, build
 from kdedge_device.preprocess import Preprocess
+from kdedge_export.cpu.lint import lint_float
+from kdedge_export.float_form.onnx_export import export_float, verify
+from kdedge_export.float_form.onnx_import import import_onnx
 from kdedge_export.graph import Graph
-from kdedge_export.lint import lint_float
-from kdedge_export.onnx_export import export_float, verify
-from kdedge_export.onnx_import import import_onnx
 from kdedge_export.sessions import run_onnx
 
 from .conftest import CLASSES, warm

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.calibrate import calibrate
-from kdedge_export.onnx_export import export_float
+from kdedge_export.calibration.calibrate import calibrate
+from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.table import RangeTable, natural_weight_scales
-from kdedge_export.trt_plan import TrtPlan, make_trt_plan
+from kdedge_export.trt.plan import TrtPlan, make_trt_plan
 
 from .conftest import CLASSES, SMALL, images
 
