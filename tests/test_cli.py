@@ -86,7 +86,7 @@ def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], cap
         (["train-recipe"], "Missing argument 'RECIPE'"),
         (["eval", "x"], "Missing option '--data'"),
         (["export", "nowhere"], "The run folder nowhere does not exist."),
-        (["export", "model.onnx"], "model.onnx is an ONNX file; a run folder was expected"),
+        (["export", "model.onnx"], "model.onnx brings no images; name some of its kind"),
         (["bench", "nowhere"], "nowhere does not exist."),
         (["report", "nowhere"], "The run folder nowhere does not exist."),
         (["report"], "There is no finished run under"),

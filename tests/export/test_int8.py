@@ -335,7 +335,7 @@ def test_the_linter_finds_an_activation_in_the_way(mobilenet_v2: Exported) -> No
 
 
 def test_a_layer_left_in_float_is_float(mobilenet_v2: Exported) -> None:
-    """Behind one scale ONNX Runtime quantizes a float layer by itself, with one scale for its weights: depthwise is lost."""
+    """Behind one scale ONNX Runtime quantizes a float layer itself, all its weights by one scale: depthwise is lost."""
     _, model = mobilenet_v2
     shapes = {each.name: tuple(each.dims) for each in model.graph.initializer}
     depthwise = next(n.name for n in model.graph.node if n.op_type == "Conv" and shapes[n.input[1]][1] == 1)

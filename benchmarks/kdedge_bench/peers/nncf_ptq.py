@@ -8,12 +8,15 @@ import json
 import resource
 import time
 
-import nncf
 import numpy as np
 import onnx
 
+__all__ = ["main"]
+
 
 def main() -> None:
+    import nncf  # of the environment it runs in
+
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("calibration")
