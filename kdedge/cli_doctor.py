@@ -44,7 +44,7 @@ def doctor() -> Reply:
         _look("onnxruntime", _onnxruntime, True, "running and measuring ONNX files"),
         _look("cuda", _cuda, False, "training on a GPU"),
         _look("tensorrt", _tensorrt, False, "engines on this machine"),
-        _look("pycuda", _package("pycuda"), False, "running engines"),
+        _look("pycuda", _package("pycuda"), False, "nothing of ours: engines run through the driver"),
         _look("timm", _package("timm"), False, "starting weights by timm name"),
         _look("chromium", _chromium, False, "the browser tests of the report"),
         _look("data folder", _data_folder, False, "named data sets (digits needs none)"),
