@@ -105,18 +105,23 @@ def _exported_file(
 
 
 def _export_text(document: dict[str, Any], bundle: Path) -> str:
-    rows = [("", "accuracy", "bytes", "p50")]
+    proved = document["proof"]["files"]
+    rows = [("", "accuracy", "agrees with FP32", "bytes", "p50")]
     for name, artifact in document["artifacts"].items():
         accuracy, latency = artifact.get("accuracy"), artifact.get("latency_ms_p50")
+        differ = proved[name]["agreement"]["disagreement_points"]
         rows.append(
             (
                 name,
                 "-" if accuracy is None else f"{accuracy:.4f}",
+                "-" if name == "fp32" or differ is None else f"{100 - differ:.1f} %",
                 f"{artifact['bytes']:,}",
                 "-" if latency is None else f"{latency:.3f} ms",
             )
         )
-    return f"{columns(rows)}\n\n{document['why']}\nBundle: {bundle}"
+    seen = f"Agreement: on {document['proof']['images']} images"
+    emulated = "; trt files are emulated, their engines are built on the device" if "trt" in proved else ""
+    return f"{columns(rows)}\n{seen}{emulated}.\n\n{document['why']}\nBundle: {bundle}"
 
 
 @click.command()
