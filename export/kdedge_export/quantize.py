@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from kdedge.errors import RunError
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.calibration.calibrate import calibrate
 from kdedge_export.calibration.choose import Choice, choose_among, choose_spans_per_tensor
@@ -246,8 +247,13 @@ class _Maker:
         return self.held.logits(model.SerializeToString(), self.gate.threads)
 
     def trained(self, start: Numbers, train: Train) -> list[Numbers]:
-        model, table = train(start.model, self.plan, start.table)
-        self.lap("training")
+        try:
+            model, table = train(start.model, self.plan, start.table)
+        except RunError as error:
+            self.say(f"QAT failed, and the file without it is kept: {error}")
+            return []
+        finally:
+            self.lap("training")
         return [self._numbers(TRAINED, model, model, table)]
 
     def _numbers(self, name: str, model: onnx.ModelProto, reference: onnx.ModelProto, table: RangeTable) -> Numbers:

@@ -53,6 +53,7 @@ from kdedge_export.training.torch_graph import TorchGraph
 __all__ = ["QATConfig", "RoundedHead", "rounded_network", "run_qat"]
 
 Say = Callable[[str], None]
+SLOWEST = 3e-4  # below, a hundred steps change nothing: starting weights were tuned with less
 
 
 class QATConfig(Config):
@@ -61,7 +62,7 @@ class QATConfig(Config):
     method: DistilledQATConfig = DistilledQATConfig()
     teacher: Literal["student", "teacher"] = "student"  # the student in FP32, or the run's outer network
     total_steps: Annotated[int, Field(gt=0)] | None = None  # null: a tenth of the student's, 100 or more
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3  # a tenth of FixMatch's: steps are few, and gradients small
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # null: a tenth of the student's, at least SLOWEST
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     learn_spans: bool = False
@@ -210,7 +211,7 @@ def _optim(recipe: Recipe, config: QATConfig, pool: Pool) -> OptimConfig:
         total_steps=config.total_steps or max(100, (student.total_steps or 0) // 10),
         labeled_batch=student.labeled_batch,
         unlabeled_ratio=student.unlabeled_ratio,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or max(SLOWEST, 0.1 * (student.learning_rate or 0.0)),
         warmup_steps=0,
         momentum=config.momentum,
         weight_decay=0.0,
