@@ -38,7 +38,7 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option("--calibrate", metavar="SPEC", help="Calibrate on these images; a MODEL.onnx has no others.")
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=100),
     default=1.0,
     show_default=True,
     metavar="POINTS",

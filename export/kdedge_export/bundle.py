@@ -1,6 +1,8 @@
 """The bundle folder: its files, the manifest that names them with their hashes, and how it takes its final name."""
 
 import contextlib
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from kdedge.errors import DataError, ExportError
-from kdedge.runs import sha256_file, write_json
+from kdedge.errors import DataError, ExportError, RunError
+from kdedge.runs import read_json, sha256_file, write_json
 from kdedge_device.manifest import SCHEMA
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.images import Part
@@ -52,22 +54,30 @@ ARTIFACTS = {
 }
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def new_bundle(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that takes its place when all went well, and vanishes when not.
 
     A bundle that is there is replaced; ExportError where `out` is anything else, or cannot be written.
     """
-    if out.exists() and not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not _is_bundle(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists and is no bundle; it is left as it is. Choose another folder with --out.")
     folder: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
         yield folder
-        folder.chmod(out.parent.stat().st_mode & 0o777)  # mkdtemp lets nobody else read
+        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else read
         _take_place(folder, out)
     except OSError as error:
+        if error.filename and error.errno not in _NO_ROOM and not str(error.filename).startswith(str(out.parent)):
+            raise ExportError(
+                f"Cannot read {error.filename}: {error.strerror or error}. What was there before is untouched. "
+                "Bring the file back, or check its disk, and export again."
+            ) from error
         raise ExportError(
             f"Cannot write {error.filename or out}: {error.strerror or error}. What was there before is untouched. "
             "Free some space or choose a writable folder with --out."
@@ -75,6 +85,25 @@ def new_bundle(out: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_bundle(folder: Path) -> bool:
+    """A run has a manifest.json as well, and must not be taken for an old bundle."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return False
+    try:
+        document = read_json(manifest)
+    except RunError:
+        return False
+    return isinstance(document, dict) and isinstance(document.get("artifacts"), dict)
+
+
+def _umask() -> int:
+    """Of this process; it can only be read by being set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _take_place(folder: Path, out: Path) -> None:
@@ -85,7 +114,7 @@ def _take_place(folder: Path, out: Path) -> None:
     out.rename(old)
     try:
         folder.rename(out)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -40,8 +40,8 @@ from kdedge_export.quantize import GateImages, Quantized, Train, quantize
 from kdedge_export.stored import store
 from kdedge_export.subject import Subject, file_subject, run_subject, some_images
 from kdedge_export.training.qat import QATConfig, run_qat
-from kdedge_export.trt.engines import build_here
-from kdedge_export.trt.fp16 import write_fp16
+from kdedge_export.trt.engines import build_here, require_tensorrt
+from kdedge_export.trt.fp16 import overflowing, write_fp16
 
 __all__ = ["CPU", "TENSORRT", "Options", "export_file", "export_run"]
 
@@ -49,6 +49,7 @@ CPU, TENSORRT = "onnxruntime-cpu", "tensorrt"
 GOLDEN_IMAGES = 8
 PROVED_IMAGES = 500  # files for TensorRT are emulated, ten times as slowly as a CPU's file runs
 LAYER_IMAGES = 4
+HALF_IMAGES = 16
 Say = Callable[[str], None]
 Logits = dict[str, npt.NDArray[np.float32]]
 
@@ -103,6 +104,7 @@ class _Export:
 
     def whole(self) -> dict[str, Any]:
         """Everything; an interrupted calibration is kept to be gone on with, one that failed is not."""
+        self._check_first()
         try:
             document, test = self._bundle()
         except Exception:
@@ -113,6 +115,13 @@ class _Export:
         if self.subject.run is not None:
             self._add_predictions(self.subject.run, test)
         return document
+
+    def _check_first(self) -> None:
+        """What would fail at the end fails now, before anything is calibrated or trained."""
+        if self.options.tensorrt:
+            require_tensorrt()
+        if self.options.with_eval:
+            eval_part(self.images.test, self.options.with_eval)
 
     def _bundle(self) -> tuple[dict[str, Any], Logits]:
         with (
@@ -174,7 +183,11 @@ class _Export:
     def _tensorrt_files(self, quantized: Quantized) -> TensorRt:
         made = make_tensorrt(quantized, self._lost)
         self.files.write("trt", made.weak)
-        self.files.write("trt-fp16", made.typed)
+        try:
+            self._require_half()
+            self.files.write("trt-fp16", made.typed)
+        except ExportError as error:
+            self.say(f"There is no file for TensorRT 11, whose body is FP16: {error}")
         return made
 
     def _lost(self, model: onnx.ModelProto) -> tuple[float, float]:
@@ -188,11 +201,23 @@ class _Export:
         if not required and not wanted:
             return
         try:
+            self._require_half()
             self.files.write("fp16", write_fp16(self.subject.model))
         except ExportError as error:
             if required:
                 raise
             self.say(f"There is no FP16 file to compare with: {error}")
+
+    def _require_half(self) -> None:
+        """ONNX Runtime computes FP16 in float32 on a CPU: an overflow would not be seen before a GPU runs the file."""
+        some = some_images(self.images, self.preprocess, HALF_IMAGES)
+        large = overflowing(self.subject.model, [self.preprocess.normalize(some[i : i + 1]) for i in range(len(some))])
+        if large:
+            name, value = max(large.items(), key=lambda each: each[1])
+            raise ExportError(
+                f"The tensor {name} reaches {value:.3g}, and FP16 ends at 65504; activations below half of that were "
+                "expected. Export without FP16, or train with batch normalisation or weight decay."
+            )
 
     def _speed(self, model: onnx.ModelProto) -> Speedup:
         self.files.write("int8", model)
@@ -265,7 +290,7 @@ class _Export:
             runs.insert(0, ("torch", self.subject.original))
         logits = collect(runs, stored.chunks(), self.preprocess)
         images, layers = [batch[:LAYER_IMAGES] for batch in stored[:1]], {}
-        if quantized and tensorrt:
+        if quantized and tensorrt and images:
             form = quantized.numbers.reference
             layers["int8"] = compare_layers(form, quantized.model, images)
             layers["trt"] = compare_layers(trt_form(form), tensorrt.weak, images, optimize=False)
@@ -295,9 +320,11 @@ class _Export:
 
     def _accuracy(self, test: Logits) -> dict[str, float | None]:
         """Share of the test images of known class that are right; None where there are none, or it is only emulated."""
-        known = self.images.test.labels >= 0
-        right = {name: (each.argmax(1) == self.images.test.labels)[known] for name, each in test.items()}
-        return {name: float(right[name].mean()) if known.any() and name in right else None for name in self.files.names}
+        labels, found = self.images.test.labels, dict.fromkeys(self.files.names)
+        known = labels >= 0
+        if not known.any():
+            return found
+        return found | {name: float((each.argmax(1) == labels)[known].mean()) for name, each in test.items()}
 
     def _manifest(self, decision: Decision, golden: Logits, test: Logits, quantized: Quantized | None) -> None:
         accuracy, part = self._accuracy(test), self.images.test

@@ -17,7 +17,6 @@ from kdedge_export.float_form.input_form import with_uint8_input
 from kdedge_export.quantize import Quantized
 from kdedge_export.sessions import open_session
 from kdedge_export.trt.emulate import emulate
-from kdedge_export.trt.fp16 import write_fp16
 from kdedge_export.trt.lint import lint_trt
 from kdedge_export.trt.plan import TrtPlan, make_trt_plan
 from kdedge_export.trt.qdq import write_trt
@@ -92,9 +91,6 @@ class Files:
         self.models[name] = model
         final_form = with_uint8_input(model, self.preprocess) if self.uint8_input else model
         self.path(name).write_bytes(final_form.SerializeToString())
-
-    def write_fp16(self) -> None:
-        self.write("fp16", write_fp16(self.models["fp32"]))
 
     def runner(self, name: str) -> Callable[[Batch], Batch]:
         """Logits [N, K] of float32 [N, C, H, W]; of a file for TensorRT, as a device would compute them."""

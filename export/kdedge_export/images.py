@@ -156,10 +156,16 @@ def open_run_images(run: Run) -> RunImages:
     )
 
 
-def calibration_part(spec: str, images: int = CALIBRATION_IMAGES) -> Part:
-    """Up to `images` of another set, evenly over it, none of its val or test."""
+def calibration_part(spec: str, images: int = CALIBRATION_IMAGES, judged: Sequence[Part] = ()) -> Part:
+    """Up to `images` of another set, evenly over it, none of its val or test.
+
+    Images of `judged` are left out where it is their own set: what a file is judged on it was not calibrated on.
+    """
     source = open_source(spec).decodable()
-    pool = np.flatnonzero(np.isin(source.part, ("train", "unlabeled")))
+    free = np.isin(source.part, ("train", "unlabeled"))
+    known = {identity for part in judged for identity in part.ids}
+    free &= np.array([identity not in known for identity in source.ids], bool)
+    pool = np.flatnonzero(free)
     if len(pool) == 0:
         raise DataError(
             f"{spec} has no training or unlabeled images to calibrate on. Name another set with --calibrate."

@@ -4,6 +4,7 @@ Every choice is made on the gate split, against the float file: of two ways that
 layers as few in float as the budget asks for. Numbers are a float model and a range table; with a plan they are a file.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import onnx
 from kdedge.errors import RunError
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.calibration.calibrate import calibrate
-from kdedge_export.calibration.choose import Choice, choose_among, choose_spans_per_tensor
+from kdedge_export.calibration.choose import Choice, choose_s8_spans, choose_spans_per_tensor
 from kdedge_export.calibration.histogram import Histogram
-from kdedge_export.calibration.ranges import CALIBRATORS, choose_spans, measured
+from kdedge_export.calibration.ranges import choose_spans, measured
 from kdedge_export.cpu.cpu_form import cpu_form, trt_form
 from kdedge_export.cpu.lint import lint_int8, require_clean
 from kdedge_export.cpu.plan import Plan, make_plan
@@ -32,8 +33,8 @@ from kdedge_export.judging.fallback import Search, search
 from kdedge_export.judging.gate import Agreement, agreement
 from kdedge_export.judging.latency import Speedup
 from kdedge_export.stored import Stored, store
-from kdedge_export.table import RangeTable, Span, natural_weight_scales
-from kdedge_export.trt.plan import TrtPlan, make_trt_plan
+from kdedge_export.table import RangeTable, natural_weight_scales
+from kdedge_export.trt.plan import make_trt_plan
 
 __all__ = ["GateImages", "Numbers", "Quantized", "Speed", "Train", "quantize"]
 
@@ -80,7 +81,8 @@ class Numbers:
     @property
     def badness(self) -> float:
         """The divergence: finer than lost points, which are few. Without gate images all ways are equal."""
-        return self.found.divergence or 0.0
+        divergence = self.found.divergence or 0.0
+        return divergence if math.isfinite(divergence) else math.inf
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def quantize(
     maker = _Maker(make_plan(form), preprocess, calibration, gate, scratch, state, say)
     ways = maker.calibrated(form)
     ways += maker.cured(min(ways, key=lambda way: way.badness), max_drop_points)
-    if train is not None:
+    if train is not None and not len(gate.images):
+        say("There are no gate images to tell whether QAT helps, so it is left out")
+    elif train is not None:
         ways += maker.trained(min(ways, key=lambda way: way.badness), train)
     best = min(ways, key=lambda way: way.badness)
     if len(ways) > 1:
@@ -131,9 +135,12 @@ def quantize(
     untrained = min((way for way in ways if way.name != TRAINED), key=lambda way: way.badness)
     if not searched.held and best is not untrained:
         # Trained weights have learned to be rounded: in float they are another network, and no way back to FP32.
+        of_trained = maker.sensitivity
         again = maker.search(untrained, speed, max_drop_points)
         if again.held:
             best, searched = untrained, again
+        else:
+            maker.sensitivity = of_trained
     plan = make_plan(best.model, frozenset(searched.left_float))
     enough = [each.left_float for each in searched.tries if each.agreement.within(max_drop_points)]
     left = frozenset(searched.left_float[: min(enough)] if enough else searched.left_float)
@@ -198,31 +205,20 @@ class _Maker:
         choice = choose_spans_per_tensor(
             form, self.plan, histograms, self.held.pixels, self.preprocess, self.gate.threads
         )
-        symmetric = self._symmetric_spans(form, trt, histograms)
+        symmetric = choose_s8_spans(
+            trt_form(form),
+            trt.measured,
+            trt.same_scale,
+            histograms,
+            self.held.pixels,
+            self.preprocess,
+            self.gate.threads,
+        ).spans
         scales = natural_weight_scales(form, {*self.plan.layers, *trt.weighted})
         self.lap("choice")
         made = RangeTable({**symmetric, **choice.spans}, scales, symmetric)
         self.calibrations.append((made, histograms, choice))
         return made
-
-    def _symmetric_spans(
-        self, form: onnx.ModelProto, trt: TrtPlan, histograms: Mapping[str, Histogram]
-    ) -> dict[str, Span]:
-        """For TensorRT's codes, which are symmetric; chosen in the same way, by what reads each tensor."""
-        candidates = {
-            name: {method: _with_zero(way(histograms[name])) for method, way in CALIBRATORS.items()}
-            for name in trt.measured
-        }
-        methods, _ = choose_among(
-            trt_form(form),
-            candidates,
-            self.held.pixels,
-            self.preprocess,
-            same_scale=trt.same_scale,
-            form="s8",
-            threads=self.gate.threads,
-        )
-        return {name: candidates[name][method] for name, method in methods.items()}
 
     def cured(self, start: Numbers, max_drop_points: float) -> list[Numbers]:
         """Nothing, where no cure brings the held-out images nearer to FP32."""
@@ -272,6 +268,7 @@ class _Maker:
 
     def search(self, numbers: Numbers, speed: Speed | None, max_drop_points: float) -> Search[onnx.ModelProto]:
         """Layers back to float until both sides of the gate hold."""
+        self.sensitivity = []
         found = search(
             order=lambda: self.order(numbers),
             make=lambda left: self.file(numbers, left),
@@ -302,13 +299,17 @@ class _Maker:
         """quantization.json, but for the forms that others write from it."""
         table = best.table.to_json()
         # Trained spans are nobody's choice; what the first calibration saw is still true.
-        same = (each for each in self.calibrations if each[0].spans == best.table.spans)
-        _, histograms, choice = next(same, self.calibrations[0])
+        same = [each for each in self.calibrations if each[0].spans == best.table.spans]
+        _, histograms, choice = (same or self.calibrations)[0]
+        chosen = bool(same)
         for name, entry in table["tensors"].items():
             source = plan.same_scale.get(name, name)
             if source in histograms:
                 entry |= {"seen_low": histograms[source].low, "seen_high": histograms[source].high}
-            entry |= {"same_as": plan.same_scale.get(name), **choice.to_json(name)}
+            entry |= {
+                "same_as": plan.same_scale.get(name),
+                **(choice.to_json(name) if chosen else {"method": best.name}),
+            }
         operators = {node.name: node for node in best.model.graph.node}
         layers = {
             name: {
@@ -335,7 +336,3 @@ class _Maker:
             "layers": layers,
             "kept_float": plan.kept_float,
         }
-
-
-def _with_zero(span: Span) -> Span:
-    return min(0.0, span[0]), max(0.0, span[1])

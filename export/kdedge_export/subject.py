@@ -76,7 +76,8 @@ def run_subject(run: Run, calibrate: str | None, say: Say) -> Subject:
         "data": splits["data"],
         "data_fingerprint": splits["fingerprint"],
     }
-    calibration = calibration_part(calibrate) if calibrate else images.calibration
+    judged = (images.gate, images.test)
+    calibration = calibration_part(calibrate, judged=judged) if calibrate else images.calibration
     return Subject(
         model,
         original,

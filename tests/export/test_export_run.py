@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,43 @@ def test_a_folder_that_is_no_bundle_is_left_alone(run: Run, quick: dict[str, flo
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ExportError, match="exists and is no bundle"):
         export_run(run, FLOAT, out=tmp_path / "file")
+
+
+def test_a_run_is_no_bundle(run: Run, quick: dict[str, float]) -> None:
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(ExportError, match="exists and is no bundle"):
+        export_run(run, FLOAT, out=run.path)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_without_test_images_nothing_is_scored(
+    run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_run_images(run)
+    empty = replace(images.test, indices=images.test.indices[:0], labels=images.test.labels[:0])
+    monkeypatch.setattr(subjects, "open_run_images", lambda _: replace(images, test=empty))
+    document = export_run(run, LOOSE)
+    assert {each["accuracy"] for each in document["artifacts"].values()} == {None}
+    assert document["proof"]["split"] == "gate"
+    with pytest.raises(DataError, match="no labels"):
+        export_run(run, replace(FLOAT, with_eval=3), out=run.path / "elsewhere")
+
+
+def test_other_images_are_never_those_that_judge(run: Run) -> None:
+    images = open_run_images(run)
+    part = calibration_part("digits", images=2000, judged=(images.gate, images.test))
+    assert len(part) > 100
+    assert not set(part.ids) & {*images.gate.ids, *images.test.ids}
+
+
+def test_what_half_cannot_hold_is_not_written(
+    run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "overflowing", lambda *_: {"Conv_1": 1e6})
+    document = export_run(run, LOOSE)
+    assert set(document["artifacts"]) == {"fp32", "int8", "trt"}
+    with pytest.raises(ExportError, match=r"Conv_1 reaches 1e\+06, and FP16 ends at 65504"):
+        export_run(run, replace(FLOAT, fp16=True), out=run.path / "elsewhere")
 
 
 def test_a_place_that_cannot_be_written(run: Run, quick: dict[str, float], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import kdedge_device
 from kdedge.errors import BundleError, DeviceError, ExportError, KdedgeError, MissingPackage
 from kdedge_device.trt import INSTALL
 
-__all__ = ["build_here"]
+__all__ = ["build_here", "require_tensorrt"]
 
 # The device's failure classes that are not about the machine.
 _ERRORS: dict[str, type[KdedgeError]] = {"Failure": ExportError, "CorruptFailure": BundleError}
@@ -35,14 +35,18 @@ def build_here(
     the report with its layers by type. Raises MissingPackage without TensorRT, DeviceError without a GPU or where
     TensorRT fails, BundleError for an altered bundle, ExportError where a file to build from is missing.
     """
-    # A process that has no TensorRT gives the same answer; this one need not be started for it.
-    if importlib.util.find_spec("tensorrt") is None:
-        raise MissingPackage("tensorrt", "building an engine (--tensorrt)", INSTALL)
+    require_tensorrt()
     found = {}
     for precision in precisions:
         say(f"Building a TensorRT engine, {precision.upper()}")
         found[precision] = _build(bundle, precision)
     return found
+
+
+def require_tensorrt() -> None:
+    """MissingPackage where there is none; a process that is started for the build would say the same, later."""
+    if importlib.util.find_spec("tensorrt") is None:
+        raise MissingPackage("tensorrt", "building an engine (--tensorrt)", INSTALL)
 
 
 def _build(bundle: Path, precision: str) -> dict[str, Any]:
