@@ -185,6 +185,8 @@ class _Export:
         self.files.write("trt", made.weak)
         try:
             self._require_half()
+            if made.typed is None:
+                raise ExportError(made.why_untyped)
             self.files.write("trt-fp16", made.typed)
         except ExportError as error:
             self.say(f"There is no file for TensorRT 11, whose body is FP16: {error}")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from kdedge.errors import ExportError
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.bundle import ARTIFACTS
 from kdedge_export.cpu.cpu_form import trt_form
@@ -29,11 +30,12 @@ Batch = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TensorRt:
-    """Both INT8 files for TensorRT, and the plan they are written by."""
+    """Both INT8 files for TensorRT, and the plan they are written by. `typed` None: FP16 or opset 20 cannot hold it."""
 
     plan: TrtPlan
     weak: onnx.ModelProto
-    typed: onnx.ModelProto
+    typed: onnx.ModelProto | None
+    why_untyped: str = ""
 
     def to_json(self, quantized: Quantized) -> dict[str, Any]:
         """What quantization.json says of them: their scales are those of the one table."""
@@ -56,9 +58,12 @@ def make_tensorrt(quantized: Quantized, lost: Callable[[onnx.ModelProto], tuple[
         if numbers.reference is quantized.made_of:
             break
     _, model, plan, weak = min(found, key=lambda each: each[0])
-    typed = write_trt_fp16(model, plan, numbers.table)
     kept = frozenset(plan.kept_float)
     require_clean(lint_trt(weak, "trt", kept), ARTIFACTS["trt"].file)
+    try:
+        typed = write_trt_fp16(model, plan, numbers.table)
+    except ExportError as error:
+        return TensorRt(plan, weak, None, str(error))
     require_clean(lint_trt(typed, "trt-fp16", kept), ARTIFACTS["trt-fp16"].file)
     return TensorRt(plan, weak, typed)
 

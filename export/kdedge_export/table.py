@@ -65,11 +65,12 @@ def natural_weight_scales(model: onnx.ModelProto, layers: Iterable[str]) -> dict
     wanted = set(layers)
     found: dict[str, Scales] = {}
     for node in graph.nodes:
-        if node.name in wanted and node.op_type in ("Conv", "Gemm"):
+        if node.name in wanted and node.op_type in ("Conv", "ConvTranspose", "Gemm"):
             weight = graph.constant(node.input[1])
             if weight is None:
                 raise BugError(f"{node.name} was planned as INT8, but its weight is computed")
-            largest = np.abs(weight.reshape(len(weight), -1)).max(1).astype(np.float64) / 127
+            rows = weight.swapaxes(0, 1) if node.op_type == "ConvTranspose" else weight
+            largest = np.abs(rows.reshape(len(rows), -1)).max(1).astype(np.float64) / 127
             found[node.name] = np.where(largest < TINY, 1.0, largest).astype(np.float32)
     return found
 

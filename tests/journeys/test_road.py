@@ -68,7 +68,7 @@ def test_the_road_ends_at_a_bundle_records_and_a_page(place) -> None:
         "run.pyz",
         "quantization.json",
     } <= {p.name for p in (run / "bundle").iterdir()}
-    assert {p.stem.rpartition("-")[2] for p in (run / "bench").iterdir()} == {"fp32", "int8"}
+    assert {p.stem.rpartition("-")[2] for p in (run / "bench").iterdir()} == {"fp32", "fp16", "int8"}
     page = (run / "report.html").read_text()
     assert "<html" in page
     assert "https://" not in page

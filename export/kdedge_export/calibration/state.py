@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_state(path: Path, key: str, tensors: Sequence[str], say: Callable[[str]
             say(f"{path} is of another model, other images or another version; calibration starts over")
             return None
         return _collected(arrays, tensors)
-    except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, IndexError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         say(f"{path} is damaged ({type(error).__name__}); calibration starts over")
         return None
 

@@ -123,6 +123,8 @@ def _slices(net: Net, node: onnx.NodeProto) -> bool:
             cuts[cut[1:]] = each
     bounds = sorted(cuts)
     ends = [0, *(stop for _, stop in bounds)]
+    if not any(each is node for each in cuts.values()):
+        return False  # a twin of another Slice, which has its place
     if len(cuts) < 2 or ends != [*(start for start, _ in bounds), net.shapes[source][axis]]:
         return False
     sizes = net.add_constant(f"{source}_sizes", np.array([stop - start for start, stop in bounds], np.int64))

@@ -132,7 +132,14 @@ def _external(path: Path, tensor: TensorProto, room: int) -> bytes:
     entries = {each.key: each.value for each in tensor.external_data}
     location = entries.get("location", "")
     folder = path.resolve().parent
-    file = (folder / location).resolve()  # follows links: where the bytes really are
+    try:
+        file = (folder / location).resolve()  # follows links: where the bytes really are
+        file.is_file()  # a name that no file can have is told of here
+    except (OSError, ValueError):
+        raise ExportError(
+            f"{path} keeps the weight {tensor.name} in a file whose name is no file name ({len(location)} characters). "
+            "The name of a file beside the model was expected; save the model again."
+        ) from None
     if not location or PurePosixPath(location).is_absolute() or not file.is_relative_to(folder) or file == folder:
         raise ExportError(
             f"{path} keeps the weight {tensor.name} in {location!r}, outside its own folder, which is not opened. "
