@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from kdedge.errors import ExportError
-from kdedge_export.float_form import onnx_file
+from kdedge_export.float_form import onnx_file, onnx_import
 from kdedge_export.float_form.onnx_import import import_onnx
 
 from .foreign_files import after_conv, classifier, model_of, node, saved, weights
@@ -284,7 +284,6 @@ def test_a_graph_with_a_gap(tmp_path: Path) -> None:
 
 
 def test_the_proof_finds_another_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdedge_export import onnx_import
 
     def wrong(model: onnx.ModelProto) -> onnx.ModelProto:
         copy = onnx.ModelProto()
