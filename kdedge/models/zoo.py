@@ -51,10 +51,10 @@ class Architecture:
 
 
 _EASY = "ReLU or ReLU6: integers from end to end"
-_SHUFFLE = "ReLU: integers from end to end, but much time goes into moving channels"
-_GATED = "ReLU, but squeeze-excite's gates stay in float: each costs a way out of the integers and back"
-_HARD = "hard-swish and squeeze-excite: INT8 may be slower than float on a CPU and loses more accuracy"
-_SWISH = "swish and squeeze-excite: INT8 may be slower than float on a CPU and loses more accuracy; take lite0"
+_SHUFFLE = "ReLU: integers from end to end; its shuffles are folded into the order of weights"
+_GATED = "ReLU with squeeze-excite, in integers too"
+_HARD = "hard-swish and squeeze-excite, in integers on a CPU; gains less than ReLU families"
+_SWISH = "swish and squeeze-excite, in integers on a CPU; gains less than ReLU families; lite0 gains more"
 
 _SHUFFLE_WIDTHS = {width: f"shufflenet_v2_x{width:.1f}".replace(".", "_") for width in (0.5, 1.0, 1.5, 2.0)}
 _MNASNET_WIDTHS = {0.5: "mnasnet0_5", 0.75: "mnasnet0_75", 1.0: "mnasnet1_0", 1.3: "mnasnet1_3"}
