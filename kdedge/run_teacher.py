@@ -26,6 +26,7 @@ from kdedge_device.preprocess import Preprocess
 
 __all__ = [
     "copy_weights",
+    "live_teacher",
     "make_teacher",
     "nothing_trusted",
     "outer_answers",
@@ -124,7 +125,11 @@ def make_teacher(
     """Answers made once, or the network itself where the student's own views are asked for."""
     if config.views == "stored":
         return StoredTeacher(logits_NK, features_NF)
-    device = pool.images.device
+    return live_teacher(loaded, pool, pool.images.device)
+
+
+def live_teacher(loaded: LoadedModel, pool: Pool, device: torch.device) -> LiveTeacher:
+    """The network itself, on `device`, asked about images that are normalised as those of `pool`."""
     own_mean, own_std = columns(loaded.preprocess, device)
     return LiveTeacher(
         loaded.module.to(device),

@@ -4,6 +4,7 @@ N images, K classes.
 """
 
 import contextlib
+import functools
 import platform
 import tempfile
 from collections.abc import Callable
@@ -212,14 +213,18 @@ class _Export:
 
     def _require_half(self) -> None:
         """ONNX Runtime computes FP16 in float32 on a CPU: an overflow would not be seen before a GPU runs the file."""
-        some = some_images(self.images, self.preprocess, HALF_IMAGES)
-        large = overflowing(self.subject.model, [self.preprocess.normalize(some[i : i + 1]) for i in range(len(some))])
-        if large:
-            name, value = max(large.items(), key=lambda each: each[1])
+        if self._too_large:
+            name, value = max(self._too_large.items(), key=lambda each: each[1])
             raise ExportError(
                 f"The tensor {name} reaches {value:.3g}, and FP16 ends at 65504; activations below half of that were "
                 "expected. Export without FP16, or train with batch normalisation or weight decay."
             )
+
+    @functools.cached_property
+    def _too_large(self) -> dict[str, float]:
+        """Asked for both files with an FP16 body, looked for once."""
+        some = some_images(self.images, self.preprocess, HALF_IMAGES)
+        return overflowing(self.subject.model, [self.preprocess.normalize(some[i : i + 1]) for i in range(len(some))])
 
     def _speed(self, model: onnx.ModelProto) -> Speedup:
         self.files.write("int8", model)

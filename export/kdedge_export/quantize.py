@@ -123,16 +123,16 @@ def quantize(
     form = cpu_form(model)
     maker = _Maker(make_plan(form), preprocess, calibration, gate, scratch, state, say)
     ways = maker.calibrated(form)
-    ways += maker.cured(min(ways, key=lambda way: way.badness), max_drop_points)
+    ways += maker.cured(_best(ways), max_drop_points)
     if train is not None and not len(gate.images):
         say("There are no gate images to tell whether QAT helps, so it is left out")
     elif train is not None:
-        ways += maker.trained(min(ways, key=lambda way: way.badness), train)
-    best = min(ways, key=lambda way: way.badness)
+        ways += maker.trained(_best(ways), train)
+    best = _best(ways)
     if len(ways) > 1:
         say(_told(ways, best))
     searched = maker.search(best, speed, max_drop_points)
-    untrained = min((way for way in ways if way.name != TRAINED), key=lambda way: way.badness)
+    untrained = _best([way for way in ways if way.name != TRAINED])
     if not searched.held and best is not untrained:
         # Trained weights have learned to be rounded: in float they are another network, and no way back to FP32.
         of_trained = maker.sensitivity
@@ -147,6 +147,11 @@ def quantize(
     document = maker.document(ways, best, plan, searched)
     made_of = maker.partly_float(best, frozenset(searched.left_float))
     return Quantized(searched.candidate, made_of, best, plan, searched, left, document)
+
+
+def _best(ways: list[Numbers]) -> Numbers:
+    """The first of those that diverge least."""
+    return min(ways, key=lambda way: way.badness)
 
 
 def _told(ways: list[Numbers], best: Numbers) -> str:
@@ -170,7 +175,7 @@ class _Maker:
         say: Say,
     ) -> None:
         self.plan, self.preprocess, self.calibration = plan, preprocess, calibration
-        self.gate, self.scratch, self.state, self.say = gate, scratch, state, say
+        self.gate, self.state, self.say = gate, state, say
         self.counted, held = calibration.hold_out()
         self.held = store(held, preprocess, scratch / "held.npy")
         self.cure_images = store(self.counted, preprocess, scratch / "cures.npy", most=CURE_IMAGES)
@@ -178,6 +183,8 @@ class _Maker:
         self.effects: list[dict[str, Any]] = []
         self.sensitivity: list[dict[str, Any]] = []
         self.calibrations: list[tuple[RangeTable, Mapping[str, Histogram], Choice]] = []
+        # The last one made: correcting biases takes seconds, and the file a search ends with is asked for again.
+        self.corrected: tuple[tuple[str, frozenset[str]], onnx.ModelProto] | None = None
         self._since_s = time.perf_counter()
 
     def lap(self, name: str) -> None:
@@ -290,8 +297,12 @@ class _Maker:
         """The float model that a file with these layers in float is made of."""
         if not left_float or numbers.reference is numbers.model:
             return numbers.model
-        plan = make_plan(numbers.model, left_float)
-        return partly_float(numbers.model, numbers.reference, plan, numbers.table, self.cure_images, left_float)
+        key = (numbers.name, left_float)
+        if self.corrected is None or self.corrected[0] != key:
+            plan = make_plan(numbers.model, left_float)
+            made = partly_float(numbers.model, numbers.reference, plan, numbers.table, self.cure_images, left_float)
+            self.corrected = key, made
+        return self.corrected[1]
 
     def document(
         self, ways: list[Numbers], best: Numbers, plan: Plan, searched: Search[onnx.ModelProto]

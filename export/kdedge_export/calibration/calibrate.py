@@ -22,7 +22,7 @@ from kdedge_export.calibration.state import Collected, key_of, read_state, write
 from kdedge_export.images import Held, Images
 from kdedge_export.sessions import open_session
 
-__all__ = ["Histogram", "Say", "calibrate"]
+__all__ = ["Say", "calibrate"]
 
 Say = Callable[[str], None]
 CHUNK = 32  # images decoded at a time

@@ -29,15 +29,14 @@ from kdedge.data.batches import Batches, Pool
 from kdedge.data.sources import open_source
 from kdedge.data.splits import Splits
 from kdedge.data.store import open_store
-from kdedge.data.views import columns
 from kdedge.errors import DataError, ExportError
 from kdedge.methods.qat import DistilledQAT, DistilledQATConfig
-from kdedge.methods.teacher import LiveTeacher
 from kdedge.models.weights import LoadedModel, load_model
 from kdedge.models.zoo import Network
 from kdedge.recipe import Recipe
 from kdedge.run_pool import make_pool
 from kdedge.run_stages import StageNotes
+from kdedge.run_teacher import live_teacher
 from kdedge.runs import Run, read_json, sha256_file
 from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.engine import EnginePlan, available_cores, pick_device
@@ -143,7 +142,7 @@ def run_qat(
     pool, names = _pool(run, recipe, student, device)
     teacher = student if config.teacher == "student" else load_model(run.teacher_path)
     network = rounded_network(model, plan, table, config.learn_spans)
-    method = DistilledQAT(network, config.method, _live(teacher, pool, device)).to(device)
+    method = DistilledQAT(network, config.method, live_teacher(teacher, pool, device)).to(device)
     optim = _optim(recipe, config, pool)
     assert optim.total_steps is not None
     batches = Batches(
@@ -188,18 +187,6 @@ def _pool(run: Run, recipe: Recipe, student: LoadedModel, device: torch.device) 
         raise DataError(f"All images of {run.path} are in its gate split, so none are left for QAT; leave --qat out.")
     images = open_store(source, splits.unlabeled, student.preprocess, device, data.resident_mib)
     return make_pool(images, splits, student.preprocess), source.classes
-
-
-def _live(teacher: LoadedModel, pool: Pool, device: torch.device) -> LiveTeacher:
-    own_mean, own_std = columns(teacher.preprocess, device)
-    return LiveTeacher(
-        teacher.module.to(device),
-        mean=pool.mean,
-        std=pool.std,
-        own_mean=own_mean,
-        own_std=own_std,
-        own_px=teacher.preprocess.height,
-    )
 
 
 def _optim(recipe: Recipe, config: QATConfig, pool: Pool) -> OptimConfig:
