@@ -13,7 +13,7 @@ import platform
 import sys
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from kdedge_device.clock import EFFORTS, Effort
+from kdedge_device import bench_command
 from kdedge_device.failures import Failure
 
 __all__ = ["main"]
@@ -69,12 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--workspace-mib", type=int, default=512, help="what a kernel may use (default 512)")
     build.add_argument("--engines", metavar="FOLDER", help="where engines are kept (default: in the bundle)")
     build.add_argument("--rebuild", action="store_true", help="also where an engine that fits is there")
-    bench = add("bench", _bench, "latency of one artifact: the record as JSON")
-    bench.add_argument("model", nargs="?", help="a bundle folder or an .onnx file")
-    bench.add_argument("--effort", choices=sorted(EFFORTS), default="quick")
-    bench.add_argument("--seconds", type=float, help="instead of the effort's")
-    bench.add_argument("--runs", type=int, help="instead of the effort's")
-    bench.add_argument("--batch", type=int, default=1)
+    bench_command.add_arguments(add("bench", bench_command.run, "latency of one artifact: the record as JSON"))
     evaluate = add("eval", _eval, "accuracy on labelled images")
     evaluate.add_argument("--data", required=True, help="a folder of class folders, or an .npz with images and labels")
     predict = add("predict", _predict, "classes of images")
@@ -149,27 +144,6 @@ def _build(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     lines = ["{} ({})".format(document["engine"], how), f"layers: {told}"]
     if choice.precision == "int8" and layers.get("int8") == 0:
         lines.append("Not one layer runs in INT8: an FP16 engine (--artifact fp16) is as fast.")
-    return document, "\n".join(lines), 0
-
-
-def _bench(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
-    from kdedge_device.bench import bench, open_subject
-
-    path = options.model or options.bundle
-    if path is None:
-        raise Failure("Nothing to measure was named; give a bundle folder or an .onnx file.")
-    effort, name = EFFORTS[options.effort], options.effort
-    if options.seconds is not None or options.runs is not None:
-        seconds = effort.seconds if options.seconds is None else options.seconds
-        runs = effort.runs if options.runs is None else options.runs
-        if runs < 1 or seconds < 0:
-            raise Failure(f"{runs} runs and {seconds} seconds were asked for; at least 1 run is needed.")
-        effort, name = Effort(seconds, runs, min(effort.warm_up_seconds, seconds)), "custom"
-    document = bench(open_subject(path, options.artifact), effort, name, options.threads, options.batch)
-    lines = []
-    for part, summary in document["latency_ms"].items():
-        if summary is not None:
-            lines.append("{:11} p50 {p50:.3f} ms  p90 {p90:.3f} ms  {count} runs".format(part, **summary))
     return document, "\n".join(lines), 0
 
 
