@@ -1,6 +1,6 @@
 """Reading and editing an ONNX graph: who makes a tensor, who reads it, what is constant."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-__all__ = ["Graph", "attribute", "constant_tensor", "input_channels", "prune"]
+__all__ = ["Graph", "attribute", "constant_tensor", "input_channels", "names_of", "prune", "unique"]
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
@@ -64,6 +64,22 @@ def prune(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> None:
     del model.graph.value_info[:]
     model.graph.node.extend(kept)
     model.graph.initializer.extend(initializers)
+
+
+def names_of(model: onnx.ModelProto) -> set[str]:
+    """Every name in use: of tensors, constants and nodes."""
+    graph = model.graph
+    used = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
+    return used | {each.name for each in [*graph.input, *graph.output, *graph.initializer]}
+
+
+def unique(wanted: str, taken: Container[str]) -> str:
+    """`wanted`, or where that is taken the first free one of wanted_2, wanted_3 and so on: names are a user's own."""
+    name, count = wanted, 1
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    return name
 
 
 def constant_tensor(name: str, value: npt.NDArray[Any]) -> onnx.TensorProto:
