@@ -203,17 +203,19 @@ def report(runs: tuple[Path, ...], out: Path | None) -> Reply:
 @click.option(
     "--max-slower", type=click.FloatRange(min=0), metavar="FRACTION", help="Fail where p90 grows by more than this."
 )
+@click.option("--artifact", metavar="NAME", help="Compare this one of both, not what each ships.")
 @command_output
-def compare(base: Path, new: Path, max_drop: float | None, max_slower: float | None) -> Reply:
+def compare(base: Path, new: Path, max_drop: float | None, max_slower: float | None, artifact: str | None) -> Reply:
     """Check that a run is as accurate and fast as another.
 
-    BASE and NEW are runs. Exits with 1 where NEW does not stand a budget that was given.
+    BASE and NEW are runs, bundles or folders of records. Exits with 1 where the 95 % interval of what NEW loses lies
+    wholly beyond a budget. Measure both in turn: kdedge bench BASE NEW.
     """
     from kdedge_bench import CompareFailed
     from kdedge_bench import compare as judge
 
     try:
-        document = judge(base, new, max_drop, max_slower)
+        document = judge(base, new, max_drop, max_slower, artifact)
     except CompareFailed as failed:
         note(str(failed))
         return Reply(failed.document, failed.document["text"], exit_code=failed.exit_code)

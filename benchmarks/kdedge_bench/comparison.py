@@ -1,18 +1,22 @@
-"""`kdedge compare`: is the new run as accurate and as fast as the base?"""
+"""`kdedge compare`: is the new run, bundle or folder of records as accurate and as fast as the base?
 
-from dataclasses import dataclass
+A budget fails where the interval of the loss lies wholly beyond it, and passes where none of it does. Between the two
+nobody knows: *cannot tell*, with what would.
+"""
+
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdedge.errors import BudgetFailed, RunError
-from kdedge.runs import Run
-from kdedge_bench.facts import Facts, read_facts
+from kdedge.intervals import newcombe
 from kdedge_bench.formats import milliseconds, percent
-from kdedge_bench.records import Record, flags, latency, machine_name
+from kdedge_bench.records import flags
+from kdedge_bench.sides import Side, read_side
+from kdedge_bench.slowdown import Slowdown, Verdict, judge, repeats_wanted, slowdown
 from kdedge_bench.stats import PairedDifference, paired_difference
-from kdedge_bench.table import artifact_label, summarize
+from kdedge_bench.table import artifact_label
 
 __all__ = ["CompareFailed", "compare"]
 
@@ -25,135 +29,136 @@ class CompareFailed(BudgetFailed):
         self.document = document
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two runs, by the artifact it ships."""
+def compare(
+    base: Path,
+    new: Path,
+    max_drop: float | None = None,
+    max_slower: float | None = None,
+    artifact: str | None = None,
+) -> dict[str, Any]:
+    """Accuracy drop in points and slowdown of p90 as a fraction, each with its 95 % interval and a verdict.
 
-    facts: Facts
-    artifact: str
-    accuracy: float | None
-    record: Record | None
-
-    @property
-    def p90_ms(self) -> float | None:
-        return latency(self.record, "compute").get("p90")
-
-    def to_json(self) -> dict[str, Any]:
-        threads = self.record["conditions"].get("threads") if self.record else None
-        return {
-            "run": self.facts.name, "artifact": self.artifact, "accuracy": self.accuracy, "latency_ms_p90": self.p90_ms,
-            "threads": threads, "machine": machine_name(self.record) if self.record else None,
-            "flags": flags(self.record) if self.record else [],
-        }  # fmt: skip
-
-
-def compare(base: Path, new: Path, max_drop: float | None = None, max_slower: float | None = None) -> dict[str, Any]:
-    """Accuracy drop in points and slowdown of p90 as a fraction, of what `new` ships against what `base` ships.
-
-    A budget of None is not checked. The point estimate decides; the interval says how sure that is.
-    CompareFailed where a budget is exceeded. RunError where a budget is given and its number was not measured:
-    what nobody measured does not pass.
+    Either side is a run, a bundle or a folder of records; what each ships is compared, or `artifact` of both. A budget
+    of None is not judged. CompareFailed where a verdict is *fail*. RunError where a budget is given and its number was
+    not measured: what nobody measured does not pass.
     """
-    old, young = _side(base), _side(new)
+    old, young = read_side(base, artifact), read_side(new, artifact)
     paired = _paired(old, young)
-    drop = _drop(old, young, paired)
+    drop, interval = _drop(old, young, paired)
     slower, why_not = _slower(old, young)
     if max_drop is not None and drop is None:
         raise RunError(_no_accuracy(old, young))
     if max_slower is not None and slower is None:
         raise RunError(f"The latencies cannot be compared: {why_not}")
-    failures = []
-    if max_drop is not None and drop is not None and drop > max_drop + 1e-9:
-        failures.append(f"it loses {drop:.2f} points of accuracy, more than the {max_drop:g} allowed")
-    if max_slower is not None and slower is not None and slower > max_slower + 1e-9:
-        failures.append(f"its p90 is {100 * slower:.1f} % slower, more than the {100 * max_slower:g} % allowed")
+    verdicts = _verdicts(drop, interval, max_drop, slower, max_slower)
     document = {
         "schema": 1,
         "base": old.to_json(),
         "new": young.to_json(),
         "drop_points": drop,
-        "drop_interval": [-100 * paired.high, -100 * paired.low] if paired else None,
+        "drop_interval": list(interval) if interval else None,
         "images": paired.images if paired else None,
         "only_base_right": paired.only_base if paired else None,
         "only_new_right": paired.only_new if paired else None,
         "mcnemar_p": paired.p_value if paired else None,
-        "slower_fraction": slower,
+        "slower_fraction": slower.fraction if slower else None,
+        "slower_interval": [slower.low, slower.high] if slower and slower.low is not None else None,
+        "repeats": slower.repeats if slower else None,
+        "repeats_wanted": repeats_wanted(slower, max_slower or 0.0)
+        if slower and verdicts["latency"] == "cannot tell"
+        else None,
+        "in_turn": slower.paired if slower else None,
         "max_drop": max_drop,
         "max_slower": max_slower,
-        "passed": not failures,
+        "verdicts": verdicts,
+        "passed": "fail" not in verdicts.values(),
     }
+    failures = _failures(document)
     document["text"] = _text(old, young, document, why_not)
     if failures:
-        raise CompareFailed(
-            f"{young.facts.name} does not stand the comparison with {old.facts.name}: {' and '.join(failures)}.",
-            document,
-        )
+        told = " and ".join(failures)
+        raise CompareFailed(f"{young.name} does not stand the comparison with {old.name}: {told}.", document)
     return document
 
 
-def _side(path: Path) -> Side:
-    if not path.is_dir():
-        raise RunError(f"{path} is no folder. Expected a run folder, as made by kdedge train-recipe.")
-    in_run = path.name == Run(path.parent).bundle_path.name and Run(path.parent).manifest_path.is_file()
-    facts = read_facts(Run(path.parent if in_run else path))
-    row = summarize(facts).best
-    if row is None:
-        raise RunError(f"The run {path} has nothing to compare: it has no trained student. Expected a finished run.")
-    return Side(facts, row.key, row.accuracy, facts.record(row.key))
-
-
-def _right_by_id(side: Side) -> dict[str, bool]:
-    """Image id -> is it right, for the test images of known class."""
-    artifact = side.artifact
-    if side.facts.logits(artifact) is None and artifact == "fp32":
-        artifact = "student"
-    right, labels, ids = side.facts.right(artifact), side.facts.test_labels, side.facts.predictions.get("test_id")
-    if right is None or labels is None or ids is None:
-        return {}
-    return dict(zip(map(str, ids[labels >= 0]), map(bool, right), strict=True))
+def _verdicts(
+    drop: float | None,
+    interval: tuple[float, float] | None,
+    max_drop: float | None,
+    slower: Slowdown | None,
+    max_slower: float | None,
+) -> dict[str, Verdict | None]:
+    """None where no budget was given."""
+    found: dict[str, Verdict | None] = {"accuracy": None, "latency": None}
+    if max_drop is not None and drop is not None:
+        low, high = interval or (None, None)
+        found["accuracy"] = judge(low, high, max_drop)
+    if max_slower is not None and slower is not None:
+        found["latency"] = judge(slower.low, slower.high, max_slower)
+    return found
 
 
 def _paired(base: Side, new: Side) -> PairedDifference | None:
     """The difference on the images that both were tested on; None where there are none."""
-    before, after = _right_by_id(base), _right_by_id(new)
-    shared = [name for name in before if name in after]
+    shared = [name for name in base.right if name in new.right]
     if not shared:
         return None
-    return paired_difference(np.array([before[name] for name in shared]), np.array([after[name] for name in shared]))
+    return paired_difference(
+        np.array([base.right[name] for name in shared]), np.array([new.right[name] for name in shared])
+    )
 
 
-def _drop(base: Side, new: Side, paired: PairedDifference | None) -> float | None:
+def _drop(base: Side, new: Side, paired: PairedDifference | None) -> tuple[float | None, tuple[float, float] | None]:
+    """Points lost, and their interval where one can be made: image by image, else by the numbers of images."""
     if paired is not None:
-        return -100 * paired.difference
-    both_predicted = "test_id" in base.facts.predictions and "test_id" in new.facts.predictions
-    if both_predicted or base.accuracy is None or new.accuracy is None:  # other test images are another exam
-        return None
-    return 100 * (base.accuracy - new.accuracy)
+        return -100 * paired.difference, (-100 * paired.high, -100 * paired.low)
+    if (base.right and new.right) or base.accuracy is None or new.accuracy is None:  # other images are another exam
+        return None, None
+    drop = 100 * (base.accuracy - new.accuracy)
+    if not base.images or not new.images:
+        return drop, None
+    low, high = newcombe((base.accuracy, base.images), (new.accuracy, new.images))
+    return drop, (100 * low, 100 * high)
 
 
 def _no_accuracy(base: Side, new: Side) -> str:
     for side in (base, new):
         if side.accuracy is None:
-            what = f"{side.facts.name} has no test accuracy"
+            what = f"{side.name} has no test accuracy"
             return f"The accuracies cannot be compared: {what}. Expected a run with a test split."
     return (
-        f"The accuracies cannot be compared: {base.facts.name} and {new.facts.name} share no test image. "
+        f"The accuracies cannot be compared: {base.name} and {new.name} share no test image. "
         "Expected two runs on the same data."
     )
 
 
-def _slower(base: Side, new: Side) -> tuple[float | None, str]:
-    """p90 of new over that of base, less 1; or None and the reason."""
+def _slower(base: Side, new: Side) -> tuple[Slowdown | None, str]:
+    """p90 of new beside that of base; or None and the reason."""
     for side in (base, new):
         if not side.p90_ms:
-            what = f"{side.facts.name} has no measured latency of {artifact_label(side.artifact)}"
-            return None, f"{what}. Measure it: kdedge bench {side.facts.run.path}"
+            what = f"{side.name} has no measured latency of {artifact_label(side.artifact)}"
+            return None, f"{what}. Measure it: kdedge bench {side.path}"
     before, after = base.to_json(), new.to_json()
-    for key, told in (("machine", "on {}"), ("threads", "with {} thread(s)")):
+    for key, told in (("machine", "on {}"), ("threads", "with {} thread(s)"), ("batch", "at batch {}")):
         if before[key] != after[key]:
             one, other = told.format(before[key]), told.format(after[key])
             return None, f"one was measured {one}, the other {other}. Measure both alike: kdedge bench."
-    return after["latency_ms_p90"] / before["latency_ms_p90"] - 1, ""
+    in_turn = base.session is not None and base.session == new.session
+    paired = in_turn and len(base.p90_by_round_ms) == len(new.p90_by_round_ms)
+    return slowdown(base.p90_by_round_ms, new.p90_by_round_ms, paired), ""
+
+
+def _failures(document: dict[str, Any]) -> list[str]:
+    verdicts, found = document["verdicts"], []
+    if verdicts["accuracy"] == "fail":
+        drop, low = document["drop_points"], document["drop_interval"][0]
+        allowed = f"more than the {document['max_drop']:g} allowed"
+        found.append(f"it loses {drop:.2f} points of accuracy, at least {low:.2f}, {allowed}")
+    if verdicts["latency"] == "fail":
+        slower, low = document["slower_fraction"], document["slower_interval"][0]
+        allowed = f"more than the {100 * document['max_slower']:g} % allowed"
+        found.append(f"its p90 is {100 * slower:.1f} % slower, at least {100 * low:.1f} %, {allowed}")
+    return found
 
 
 def _text(base: Side, new: Side, document: dict[str, Any], why_not: str) -> str:
@@ -161,21 +166,45 @@ def _text(base: Side, new: Side, document: dict[str, Any], why_not: str) -> str:
     for name, side in (("base", base), ("new", new)):
         unstable = f" ({', '.join(flags(side.record))})" if side.record and flags(side.record) else ""
         lines.append(
-            f"{name:4}  {side.facts.name}, {artifact_label(side.artifact)}: accuracy {percent(side.accuracy, 2)}, "
+            f"{name:4}  {side.name}, {artifact_label(side.artifact)}: accuracy {percent(side.accuracy, 2)}, "
             f"p90 {milliseconds(side.p90_ms)} ms{unstable}"
         )
+    return "\n".join([*lines, _accuracy_line(document), _latency_line(document, why_not)])
+
+
+def _accuracy_line(document: dict[str, Any]) -> str:
     drop, interval = document["drop_points"], document["drop_interval"]
     if drop is None:
-        lines.append("Accuracy: not comparable.")
-    elif interval is None:
-        lines.append(f"Accuracy drop: {drop:.2f} points (no predictions on the same images, so no interval).")
-    else:
-        lines.append(
-            f"Accuracy drop: {drop:.2f} points (95 % interval {interval[0]:.2f} to {interval[1]:.2f}, "
-            f"{document['images']} images, McNemar p = {document['mcnemar_p']:.3g})."
+        return "Accuracy: not comparable."
+    if interval is None:
+        return f"Accuracy drop: {drop:.2f} points (of how many images nobody wrote down, so no interval)." + _verdict(
+            document, "accuracy", "compare runs that have their predictions.npz"
         )
-    slower = document["slower_fraction"]
-    lines.append(
-        f"p90 slower by: {100 * slower:.1f} %." if slower is not None else f"Latency: not comparable, {why_not}"
+    ends = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
+    images = document["images"]
+    how = f"{images} images, McNemar p = {document['mcnemar_p']:.3g}" if images else "not image by image"
+    return f"Accuracy drop: {drop:.2f} points ({ends}, {how})." + _verdict(
+        document, "accuracy", "more test images would tell"
     )
-    return "\n".join(lines)
+
+
+def _latency_line(document: dict[str, Any], why_not: str) -> str:
+    slower, interval = document["slower_fraction"], document["slower_interval"]
+    if slower is None:
+        return f"Latency: not comparable, {why_not}"
+    repeats = f"{document['repeats']} repeat(s)" + (" in turn" if document["in_turn"] else "")
+    ends = f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %, " if interval else ""
+    wanted = document["repeats_wanted"]
+    more = f"about {wanted} repeats would tell: kdedge bench BASE NEW --repeats {wanted}"
+    hopeless = "the difference is as large as the budget, so no number of repeats would tell"
+    hint = more if wanted else hopeless
+    return f"p90 slower by: {100 * slower:.1f} % ({ends}{repeats})." + _verdict(document, "latency", hint)
+
+
+def _verdict(document: dict[str, Any], what: str, hint: str) -> str:
+    found = document["verdicts"][what]
+    if found is None:
+        return ""
+    budget = f"{document['max_drop']:g} points" if what == "accuracy" else f"{100 * document['max_slower']:g} %"
+    told = {"pass": "Within", "fail": "Beyond", "cannot tell": "Cannot tell whether it is within"}[found]
+    return f" {told} the {budget} allowed{'; ' + hint if found == 'cannot tell' else ''}."

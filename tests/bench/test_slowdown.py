@@ -1,0 +1,98 @@
+"""Slowdowns and verdicts by value; the rank sums against counting them out."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from kdedge.intervals import newcombe, rank_sum
+from kdedge_bench.slowdown import Slowdown, judge, repeats_wanted, slowdown
+
+
+def refused(first: int, second: int, tail: float) -> int:
+    """How many of the smallest U have together at most `tail`: all ways to place `first` draws among the others."""
+    ways = Counter(
+        sum(place - rank for rank, place in enumerate(places))
+        for places in itertools.combinations(range(first + second), first)
+    )
+    total = 0
+    for u in itertools.count():
+        total += ways[u]
+        if total > tail * math.comb(first + second, first):
+            return u
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("first", "second"), [(4, 4), (4, 6), (7, 5), (8, 8)])
+def test_rank_sum_against_counting(first: int, second: int) -> None:
+    rng = np.random.default_rng(first * second)
+    a, b = list(rng.normal(3, 1, first)), list(rng.normal(0, 1, second))
+    differences = sorted(x - y for x in a for y in b)
+    cut = refused(first, second, 0.025)
+    estimate, low, high = rank_sum(a, b)
+    assert (low, high) == (differences[cut - 1], differences[-cut])
+    assert estimate == pytest.approx(np.median(differences))
+
+
+def test_rank_sum_holds_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        _, low, high = rank_sum(list(rng.standard_cauchy(7) + 2), list(rng.standard_cauchy(7)))
+        hits += low <= 2 <= high
+    assert 0.935 < hits / 1000 < 0.985
+
+
+def test_too_few() -> None:
+    with pytest.raises(ValueError, match="3 and 4 values are too few"):
+        rank_sum([1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])
+
+
+def test_newcombe_as_published() -> None:
+    """Newcombe 1998, Statistics in Medicine 17, table II: 56/70 against 48/80, method 10."""
+    assert newcombe((56 / 70, 70), (48 / 80, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_by_value() -> None:
+    found = slowdown([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], [1.1, 2.2, 4.4, 8.8, 17.6, 35.2], paired=True)
+    assert [found.fraction, found.low, found.high] == pytest.approx([0.1, 0.1, 0.1])
+    assert slowdown([2.0] * 4, [3.0] * 4, paired=False).low == pytest.approx(0.5)
+    assert slowdown([1.0, 1.0], [1.3, 1.3], paired=True) == Slowdown(pytest.approx(0.3), None, None, 2, True)
+    assert slowdown([1.0], [1.3, 1.3, 1.3], paired=False).fraction == pytest.approx(0.3)
+    for wrong in (([], [1.0], False), ([1.0], [0.0], False), ([1.0], [1.0, 2.0], True)):
+        with pytest.raises(ValueError, match=r"expected|no pairs"):
+            slowdown(*wrong)
+
+
+def test_verdicts() -> None:
+    assert judge(0.04, 0.2, 0.03) == "fail"
+    assert judge(0.02, 0.2, 0.03) == "cannot tell"
+    assert judge(0.0, 0.03, 0.03) == "pass"
+    assert judge(None, None, 0.03) == "cannot tell"
+
+
+def test_repeats_wanted() -> None:
+    assert repeats_wanted(Slowdown(0.1, None, None, 1, True), 0.03) == 6
+    assert repeats_wanted(Slowdown(0.1, None, None, 1, False), 0.03) == 4
+    # Half of the interval is 0.08, and the way to the budget 0.02: sixteen times as many, and twice that to be sure.
+    for found in (Slowdown(0.05, -0.03, 0.13, 10, True), Slowdown(0.01, -0.07, 0.09, 10, True)):
+        assert repeats_wanted(found, 0.03) == pytest.approx(160 * (2.8 / 1.96) ** 2, abs=1)
+    assert repeats_wanted(Slowdown(0.03, -0.03, 0.13, 10, True), 0.03) is None
+    assert repeats_wanted(Slowdown(0.0301, -0.03, 0.13, 10, True), 0.03) is None
+
+
+def test_the_wanted_repeats_do_tell() -> None:
+    """As many as it asks for, on a machine of the same noise, and the answer is there most of the time."""
+    rng = np.random.default_rng(1)
+
+    def measured(count: int) -> Slowdown:
+        base, new = np.exp(rng.normal(0, 0.05, count)), 1.06 * np.exp(rng.normal(0, 0.05, count))
+        return slowdown(list(base), list(new), paired=True)
+
+    wanted = repeats_wanted(Slowdown(0.06, 0.06 - 0.052, 0.06 + 0.052, 8, True), 0.03)
+    assert wanted is not None
+    told = [judge(each.low, each.high, 0.03) for each in (measured(wanted) for _ in range(40))]
+    assert told.count("fail") >= 26
+    assert told.count("pass") == 0
