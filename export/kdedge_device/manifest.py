@@ -1,36 +1,45 @@
-"""The bundle: a folder with manifest.json and the files it names, each with its size and sha256."""
+"""The bundle: a folder with manifest.json and the files it names, each with its size and sha256.
+
+Whoever brought the folder here is not trusted: what the manifest says is checked before it is used (manifest_rules),
+files are opened only where they are plain ones, and hashed before anything reads them.
+"""
 
 import hashlib
-import json
 import os
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, BinaryIO, Dict, List, Optional, Union
 
-from kdedge_device.failures import CorruptFailure, Failure, VersionFailure
-from kdedge_device.preprocess import Preprocess
+from kdedge_device.failures import CorruptFailure, Failure, RuntimeFailure, VersionFailure
+from kdedge_device.manifest_rules import problem_of
+from kdedge_device.onnx_outside import refuse_outside
+from kdedge_device.plain_files import open_plain
+from kdedge_device.strict_json import read_json
 
-__all__ = ["SCHEMA", "Bundle", "sha256_file"]
+__all__ = ["SCHEMA", "Bundle", "read_manifest", "sha256_file"]
 
 SCHEMA = 1
-_KEYS = {"artifacts": dict, "files": dict, "input": dict, "preprocess": dict, "classes": list, "shipped": str}
 
 
 def sha256_file(path: str) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b""):
+        digest.update(block)
     return digest.hexdigest()
 
 
 class Bundle:
-    """A bundle folder whose manifest has been read and understood. The files themselves are hashed by `verify`."""
+    """A bundle folder whose manifest has been read and understood. A file is hashed whenever its path is asked for."""
 
     def __init__(self, path: Union[str, "os.PathLike[str]"]) -> None:
         self.path = os.fspath(path)
-        self.document = _read_manifest(os.path.join(self.path, "manifest.json"))
-        self.preprocess = Preprocess.from_json(self.document["preprocess"])
-        self.classes = [str(name) for name in self.document["classes"]]
-        self.shipped = str(self.document["shipped"])
+        self.document = read_manifest(self.path)
+        self.preprocess = _preprocess(self.path, self.document["preprocess"])
+        self.classes: List[str] = self.document["classes"]
+        self.shipped: str = self.document["shipped"]
         self.artifacts: Dict[str, Dict[str, Any]] = self.document["artifacts"]
 
     def artifact(self, name: Optional[str] = None) -> str:
@@ -45,20 +54,27 @@ class Bundle:
         return chosen
 
     def model_path(self, name: Optional[str] = None) -> str:
-        """Path of an artifact's model, its hash checked first: what runs is what was measured."""
+        """Path of an artifact's model, its hash checked first: what runs is what was measured.
+
+        CorruptFailure also where the model would read other files: those are not hashed, and may lie anywhere.
+        """
         entry = self.artifacts[self.artifact(name)]
-        self._verify_file(entry["file"], entry)
-        return os.path.join(self.path, entry["file"])
+        path = self._verified(entry["file"], entry)
+        refuse_outside(path)
+        return path
+
+    def file(self, name: str) -> str:
+        """Path of another file that the manifest names, its hash checked first. Failure where it names none such."""
+        if name not in self.document["files"]:
+            raise Failure(f"The bundle {self.path} has no {name}; it has {', '.join(sorted(self.document['files']))}.")
+        return self._verified(name, self.document["files"][name])
 
     def golden(self) -> "Dict[str, Any]":
         """The arrays of golden.npz: images uint8 [n, H, W, C], and logits__<artifact> float32 [n, K]."""
-        import numpy as np
+        from kdedge_device.golden import read_golden
 
-        if "golden.npz" not in self.document["files"]:
-            raise Failure(f"The bundle {self.path} has no golden.npz to compare with.")
-        self._verify_file("golden.npz", self.document["files"]["golden.npz"])
-        with np.load(os.path.join(self.path, "golden.npz"), allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        path = self.file("golden.npz")
+        return read_golden(path, self.preprocess, len(self.classes), ["logits__" + name for name in self.artifacts])
 
     def verify(self) -> List[str]:
         """Names of the files that were checked. CorruptFailure names every file that is missing or altered."""
@@ -67,61 +83,61 @@ class Bundle:
         problems = []
         for file, entry in sorted(entries.items()):
             try:
-                self._verify_file(file, entry)
+                self._verified(file, entry)
             except CorruptFailure as error:
                 problems.append(str(error))
         if problems:
             raise CorruptFailure(" ".join(problems))
         return sorted(entries)
 
-    def _verify_file(self, file: str, entry: Dict[str, Any]) -> None:
-        if os.path.basename(file) != file:
-            raise CorruptFailure(
-                f"The manifest of {self.path} names the file {file!r}; a plain file name was expected."
-            )
+    def _verified(self, file: str, entry: Dict[str, Any]) -> str:
         path = os.path.join(self.path, file)
-        if not os.path.isfile(path):
-            raise CorruptFailure(f"{path} is missing from the bundle. Copy the whole folder again.")
-        size = os.path.getsize(path)
-        if size != entry["bytes"]:
-            raise CorruptFailure(
-                "{} has {} bytes; the manifest says {}. It was cut short or altered; copy the bundle again.".format(
-                    path, size, entry["bytes"]
+        with open_plain(path) as content:
+            size = os.fstat(content.fileno()).st_size
+            if size != entry["bytes"]:
+                raise CorruptFailure(
+                    "{} has {} bytes; the manifest says {}. It was cut short or altered; copy the bundle again.".format(
+                        path, size, entry["bytes"]
+                    )
                 )
-            )
-        found = sha256_file(path)
+            found = _sha256(content)
         if found != entry["sha256"]:
             raise CorruptFailure(
                 "{} has sha256 {}...; the manifest says {}.... It was altered; copy the bundle again.".format(
-                    path, found[:12], str(entry["sha256"])[:12]
+                    path, found[:12], entry["sha256"][:12]
                 )
             )
+        return path
 
 
-def _read_manifest(path: str) -> Dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file)
-    except FileNotFoundError:
-        raise Failure(f"{path} does not exist. A bundle folder, as written by kdedge export, was expected.") from None
-    except (OSError, ValueError) as error:
-        raise CorruptFailure(f"{path} cannot be read as JSON ({error}). Copy the bundle again.") from None
-    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+def read_manifest(folder: str) -> Dict[str, Any]:
+    """manifest.json of a bundle folder, every field of a known type and range; needs the standard library only.
+
+    Failure where there is none, VersionFailure for a newer schema, CorruptFailure for anything that cannot be used.
+    """
+    path = os.path.join(folder, "manifest.json")
+    if not os.path.lexists(path):
+        raise Failure(f"{path} does not exist. A bundle folder, as written by kdedge export, was expected.")
+    document = read_json(path)
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise CorruptFailure(f"{path} has no whole number 'schema'; it was not written by kdedge export.")
-    if document["schema"] > SCHEMA:
+    if schema > SCHEMA:
         raise VersionFailure(
-            "{} has schema {}; this program reads up to {}. Use the run.pyz of that bundle.".format(
-                path, document["schema"], SCHEMA
-            )
+            f"{path} has schema {schema}; this program reads up to {SCHEMA}. Use the run.pyz of that bundle."
         )
-    for key, kind in _KEYS.items():
-        if not isinstance(document.get(key), kind):
-            raise CorruptFailure(f"{path} has no {kind.__name__} '{key}'; it is incomplete.")
-    for name, entry in list(document["artifacts"].items()) + list(document["files"].items()):
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("sha256"), str)
-            or not isinstance(entry.get("bytes"), int)
-        ):
-            raise CorruptFailure(f"{path} gives no sha256 and bytes for '{name}'; it is incomplete.")
-    return document
+    problem = problem_of(document)
+    if problem:
+        raise CorruptFailure(f"{path} cannot be used: {problem}. Copy the bundle again, or export it again.")
+    return dict(document)
+
+
+def _preprocess(folder: str, document: Dict[str, Any]) -> Any:
+    try:
+        from kdedge_device.preprocess import Preprocess
+    except ImportError as error:
+        raise RuntimeFailure(f"numpy cannot be loaded ({error}). Install it with: pip install numpy") from None
+    try:
+        return Preprocess.from_json(document)
+    except Failure as error:
+        raise CorruptFailure(f"The manifest of {folder} cannot be used: {error}") from None
