@@ -3,10 +3,11 @@
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,22 +42,50 @@ def doctor() -> Reply:
         _look("python", _python, True, "everything"),
         _look("torch", _torch, True, "training"),
         _look("torchvision", _package("torchvision"), True, "networks and their weights"),
+        _look("onnx", _package("onnx"), True, "writing ONNX files"),
         _look("onnxruntime", _onnxruntime, True, "running and measuring ONNX files"),
+        _look("int8 products", _int8, False, "INT8 that is faster and exact on this processor"),
+        _look("board", _board, False, "running bundles here"),
         _look("cuda", _cuda, False, "training on a GPU"),
         _look("tensorrt", _tensorrt, False, "engines on this machine"),
-        _look("pycuda", _package("pycuda"), False, "nothing of ours: engines run through the driver"),
+        _look(
+            "pycuda", _package("pycuda"), False, "kdedge bench --cuda pycuda; engines run through the driver without it"
+        ),
+        _look("openvino", _package("openvino"), False, "a second opinion on the file for TensorRT"),
+        _look("ssh", _ssh, False, "measuring on a board"),
         _look("timm", _package("timm"), False, "starting weights by timm name"),
         _look("chromium", _chromium, False, "the browser tests of the report"),
         _look("data folder", _data_folder, False, "named data sets (digits needs none)"),
         _look("disk", _disk, False, "runs in the current folder"),
     ]
+    commands = [_command(text, needs, findings) for text, needs in _COMMANDS]
     broken = [finding.name for finding in findings if finding.needed and not finding.works]
-    words = {True: "works", False: "does not"}
-    lines = [
-        f"{f.name:<12} {words[f.works]:<9} {f.detail}" + ("" if f.works else f" (for {f.used_for})") for f in findings
-    ]
     end = f"kdedge cannot run here: {', '.join(broken)}." if broken else "kdedge can train, export and measure here."
-    return Reply([asdict(f) for f in findings], "\n".join([*lines, "", end]), exit_code=int(bool(broken)))
+    lines = [*map(_line, findings), "", *map(_line, commands), "", end]
+    return Reply([asdict(f) for f in (*findings, *commands)], "\n".join(lines), exit_code=int(bool(broken)))
+
+
+# What a command needs beyond itself, by the names of the findings.
+_COMMANDS = (
+    ("kdedge train-recipe", ("torch", "torchvision", "disk")),
+    ("kdedge train-recipe --device cuda", ("torch", "torchvision", "cuda", "disk")),
+    ("kdedge export --int8", ("torch", "onnx", "onnxruntime", "disk")),
+    ("kdedge export --tensorrt", ("torch", "onnx", "onnxruntime", "tensorrt", "disk")),
+    ("kdedge bench", ("onnxruntime", "disk")),
+    ("kdedge bench --on ssh://...", ("ssh", "disk")),
+    ("kdedge report", ("disk",)),
+)
+
+
+def _command(text: str, needs: tuple[str, ...], findings: Sequence[Finding]) -> Finding:
+    lacking = [f.name for f in findings if f.name in needs and not f.works]
+    return Finding(text, not lacking, False, f"for want of {', '.join(lacking)}" if lacking else "", "")
+
+
+def _line(finding: Finding) -> str:
+    width = 34 if finding.name.startswith("kdedge ") else 14
+    line = f"{finding.name:<{width}} {'works' if finding.works else 'does not':<9} {finding.detail}".rstrip()
+    return line if finding.works or not finding.used_for else f"{line} (for {finding.used_for})"
 
 
 def _look(name: str, probe: Callable[[], str], needed: bool, used_for: str) -> Finding:
@@ -124,6 +153,43 @@ def _tensorrt() -> str:
     except Failure as error:
         raise _No(str(error)) from None
     return f"{here.version}, {here.gpu.name} (compute capability {here.gpu.capability}, CUDA {here.gpu.cuda})"
+
+
+def _int8() -> str:
+    """Without such instructions 8-bit products of U8 and S8 are added in 16 bits on x86, where they can overflow."""
+    from kdedge_device.sysfs import read
+
+    text = read("/", "/proc/cpuinfo") or ""
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)).split())
+    found = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if name in flags]
+    if found:
+        return ", ".join(found)
+    if platform.machine() in ("x86_64", "AMD64") and flags:
+        raise _No("this processor has no VNNI: INT8 gains little, and run.pyz check says whether it is exact")
+    raise _No("not told by this system, or not there: kdedge bench says what INT8 is worth")
+
+
+def _board() -> str:
+    from kdedge_device.board import identify, refuse_unsupported
+    from kdedge_device.failures import Failure
+    from kdedge_device.state import power_mode
+
+    board = identify()
+    try:
+        refuse_unsupported(board)
+    except Failure as error:
+        raise _No(str(error)) from None
+    mode = power_mode()
+    said = [board.model or board.architecture, f"JetPack {board.jetpack}" if board.jetpack else None]
+    said.append(f"power mode {mode['name'] or mode['id']}" if mode else None)
+    return ", ".join(part for part in said if part)
+
+
+def _ssh() -> str:
+    found = shutil.which("ssh")
+    if found is None:
+        raise _No("no ssh on PATH; install OpenSSH's client (on Debian: apt install openssh-client)")
+    return found
 
 
 def _chromium() -> str:
