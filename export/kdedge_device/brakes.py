@@ -6,7 +6,7 @@ limit was exceeded. Python 3.8, standard library.
 """
 
 import re
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 from kdedge_device.sysfs import paths, read, read_int
 
@@ -34,16 +34,21 @@ def read_brakes(root: str = "/") -> Optional[Brakes]:
     return brakes if any(brakes) else None
 
 
-def pulled(before: Optional[Brakes], after: Optional[Brakes]) -> List[str]:
-    """One sentence for each brake that is on, or that came on between the two looks."""
+def pulled(before: Optional[Brakes], after: Optional[Brakes]) -> Dict[str, str]:
+    """A sentence for each brake, by its name, that is on or that came on between the two looks."""
     if after is None:
-        return []
-    said = [f"The brake '{name}' is on (state {state})." for name, state in after.states.items() if state > 0]
-    said += [f"The alarm '{name}' is on: a limit was exceeded." for name, on in after.alarms.items() if on > 0]
+        return {}
+    said = {}
+    for name, state in after.states.items():
+        if state > 0:
+            said[name] = f"The brake '{name}' is on (state {state})."
+    for name, on in after.alarms.items():
+        if on > 0:
+            said[name] = f"The alarm '{name}' is on: a limit was exceeded."
     for name, count in after.events.items():
         rise = count - (before.events.get(name, count) if before is not None else count)
         if rise > 0:
-            said.append(f"The counter '{name}' rose by {rise}: the clocks were cut to protect the board.")
+            said[name] = f"The counter '{name}' rose by {rise}: the clocks were cut to protect the board."
     return said
 
 

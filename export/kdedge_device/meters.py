@@ -65,7 +65,7 @@ class CounterMeter:
 
 
 class TegrastatsMeter:
-    """A tegrastats process, for as long as this is open; ten lines a second."""
+    """A tegrastats process, from the first `read` until `close`; ten lines a second."""
 
     source = "tegrastats"
     caveat = RailMeter.caveat
@@ -74,24 +74,13 @@ class TegrastatsMeter:
         self.names: List[str] = []
         self.total: List[str] = []
         self.wraps: Optional[List[int]] = None
+        self._path = path
+        self._process: "Optional[subprocess.Popen[bytes]]" = None
         self._rest = b""
-        self._process = subprocess.Popen(
-            [path, "--interval", "100"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert self._process.stdout is not None
-        self._pipe = self._process.stdout.fileno()
-        os.set_blocking(self._pipe, False)
 
     def read(self) -> Optional[List[float]]:
-        """The last whole line that came since the last call. The first line with rails gives the names."""
-        try:
-            self._rest += os.read(self._pipe, 1 << 16)
-        except BlockingIOError:
-            return None
-        *lines, self._rest = self._rest.split(b"\n")
+        """Of the last whole line that came since the last call. The first line with rails gives the names."""
+        *lines, self._rest = (self._rest + self._new()).split(b"\n")
         if not lines:
             return None
         values = parse_tegrastats(lines[-1].decode("utf-8", "replace"))
@@ -101,17 +90,31 @@ class TegrastatsMeter:
         return [values[name] for name in self.names] if values and set(self.names) <= set(values) else None
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _new(self) -> bytes:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [self._path, "--interval", "100"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            os.set_blocking(self._process.stdout.fileno(), False)  # type: ignore[union-attr]  # it is a pipe
+        try:
+            return os.read(self._process.stdout.fileno(), 1 << 16)  # type: ignore[union-attr]
+        except BlockingIOError:
+            return b""
 
 
 Meter = Union[RailMeter, CounterMeter, TegrastatsMeter]
 
 
 def find_meter(root: str = "/") -> Optional[Meter]:
-    """None where nothing measures power, or nothing may be read."""
+    """None where nothing measures power, or nothing may be read. Nothing is started before it is read."""
     rails = [rail for rail in find_rails(root) if rail_milliwatts(root, rail) is not None]
     if rails:
         return RailMeter(root, rails)

@@ -6,6 +6,9 @@ import platform
 import re
 from typing import Any, Dict, List, Optional
 
+from kdedge_device.board import identify
+from kdedge_device.sysfs import read
+
 __all__ = ["SCHEMA", "cores_available", "load_average", "machine", "now", "record"]
 
 SCHEMA = 1
@@ -31,36 +34,30 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _read(path: str) -> Optional[str]:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip("\0\n ") or None
-    except OSError:
-        return None
-
-
 def _cpu() -> Optional[str]:
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
+    for line in (read("/", "/proc/cpuinfo") or "").splitlines():
         if line.lower().startswith(("model name", "hardware")):
             return line.split(":", 1)[1].strip()
     return platform.processor() or None
 
 
-def machine() -> Dict[str, Any]:
-    """Model (from a board's device tree, or a PC's DMI), CPU, cores, system. GPU and driver are not probed."""
-    board = _read("/proc/device-tree/model")
+def machine(gpu: Optional[str] = None, driver: Optional[str] = None) -> Dict[str, Any]:
+    """Model (from a board's device tree, or a PC's DMI), CPU, cores, system. GPU and driver are told, not probed."""
+    board = identify()
     cpu, cores = _cpu(), cores_available()
+    tree = read("/", "/proc/device-tree/model")
     # The hostname stays out: records are committed and sent around, and it says who, not what.
-    name = f"{board or cpu or platform.machine()} {cores} cores"
+    name = f"{tree or cpu or platform.machine()} {cores} cores"
     return {
         "name": re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-"),
-        "model": board or _read("/sys/devices/virtual/dmi/id/product_name"),
+        "model": board.model,
         "cpu": cpu,
         "architecture": platform.machine(),
-        "gpu": None,
+        "gpu": gpu,
         "cores": cores,
-        "jetpack": _read("/etc/nv_tegra_release"),
-        "driver": None,
+        "jetpack": board.jetpack,
+        "l4t": board.l4t,
+        "driver": driver,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
     }
@@ -75,34 +72,50 @@ def record(
     repeats: int = 1,
     throughput_ips: Optional[float] = None,
     accuracy: Optional[Dict[str, Any]] = None,
+    throttled: Optional[bool] = None,
+    stability: Optional[Dict[str, Any]] = None,
+    energy: Optional[Dict[str, Any]] = None,
+    gpu: Optional[str] = None,
+    driver: Optional[str] = None,
 ) -> Dict[str, Any]:
     """The document of the contract.
 
     `artifact`: file, sha256, bytes, precision, runtime, version. `conditions`: what is known of threads, batch, effort,
-    load_average; the rest is filled with null. `accuracy`: value, images and the split's hash.
+    load_average and, from `watch.Watch.conditions`, of the board; the rest is filled with null. `accuracy`: value,
+    images and the split's hash. `stability`: of `Watch.verdict`, stable and why. `energy`: of `Watch.energy`.
     """
-    unknown: Dict[str, Any] = {
+    energy = energy or {}
+    return {
+        "schema": SCHEMA,
+        "machine": machine(gpu, driver),
+        "conditions": {**_unknown(), **conditions},
+        "artifact": artifact,
+        "latency_ms": {part: latency_ms.get(part) for part in ("compute", "with_copies", "end_to_end")},
+        "repeats": repeats,
+        "throughput_ips": throughput_ips,
+        "energy_mj_per_inference": energy.get("energy_mj_per_inference"),
+        "energy_source": energy.get("energy_source"),
+        "flags": {"throttled": throttled, "unstable": unstable},
+        "stability": None if stability is None else {"stable": stability["stable"], "why": stability["why"]},
+        "accuracy": accuracy,
+        "started_at": started_at,
+    }
+
+
+def _unknown() -> Dict[str, Any]:
+    moments = {"before": None, "after": None}
+    return {
         "power_mode": None,
         "clocks_mhz": None,
-        "temperature_c": {"before": None, "after": None},
+        "temperature_c": dict(moments),
+        "throttle": dict(moments),
+        "fan": None,
+        "memory_mib": None,
+        "uptime_s": None,
+        "board": None,
         "threads": None,
         "batch": None,
         "cuda_graph": None,
         "load_average": None,
         "effort": None,
-    }
-    unknown.update(conditions)
-    return {
-        "schema": SCHEMA,
-        "machine": machine(),
-        "conditions": unknown,
-        "artifact": artifact,
-        "latency_ms": {part: latency_ms.get(part) for part in ("compute", "with_copies", "end_to_end")},
-        "repeats": repeats,
-        "throughput_ips": throughput_ips,
-        "energy_mj_per_inference": None,
-        "energy_source": None,
-        "flags": {"throttled": None, "unstable": unstable},
-        "accuracy": accuracy,
-        "started_at": started_at,
     }
