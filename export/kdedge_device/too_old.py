@@ -33,7 +33,7 @@ def sentence(version=None, release="/etc/nv_tegra_release"):  # type: ignore[no-
 
 def stop(arguments):  # type: ignore[no-untyped-def]
     """Prints the sentence, with --json as the one JSON document on standard output, and returns the exit code 3."""
-    text = sentence()
+    text = sentence()  # type: ignore[no-untyped-call]
     if "--json" in arguments:
         print(json.dumps({"error": text, "class": "VersionFailure", "exit_code": 3}, indent=1))
     else:
