@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from kdedge.errors import ExportError
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.cpu.lint import lint_float
 from kdedge_export.float_form.onnx_import import Imported, import_onnx
@@ -183,13 +184,20 @@ def test_an_average_pool_over_the_whole_map(tmp_path: Path) -> None:
         [node("Gemm", "flat vt c", "y")],
         [node("Gemm", "flat vt c", "y", alpha=0.5, beta=2.0)],
         [node("Gemm", "flat v row", "y", transB=1)],
+        [node("Gemm", "flat v one", "y", transB=1, beta=0.5)],
+        [node("Gemm", "flat v one", "y", transB=1)],
+        [node("Gemm", "flat vt number", "y", alpha=3.0)],
+        [node("Gemm", "flat v row", "product", transB=1, alpha=0.5, beta=2.0), node("Add", "product c", "y")],
+        [node("Gemm", "flat v one", "product", transB=1, beta=0.5), node("Mul", "product c", "y")],
+        [node("Gemm", "flat v", "y", transB=1, beta=0.5)],
         [node("MatMul", "flat vt", "y")],
         [node("MatMul", "flat vt", "product"), node("Add", "product c", "y")],
         [node("MatMul", "flat vt", "product"), node("Add", "row product", "y")],
     ],
 )
 def test_linear_layers_have_one_form(head: list[onnx.NodeProto], tmp_path: Path) -> None:
-    model = classifier(constants={"vt": weights(8, 5), "row": weights(1, 5)})
+    single = {"one": np.array([0.7], np.float32), "number": np.array(-0.3, np.float32)}
+    model = classifier(constants={"vt": weights(8, 5), "row": weights(1, 5), **single})
     del model.graph.node[4]
     model.graph.node.extend(head)
     read = {name for each in model.graph.node for name in each.input}
@@ -200,6 +208,8 @@ def test_linear_layers_have_one_form(head: list[onnx.NodeProto], tmp_path: Path)
     assert words(found) == PLAIN
     gemm = found.model.graph.node[-1]
     assert {each.name: helper.get_attribute_value(each) for each in gemm.attribute} == {"transB": 1}
+    sizes = {each.name: list(each.dims) for each in found.model.graph.initializer}
+    assert [sizes[name] for name in gemm.input[1:]] in ([[5, 8]], [[5, 8], [5]])
 
 
 def test_flatten_by_arithmetic_on_the_shape(tmp_path: Path) -> None:
@@ -254,6 +264,25 @@ def test_slices_without_a_gap_become_a_split(tmp_path: Path) -> None:
     assert words(imported(after_conv(nodes, "joined", constants), tmp_path))["Slice"] == 2, "a channel is left out"
 
 
+def test_a_slice_may_leave_inputs_out(tmp_path: Path) -> None:
+    """An empty name keeps its place: without axes a Slice begins with the first, the batch, and cuts no channels."""
+    constants = {name: np.array([int(name)]) for name in ("0", "1", "3", "8")}
+    nodes = [
+        node("Slice", "conv 0 3 1", "left"),
+        helper.make_node("Slice", ["conv", "3", "8", "1", ""], ["right"], name="no_steps"),
+        node("Concat", "left right", "joined", axis=1),
+    ]
+    found = imported(after_conv(nodes, "joined", constants), tmp_path)
+    assert (words(found)["Split"], words(found)["Slice"]) == (1, 0)
+    nodes = [
+        helper.make_node("Slice", ["conv", "0", "3", "", "1"], ["some"], name="no_axes"),
+        helper.make_node("Slice", ["conv", "3", "all", "", "1"], ["others"], name="no_axes_either"),
+        node("Concat", "some others", "joined", axis=0),
+    ]
+    constants |= {"all": np.array([2**62])}
+    assert words(imported(after_conv(nodes, "joined", constants), tmp_path))["Slice"] == 2
+
+
 THREE = {"3": np.array(3, np.float32), "0": np.array(0, np.float32), "6": np.array(6, np.float32)}
 SHIFTED = [node("Add", "conv 3", "shifted"), node("Clip", "shifted 0 6", "clipped")]
 
@@ -303,6 +332,42 @@ def test_a_softmax_at_the_end_is_cut_off(op_type: str, opset: int, tmp_path: Pat
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     theirs = run_onnx(path.read_bytes(), X)
     np.testing.assert_allclose(probs if op_type == "Softmax" else np.log(probs), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [node("Softmax", "z", "s", axis=-1), node("Identity", "s", "y")],
+        [node("Softmax", "z", "s", axis=1), node("Identity", "s", "t"), node("Identity", "t", "y")],
+        [node("Softmax", "z", "s", axis=1), node("Cast", "s", "t", to=TensorProto.FLOAT), node("Flatten", "t", "y")],
+        [node("Softmax", "z", "s", axis=1), node("Reshape", "s all", "y")],
+        [node("Unsqueeze", "z last", "u"), node("Softmax", "u", "s", axis=1), node("Squeeze", "s last", "y")],
+        [node("Unsqueeze", "z first", "u"), node("Softmax", "u", "s", axis=2), node("Flatten", "s", "y")],
+        [node("Softmax", "z", "s", axis=1), node("Dropout", "s", "y")],
+    ],
+)
+def test_logits_are_found_behind_a_softmax_and_what_hands_it_on(tail: list[onnx.NodeProto], tmp_path: Path) -> None:
+    shapes = {"all": np.array([-1, 5]), "last": np.array([2]), "first": np.array([1])}
+    read = {name for each in tail for name in each.input}
+    model = classifier(constants={name: value for name, value in shapes.items() if name in read})
+    model.graph.node[4].CopyFrom(node("Gemm", "flat v c", "z", transB=1))
+    model.graph.node.extend(tail)
+    path = saved(model, tmp_path)
+    found = import_onnx(path)
+    assert words(found)["Softmax"] == 0
+    assert found.origin.tail == "Softmax"
+    logits = run_onnx(found.model.SerializeToString(), X).astype(np.float64)
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(probs, run_onnx(path.read_bytes(), X), atol=1e-5)
+
+
+def test_a_softmax_that_is_not_over_the_classes_is_no_end(tmp_path: Path) -> None:
+    """It is over the images of a batch: the answer to an image depends on the others."""
+    model = classifier()
+    model.graph.node[4].CopyFrom(node("Gemm", "flat v c", "z", transB=1))
+    model.graph.node.extend([node("Softmax", "z", "s", axis=0), node("Identity", "s", "y")])
+    with pytest.raises(ExportError, match="differs from the file"):
+        import_onnx(saved(model, tmp_path))
 
 
 def test_an_output_of_one_pixel_is_flattened(tmp_path: Path) -> None:

@@ -125,3 +125,20 @@ def test_names_follow_the_layers() -> None:
     rewritten = same(model_18(nodes, constants, [2, 5, 6]))
     assert [node.name for node in rewritten.graph.node] == ["stem.0", "Relu_1", "stem.1"]
     assert [node.output[0] for node in rewritten.graph.node] == ["stem.0", "Relu_1", "logits"]
+
+
+def test_no_name_is_given_twice() -> None:
+    """A layer may be called what the next node without one would have been called."""
+    nodes = [
+        helper.make_node("Conv", ["input", "Conv_1.weight"], ["a"]),
+        helper.make_node("Conv", ["a", "w"], ["b"]),
+        helper.make_node("Split", ["b"], ["c", "d"], axis=1, num_outputs=2),
+        helper.make_node("Conv", ["c", "Split_2:1.weight"], ["e"]),
+        helper.make_node("Add", ["d", "e"], ["logits"]),
+    ]
+    shapes = {"Conv_1.weight": (2, 4, 1, 1), "w": (2, 2, 1, 1), "Split_2:1.weight": (1, 1, 1, 1)}
+    constants = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    rewritten = same(model_18(nodes, constants, [1, 5, 6]))
+    assert [node.name for node in rewritten.graph.node] == ["Conv_1", "Conv_1_2", "Split_2", "Conv_3", "Add_4"]
+    made = [name for node in rewritten.graph.node for name in node.output]
+    assert len({*made}) == len(made) == 6

@@ -134,6 +134,27 @@ def test_what_does_not_fit_into_half_is_named(toy: Toy) -> None:
         write_trt_fp16(model, plan, large)
 
 
+def test_layers_called_like_what_the_writer_adds(toy: Toy) -> None:
+    """Names are the user's own: "deep" beside "deep_q", "deep_scale", "deep_dq" and the like."""
+    _, model, plan, table = toy
+    names = {"stem": "c", "deep": "c_q", "narrow": "c_dq", "down1": "c_scale", "down2": "c_zero_point"}
+    names |= {"short": "c.weight_rounded", "mix": "c.weight_rounded_q", "right": "input_half", "last": "input_q"}
+    renamed = onnx.ModelProto()
+    renamed.CopyFrom(model)
+    for node in renamed.graph.node:
+        node.name = names.get(node.name, node.name)
+        for field in (node.input, node.output):
+            for place, name in enumerate(field):
+                field[place] = names.get(name, name)
+    other, spans = make_trt_plan(renamed), {names.get(name, name): span for name, span in table.spans.items()}
+    scales = {names.get(name, name): each for name, each in table.weight_scales.items()}
+    x = SMALL.normalize(images(4))
+    for write in (write_trt, write_trt_fp16):
+        expected = emulate(write(model, plan, table).SerializeToString(), x)
+        found = emulate(write(renamed, other, RangeTable(spans, scales)).SerializeToString(), x)
+        assert np.array_equal(found, expected)
+
+
 def test_a_table_of_another_plan_is_a_mistake_of_ours(toy: Toy) -> None:
     _, model, plan, table = toy
     with pytest.raises(BugError, match="the range table does not have it"):

@@ -28,24 +28,28 @@ def matmul(net: Net, node: onnx.NodeProto) -> bool:
         net.replace(node, made)
         net.set_constant(made, 1, np.ascontiguousarray(weight.T), f"{node.output[0]}.weight")
         return True
-    if node.op_type != "Gemm" or attribute(node, "transA", 0):
-        return False
+    return node.op_type == "Gemm" and not attribute(node, "transA", 0) and _gemm(net, node)
+
+
+def _gemm(net: Net, node: onnx.NodeProto) -> bool:
+    """alpha and beta go into weight and bias; the bias becomes one number for each output, however it was spread."""
     weight = net.constant(node.input[1])
-    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
-    bias = net.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    if weight is None or weight.ndim != 2 or (bias is None and len(node.input) > 2 and node.input[2]):
+    biased = len(node.input) > 2 and bool(node.input[2])
+    bias = net.constant(node.input[2]) if biased else None
+    if weight is None or weight.ndim != 2 or (biased and bias is None):
         return False
-    row = bias is None or bias.ndim == 1
-    if (alpha == beta == 1.0 and attribute(node, "transB", 0) and row) or (bias is not None and bias.size == 1):
+    if bias is not None and bias.ndim == 2 and len(bias) != 1:  # another bias for each image
         return False
-    if not row and bias is not None and bias.shape[0] != 1:
+    alpha, beta, turned = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0), attribute(node, "transB", 0)
+    rows = weight if turned else weight.T
+    if alpha == beta == 1.0 and turned and (bias is None or bias.shape == rows.shape[:1]):
         return False
-    columns = weight if attribute(node, "transB", 0) else weight.T
     made = helper.make_node("Gemm", node.input, node.output, name=node.name, transB=1)
     net.replace(node, made)
-    net.set_constant(made, 1, np.ascontiguousarray(columns * np.float32(alpha)), f"{node.output[0]}.weight")
+    net.set_constant(made, 1, np.ascontiguousarray(rows * np.float32(alpha)), f"{node.output[0]}.weight")
     if bias is not None:
-        net.set_constant(made, 2, (bias * np.float32(beta)).reshape(-1), f"{node.output[0]}.bias")
+        row = np.broadcast_to(bias.reshape(-1) * np.float32(beta), rows.shape[:1])
+        net.set_constant(made, 2, np.ascontiguousarray(row), f"{node.output[0]}.bias")
     return True
 
 
@@ -146,8 +150,9 @@ def _plain(net: Net, node: onnx.NodeProto) -> bool:
         bias = net.constant(node.input[2])
         if bias is None or bias.ndim != 1:
             return False
+    turned = attribute(node, "transB", 0) and not attribute(node, "transA", 0)
     return node.op_type == "Conv" or bool(
-        attribute(node, "transB", 0) and not attribute(node, "transA", 0) and attribute(node, "alpha", 1.0) == 1.0
+        turned and attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0
     )
 
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from kdedge_export.float_form.affine import affine_after, affine_before, matmul
 from kdedge_export.float_form.net import Net
 from kdedge_export.float_form.onnx_trace import Traced
-from kdedge_export.graph import attribute
+from kdedge_export.graph import attribute, unique
 
 __all__ = ["canonical"]
 
@@ -96,7 +96,7 @@ def _pool(net: Net, node: onnx.NodeProto) -> bool:
         if axes is None or sorted(axis % 4 for axis in axes) != [2, 3]:
             return False
         if not attribute(node, "keepdims", 1):
-            pooled = f"{result}_pooled"
+            pooled = unique(f"{result}_pooled", net.shapes)
             net.shapes[pooled], net.types[pooled] = (*shape[:2], 1, 1), net.types[result]
             net.replace(
                 node,
@@ -139,12 +139,14 @@ def _slices(net: Net, node: onnx.NodeProto) -> bool:
 
 def _cut(net: Net, node: onnx.NodeProto) -> tuple[int, int, int] | None:
     """(axis, start, stop) of a Slice along one axis other than the batch, in steps of one."""
-    if node.op_type != "Slice" or len(node.input) < 4:
+    if node.op_type != "Slice":
         return None
-    values = [net.constant(name) for name in node.input[1:] if name]
-    if any(value is None or value.size != 1 for value in values):
+    defaults = {3: 0.0, 4: 1.0}  # a Slice without axes begins with the first
+    names = dict(enumerate(node.input))
+    values = [net.single(names[place]) if names.get(place) else defaults.get(place) for place in range(1, 5)]
+    if any(value is None for value in values):
         return None
-    start, stop, axis, step = [int(np.asarray(value).reshape(())) for value in values] + [1] * (4 - len(values))
+    start, stop, axis, step = (int(value) for value in values if value is not None)
     shape = net.shapes[node.input[0]]
     axis %= len(shape)
     start, stop, _ = slice(start, stop).indices(shape[axis])

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from kdedge.errors import BugError
 from kdedge_device.preprocess import Preprocess
-from kdedge_export.graph import Graph, constant_tensor, prune
+from kdedge_export.graph import Graph, constant_tensor, names_of, prune, unique
 
 __all__ = ["with_uint8_input"]
 
@@ -47,14 +47,18 @@ def _in_front(model: onnx.ModelProto, preprocess: Preprocess, source: str, kind:
     Cast is first: TensorRT takes uint8 only where it is cast at once.
     """
     offset, factor = 255 * np.array(preprocess.mean), 1 / (255 * np.array(preprocess.std))
-    for name, values in (("pixels.offset", offset), ("pixels.factor", factor)):
+    pixels = unique("pixels", {name.partition(".")[0] for name in names_of(model)})
+    first, last, planes, centred, normal, cast = (
+        f"{pixels}.{name}" for name in ("offset", "factor", "planes", "centred", "normal", "cast")
+    )
+    for name, values in ((first, offset), (last, factor)):
         model.graph.initializer.append(constant_tensor(name, values.astype(np.float32).reshape(1, -1, 1, 1)))
     nodes = [
-        helper.make_node("Cast", [source], ["pixels"], name="pixels", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["pixels"], ["pixels.planes"], name="pixels.planes", perm=[0, 3, 1, 2]),
-        helper.make_node("Sub", ["pixels.planes", "pixels.offset"], ["pixels.centred"], name="pixels.centred"),
-        helper.make_node("Mul", ["pixels.centred", "pixels.factor"], ["pixels.normal"], name="pixels.normal"),
+        helper.make_node("Cast", [source], [pixels], name=pixels, to=TensorProto.FLOAT),
+        helper.make_node("Transpose", [pixels], [planes], name=planes, perm=[0, 3, 1, 2]),
+        helper.make_node("Sub", [planes, first], [centred], name=centred),
+        helper.make_node("Mul", [centred, last], [normal], name=normal),
     ]
     if kind != TensorProto.FLOAT:
-        nodes.append(helper.make_node("Cast", ["pixels.normal"], ["pixels.cast"], name="pixels.cast", to=kind))
+        nodes.append(helper.make_node("Cast", [normal], [cast], name=cast, to=kind))
     return nodes

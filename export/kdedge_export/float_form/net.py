@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx
 
 from kdedge_export.float_form.onnx_trace import Traced
-from kdedge_export.graph import constant_tensor, prune
+from kdedge_export.graph import constant_tensor, prune, unique
 
 __all__ = ["Net"]
 
@@ -72,13 +72,9 @@ class Net:
 
     def add_constant(self, name: str, value: Values) -> str:
         """The name it got: `name`, or one made from it where that is taken by another value."""
-        unique, count = name, 1
-        while unique in self.made or unique in self.shapes:
-            count += 1
-            unique = f"{name}_{count}"
-        self.made[unique] = value
-        self.shapes[unique] = value.shape
-        return unique
+        name = unique(name, {*self.made, *self.shapes})
+        self.made[name], self.shapes[name] = value, value.shape
+        return name
 
     def set_constant(self, node: onnx.NodeProto, place: int, value: Values, name: str) -> None:
         """Give `node` its own constant; it keeps its name where nobody else reads it."""

@@ -8,6 +8,7 @@ B images, C, H, W the input's channels, height and width, K classes.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from kdedge_export.float_form.onnx_fold import PROBES, fold
 from kdedge_export.float_form.onnx_input import Origin, find_input
 from kdedge_export.float_form.onnx_trace import Traced, trace
 from kdedge_export.float_form.rewrite import to_opset_17
+from kdedge_export.graph import attribute, names_of, unique
 from kdedge_export.sessions import open_session
 
 __all__ = ["Imported", "import_onnx", "prove"]
 
 INPUT, OUTPUT = "input", "logits"
+_SHAPERS = ("Identity", "Dropout", "Cast", "CastLike", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
 Logits = npt.NDArray[np.float32]
 
 
@@ -86,20 +89,30 @@ def import_onnx(path: Path, px: int | None = None) -> Imported:
 
 
 def _without_softmax(model: onnx.ModelProto, traced: Traced, notes: list[str]) -> tuple[onnx.ModelProto, str]:
-    """Cut a Softmax that ends the graph, also behind a reshape that only says [B, K] again."""
-    nodes = list(model.graph.node)
-    makers = {name: node for node in nodes for name in node.output}
-    output = model.graph.output[0].name
-    last = makers.get(output)
+    """Take out a Softmax that ends the graph, be it that what follows only hands on its values."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    after, last = None, makers.get(model.graph.output[0].name)
+    while last is not None and _hands_on(last, traced):
+        after, last = last, makers.get(last.input[0])
     if last is None or last.op_type not in ("Softmax", "LogSoftmax"):
         return model, ""
-    shape, axis = traced.shapes[output], next((each.i for each in last.attribute if each.name == "axis"), -1)
-    if axis % len(shape) != 1:
-        return model, ""
+    shape = traced.shapes[last.output[0]]
+    if shape[attribute(last, "axis", -1)] != math.prod(shape[1:]):
+        return model, ""  # not over all classes of an image
+    if after is None:
+        model.graph.output[0].name = last.input[0]
+    else:
+        after.input[0] = last.input[0]
     model.graph.node.remove(last)
-    model.graph.output[0].name = last.input[0]
     notes.append(f"Its last layer, {last.op_type}, is left out: logits are compared, and the classes are the same.")
     return model, last.op_type
+
+
+def _hands_on(node: onnx.NodeProto, traced: Traced) -> bool:
+    """Whether the output of `node` is its input, image by image, at most in another shape."""
+    source, result = node.input[0] if node.input else "", node.output[0]
+    same = traced.types.get(source) == traced.types.get(result) == TensorProto.FLOAT
+    return same and node.op_type in _SHAPERS and traced.shapes[source][:1] == traced.shapes[result][:1]
 
 
 def _as_logits(path: Path, model: onnx.ModelProto, traced: Traced, notes: list[str]) -> onnx.ModelProto:
@@ -120,7 +133,7 @@ def _as_logits(path: Path, model: onnx.ModelProto, traced: Traced, notes: list[s
             "least two classes, float [batch, K], were expected. Export a classifier, without what follows its logits."
         )
     if len(sizes) > 1:
-        name = f"{result.name}_flat"
+        name = unique(f"{result.name}_flat", names_of(model))
         model.graph.node.append(helper.make_node("Flatten", [result.name], [name], name="flatten_logits", axis=1))
         result.CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", sizes[0]]))
         notes.append("Its output [batch, K, 1, 1] became [batch, K].")
@@ -131,8 +144,8 @@ def _name_ends(model: onnx.ModelProto) -> None:
     """The input is "input" and the output "logits", whatever else is called so."""
     source, result = model.graph.input[0], model.graph.output[0]
     wanted = {source.name: INPUT, result.name: OUTPUT}
-    taken = {name for node in model.graph.node for name in [*node.input, *node.output]} - set(wanted)
-    names = {name: f"{name}_" for name in taken & {INPUT, OUTPUT}} | wanted
+    taken = names_of(model) - set(wanted)
+    names = {name: unique(f"{name}_", taken) for name in taken & {INPUT, OUTPUT}} | wanted
     for node in model.graph.node:
         for field in (node.input, node.output):
             for place, name in enumerate(field):

@@ -10,7 +10,7 @@ from onnx import defs, helper
 
 from kdedge.errors import ExportError
 from kdedge_export.float_form.onnx_file import opset_of
-from kdedge_export.graph import Graph, attribute, prune
+from kdedge_export.graph import Graph, attribute, prune, unique
 
 __all__ = ["IR", "OPSET", "to_opset_17"]
 
@@ -120,7 +120,7 @@ def _reduce(node: onnx.NodeProto, graph: Graph, ranks: dict[str, int]) -> list[o
     if node.op_type == "ReduceMean" and rank == 4 and chosen == [2, 3]:
         if keep:
             return [helper.make_node("GlobalAveragePool", [source], [output], name=node.name)]
-        pooled = f"{output}_pooled"
+        pooled = unique(f"{output}_pooled", {*graph.producer, *graph.initializers})
         return [
             helper.make_node("GlobalAveragePool", [source], [pooled], name=node.name),
             helper.make_node("Flatten", [pooled], [output], name=f"{node.name}_flatten", axis=1),
@@ -159,13 +159,15 @@ def _rename(model: onnx.ModelProto) -> None:
     for index, node in enumerate(model.graph.node):
         weight = node.input[1] if len(node.input) > 1 and node.op_type in ("Conv", "Gemm") else ""
         layer = weight.removesuffix(".weight") if weight in graph.initializers else weight
-        node.name = layer if layer != weight and layer not in taken else f"{node.op_type}_{index}"
+        named = layer != weight and layer not in taken
+        node.name = layer if named else unique(f"{node.op_type}_{index}", taken)
         taken.add(node.name)
         for place, name in enumerate(node.input):
             node.input[place] = tensors.get(name, name)
         for place, name in enumerate(node.output):
             if name and name not in graph.outputs:
-                tensors[name] = node.name if place == 0 else f"{node.name}:{place}"
+                tensors[name] = node.name if place == 0 else unique(f"{node.name}:{place}", taken)
+                taken.add(tensors[name])
                 node.output[place] = tensors[name]
 
 

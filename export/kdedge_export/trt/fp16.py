@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kdedge.errors import ExportError
-from kdedge_export.graph import Graph, constant_tensor
+from kdedge_export.graph import Graph, constant_tensor, names_of, unique
 from kdedge_export.sessions import open_session
 
 __all__ = ["HALF_MAX", "half_body", "overflowing", "write_fp16"]
@@ -97,19 +97,19 @@ def _half(name: str, value: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 
 def _cast_ends(model: onnx.ModelProto) -> None:
     """Cast behind each float32 input and in front of each float32 output; their names stay with the interface."""
-    initializers = Graph(model).initializers
+    initializers, taken = Graph(model).initializers, names_of(model)
     inside: dict[str, str] = {}
     casts: list[onnx.NodeProto] = []
     for each in model.graph.input:
         if each.type.tensor_type.elem_type == TensorProto.FLOAT and each.name not in initializers:
-            inside[each.name] = f"{each.name}_half"
-            names = [each.name], [f"{each.name}_half"]
+            inside[each.name] = unique(f"{each.name}_half", taken)
+            names = [each.name], [inside[each.name]]
             casts.append(helper.make_node("Cast", *names, name=f"{each.name}_to_half", to=TensorProto.FLOAT16))
     first = len(casts)
     for each in model.graph.output:
         if each.type.tensor_type.elem_type == TensorProto.FLOAT:
-            inside[each.name] = f"{each.name}_half"
-            names = [f"{each.name}_half"], [each.name]
+            inside[each.name] = unique(f"{each.name}_half", taken)
+            names = [inside[each.name]], [each.name]
             casts.append(helper.make_node("Cast", *names, name=f"{each.name}_to_float", to=TensorProto.FLOAT))
     for node in model.graph.node:
         for place, name in enumerate(node.input):

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from kdedge.errors import BugError
-from kdedge_export.graph import Graph, constant_tensor, prune
+from kdedge_export.graph import Graph, constant_tensor, names_of, prune, unique
 from kdedge_export.table import RangeTable
 from kdedge_export.trt.plan import TrtPlan
 from kdedge_export.trt.rules import weight_axis
@@ -58,12 +58,14 @@ class _Writer:
         self.scales = scales
         self.weight_scales = weight_scales
         self.nodes: list[onnx.NodeProto] = []
+        self.taken = names_of(model)  # a layer may be called "c_q" beside another called "c"
+        self.rounded: dict[str, str] = {}  # tensor -> what its DQ makes
 
     def add(self, node: onnx.NodeProto) -> None:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         for place in self.plan.reads.get(node.name, ()):
-            copy.input[place] = f"{node.input[place]}_dq"
+            copy.input[place] = self.rounded[node.input[place]]
         if node.name in self.plan.weighted:
             copy.input[1] = self._weight(node)
         self.nodes.append(copy)
@@ -73,7 +75,7 @@ class _Writer:
     def quantize(self, name: str) -> None:
         """Q and DQ behind the tensor `name`, where the plan wants them."""
         if name in self.scales:
-            self._pair(name, np.array(self.scales[name], np.float32))
+            self.rounded[name] = self._pair(name, np.array(self.scales[name], np.float32))
 
     def _weight(self, node: onnx.NodeProto) -> str:
         weight = self.graph.constant(node.input[1])
@@ -87,21 +89,26 @@ class _Writer:
         # Already on the grid, so that no rounding of the reader decides; TensorRT's weights end at -127, not at -128.
         codes = np.clip(np.rint(weight / steps), -127, 127)
         # Named after the layer: two layers that share a weight may still need two scales.
-        name = f"{node.name}.weight_rounded"
-        self._constant(name, (codes * steps).astype(np.float32))
+        name = self._constant(f"{node.name}.weight_rounded", (codes * steps).astype(np.float32))
         return self._pair(name, scales, axis)
 
     def _pair(self, name: str, scale: npt.NDArray[np.float32], axis: int | None = None) -> str:
-        self._constant(f"{name}_scale", scale)
-        self._constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
-        parameters = [f"{name}_scale", f"{name}_zero_point"]
+        scales = self._constant(f"{name}_scale", scale)
+        zeros = self._constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
+        codes, values, quantizer, restorer = (self._own(f"{name}_{end}") for end in ("q", "dq", "Q", "DQ"))
         along = {} if axis is None else {"axis": axis}
-        quantize = helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_q"], name=f"{name}_Q", **along)
-        restore = helper.make_node(
-            "DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], name=f"{name}_DQ", **along
-        )
-        self.nodes.extend([quantize, restore])
-        return f"{name}_dq"
+        self.nodes += [
+            helper.make_node("QuantizeLinear", [name, scales, zeros], [codes], name=quantizer, **along),
+            helper.make_node("DequantizeLinear", [codes, scales, zeros], [values], name=restorer, **along),
+        ]
+        return values
 
-    def _constant(self, name: str, value: npt.NDArray[np.generic]) -> None:
+    def _own(self, wanted: str) -> str:
+        name = unique(wanted, self.taken)
+        self.taken.add(name)
+        return name
+
+    def _constant(self, wanted: str, value: npt.NDArray[np.generic]) -> str:
+        name = self._own(wanted)
         self.copy.graph.initializer.append(constant_tensor(name, value))
+        return name

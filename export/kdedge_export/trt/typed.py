@@ -12,7 +12,7 @@ import onnx
 from onnx import defs, helper
 
 from kdedge.errors import ExportError
-from kdedge_export.graph import attribute, constant_tensor
+from kdedge_export.graph import attribute, constant_tensor, names_of, unique
 from kdedge_export.table import RangeTable
 from kdedge_export.trt.fp16 import HALF_MAX, half_body
 from kdedge_export.trt.plan import TrtPlan
@@ -78,7 +78,7 @@ def _axes_to_input(node: onnx.NodeProto, model: onnx.ModelProto) -> None:
     axes = attribute(node, "axes")
     if axes is None:
         return
-    name = f"{node.name}_axes"
+    name = unique(f"{node.name}_axes", names_of(model))
     model.graph.initializer.append(constant_tensor(name, np.array(axes, np.int64)))
     node.input.append(name)
     kept = [each for each in node.attribute if each.name != "axes"]
