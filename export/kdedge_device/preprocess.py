@@ -1,15 +1,31 @@
 """How an image becomes the input of a network: decode, fit to H x W, normalise. The same code trains, tests and ships.
 
+Resizing and grey are defined in whole numbers (resize.py), so a raw array gives the same bytes on every machine, with
+Pillow or without it. Only the decoding of image files needs Pillow.
+
 H, W are the input's height and width, C its channels (1 grey, 3 RGB), N the batch. Python 3.8, numpy; Pillow late.
 """
 
+import os
 from dataclasses import dataclass
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import numpy as np
 
+from kdedge_device.arrays import ArraysUnreadable, read_npy, read_npz, why_no_image
 from kdedge_device.failures import Failure
-from kdedge_device.images import MAX_PIXELS, Header, ImageUnreadable, Source, decode_image, pillow, read_header
+from kdedge_device.images import (
+    MAX_PIXELS,
+    Header,
+    ImageUnreadable,
+    Source,
+    decode_image,
+    picture_of,
+    pillow_agrees,
+    read_header,
+    shrink,
+)
+from kdedge_device.resize import Box, resize, to_grey
 
 __all__ = ["MAX_PIXELS", "Header", "ImageUnreadable", "Preprocess", "read_header"]
 
@@ -75,43 +91,63 @@ class Preprocess:
             raise Failure(f"The preprocessing cannot be used: {error}.") from None
 
     def decode(self, source: Source) -> "np.ndarray[Any, Any]":
-        """The image in a file (or in encoded bytes) as uint8 [H, W, C]. Raises ImageUnreadable."""
-        return self._shrink(decode_image(source, self.channels, (self.height, self.width)))
+        """The image in a file (or in encoded bytes) as uint8 [H, W, C]. Raises ImageUnreadable.
+
+        A path that ends in .npy is a raw array, as for `fit`. Anything else is decoded by Pillow.
+        """
+        if not isinstance(source, bytes) and os.fspath(source).lower().endswith(".npy"):
+            return self.fit(read_npy(os.fspath(source)))
+        quick = pillow_agrees()
+        picture = decode_image(source, self.channels if quick else 3, (self.height, self.width))
+        return self._shrunk(picture) if quick else self.fit(np.asarray(picture))
+
+    def each(self, path: str) -> Iterator[Tuple[str, "np.ndarray[Any, Any]"]]:
+        """(name, uint8 [H, W, C]) of what `path` holds: one image, or those of the array `images` in an .npz.
+
+        Raises ImageUnreadable.
+        """
+        if not path.lower().endswith(".npz"):
+            yield path, self.decode(path)
+            return
+        try:
+            images = read_npz(path, ("images",))["images"]
+        except ArraysUnreadable as error:
+            raise ImageUnreadable(path, error.reason) from None
+        if images.ndim not in (3, 4):
+            raise ImageUnreadable(path, f"its images have shape {images.shape}; [N, h, w] or [N, h, w, C] was expected")
+        for index, image in enumerate(images):
+            why = why_no_image(image)
+            if why:
+                raise ImageUnreadable(f"{path}[{index}]", why)
+            yield f"{path}[{index}]", self.fit(image)
 
     def fit(self, image: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
         """uint8 [h, w] or [h, w, 1 or 3] of any size as uint8 [H, W, C], resized as `decode` does.
 
-        Where size and channels are right already nothing is changed (and Pillow is not needed).
+        Needs no Pillow. Where size and channels are right already nothing is changed.
         """
-        if (
-            image.dtype != np.uint8
-            or image.ndim not in (2, 3)
-            or (image.ndim == 3 and image.shape[2] not in (1, 3))
-            or 0 in image.shape
-        ):
-            raise Failure(
-                f"An image array has type {image.dtype} and shape {image.shape}; "
-                "uint8 [h, w], [h, w, 1] or [h, w, 3] was expected."
-            )
+        why = why_no_image(image)
+        if why:
+            raise Failure(f"An image array cannot be used: {why}.")
         pixels = image[:, :, None] if image.ndim == 2 else image
-        if pixels.shape[2] == 1 and self.channels == 3:
+        if pixels.shape[2] == 3 and self.channels == 1:
+            pixels = to_grey(pixels)
+        if pixels.shape[:2] != (self.height, self.width):
+            pixels = self._resized(pixels)
+        if pixels.shape[2] < self.channels:
             pixels = np.repeat(pixels, 3, axis=2)
-        if pixels.shape == (self.height, self.width, self.channels):
-            return np.ascontiguousarray(pixels)
-        module = pillow()
-        picture = module.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-        return self._shrink(picture if self.channels == pixels.shape[2] else picture.convert("L"))
+        return np.ascontiguousarray(pixels)
 
-    def _shrink(self, picture: Any) -> "np.ndarray[Any, Any]":
-        """A Pillow image of mode L or RGB as uint8 [H, W, C]; bilinear, antialiased when it gets smaller."""
-        if picture.size != (self.width, self.height):
-            picture = picture.resize(
-                (self.width, self.height), 2, box=self._box(*picture.size)
-            )  # 2: bilinear in every Pillow
-        pixels = np.array(picture, dtype=np.uint8)
-        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    def _resized(self, pixels: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        height, width = pixels.shape[:2]
+        if pillow_agrees():
+            return self._shrunk(picture_of(pixels))
+        return resize(pixels, self.height, self.width, self._box(width, height))
 
-    def _box(self, width: int, height: int) -> Tuple[float, float, float, float]:
+    def _shrunk(self, picture: Any) -> "np.ndarray[Any, Any]":
+        return shrink(picture, self.height, self.width, self._box(*picture.size))
+
+    def _box(self, width: int, height: int) -> Box:
         """The part that is kept: left, top, right, bottom. Cutting while resizing spares a rounding in between."""
         if self.resize == "squash":
             return (0.0, 0.0, float(width), float(height))
