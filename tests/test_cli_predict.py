@@ -39,7 +39,12 @@ def bundle(tmp_path: Path) -> Path:
     path.write_bytes(network().SerializeToString())
     manifest = {
         "schema": 1,
-        "artifacts": {"fp32": {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}},
+        "artifacts": {
+            "fp32": {
+                "file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size,
+                "precision": "fp32", "golden_tolerance": 0.001,
+            }
+        },
         "files": {},
         "input": {"name": "input", "shape": ["batch", 1, 4, 4], "dtype": "float32", "layout": "NCHW"},
         "preprocess": {

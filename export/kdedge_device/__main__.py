@@ -9,59 +9,93 @@ Exit codes: 0 done; 1 ran, and a check failed; 2 something the user can fix; 3 w
 import argparse
 import json
 import os
-import platform
 import sys
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import traceback
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, TextIO, Tuple
 
-from kdedge_device import bench_command
-from kdedge_device.failures import Failure
+from kdedge_device import bench_command, board
+from kdedge_device.failures import Failure, RuntimeFailure
 
-__all__ = ["main"]
+__all__ = ["SCHEMA", "main"]
 
+SCHEMA = 1  # of every document that has none of its own
 _ENGINES = {"trt": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}  # what --artifact names -> its precision
+_BUG = 70  # as sysexits.h has it; Python's own 1 would say that a check failed
+_Answer = Tuple[Dict[str, Any], str, int]
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Runs one command and returns the exit code. argparse itself exits with 2 on wrong arguments."""
-    options = _parser().parse_args(arguments)
+    """Runs one command and returns the exit code; --help ends the process by itself."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, stream = argparse.Namespace(json="--json" in given, out=None), sys.stdout
     try:
+        options = _parser().parse_args(given)
         document, text, code = options.command(options)
         if options.out:
-            _write(options.out, document)
-    except Failure as error:
-        document, text, code = _told(error)
+            _write(options.out, _numbered(document))
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except Exception as error:
+        (document, text, code), stream = _told(error), sys.stderr
     if options.json:
-        print(json.dumps(document, indent=1, allow_nan=False))
+        print(json.dumps(_numbered(document), indent=1, allow_nan=False))
     else:
-        print(text, file=sys.stderr if "error" in document else sys.stdout)
+        _print(text, stream)
     return int(code)
 
 
-def _told(error: Failure) -> Tuple[Dict[str, Any], str, int]:
-    document = {"error": str(error), "class": type(error).__name__, "exit_code": error.exit_code}
-    return document, f"Error: {error}", error.exit_code
+def _numbered(document: Dict[str, Any]) -> Dict[str, Any]:
+    return {"schema": SCHEMA, **document}
+
+
+def _told(error: Exception) -> _Answer:
+    """Whatever is no Failure is a bug of this program: told with its traceback, and not with a code of the contract."""
+    if isinstance(error, MemoryError):
+        error = Failure("This machine has not enough free memory for it. Close other programs, or take fewer images.")
+    if isinstance(error, Failure):
+        sentence, code = str(error), error.exit_code
+    else:
+        traceback.print_exc(file=sys.stderr)
+        sentence, code = f"This is a bug in kdedge, please report it: {type(error).__name__}: {error}", _BUG
+    return {"error": sentence, "class": type(error).__name__, "exit_code": code}, f"Error: {sentence}", code
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """File and class names come from anywhere: nothing in them moves the cursor, and none stops the program."""
+    shown = "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+    encoding = stream.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong argument as every other failure is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Failure(f"{message[:1].upper()}{message[1:]}. Try: {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.pyz", description="Inspect, check, time and use a kdedge bundle.")
-    commands = parser.add_subparsers(dest="name", required=True)
+    parser = _Parser(prog="run.pyz", description="Inspect, check, time and use a kdedge bundle.")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     here = os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv[0].endswith(".pyz") else None
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--json", action="store_true", help="exactly one JSON document on standard output")
     shared.add_argument("--out", metavar="FILE", help="also write the JSON document to FILE")
     shared.add_argument("--bundle", default=here, help="bundle folder (default: where run.pyz lies)")
     shared.add_argument("--artifact", help="fp32, int8, ... (default: the shipped one; of build: trt)")
     shared.add_argument("--threads", type=int, default=1, help="threads inside an operator (default 1)")
+    runtime = _Parser(add_help=False)
+    runtime.add_argument(
+        "--runtime", choices=("onnxruntime", "tensorrt"), help="tensorrt: the engine that `build` made of the artifact"
+    )
 
-    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
-        child = commands.add_parser(name, parents=[shared], help=text, description=text)
-        child.set_defaults(command=command)
+    def add(name: str, command: Callable[[argparse.Namespace], _Answer], text: str, *more: Any) -> Any:
+        child = commands.add_parser(name, parents=[shared, *more], help=text, description=text)
+        child.set_defaults(command=command if command is _info else lambda options: _on_this_board(command, options))
         return child
 
-    add("info", _info, "what the bundle holds, and what this machine can run")
+    add("info", _info, "what this machine is and can run, and what the bundle holds")
     add("check", _check, "hash every file and compare the logits of the golden images")
     build = add("build", _build, "a TensorRT engine for this machine's GPU, kept for as long as it fits")
     build.add_argument("model", nargs="?", metavar="BUNDLE", help="a bundle folder (default: --bundle)")
@@ -70,11 +104,23 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--engines", metavar="FOLDER", help="where engines are kept (default: in the bundle)")
     build.add_argument("--rebuild", action="store_true", help="also where an engine that fits is there")
     bench_command.add_arguments(add("bench", bench_command.run, "latency of one artifact: the record as JSON"))
-    evaluate = add("eval", _eval, "accuracy on labelled images")
-    evaluate.add_argument("--data", required=True, help="a folder of class folders, or an .npz with images and labels")
-    predict = add("predict", _predict, "classes of images")
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    evaluate = add("eval", _eval, "accuracy on labelled images, in all and class by class", runtime)
+    evaluate.add_argument(
+        "--data", help="a folder of class folders, or an .npz with images and labels (default: the bundle's eval.npz)"
+    )
+    predict = add("predict", _predict, "classes of images", runtime)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, ..., .npy, or an .npz with images")
     return parser
+
+
+def _on_this_board(command: Callable[[argparse.Namespace], _Answer], options: argparse.Namespace) -> _Answer:
+    """What every command but `info` needs, asked first: a board that is not too old, and numpy."""
+    board.refuse_unsupported(board.identify())
+    try:
+        import numpy  # noqa: F401
+    except ImportError as error:
+        raise RuntimeFailure(f"numpy cannot be loaded ({error}). Install it with: pip install numpy") from None
+    return command(options)
 
 
 def _bundle(options: argparse.Namespace) -> Any:
@@ -85,49 +131,30 @@ def _bundle(options: argparse.Namespace) -> Any:
     return Bundle(options.bundle)
 
 
-def _info(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
-    bundle = _bundle(options)
-    try:
-        import onnxruntime
+def _info(options: argparse.Namespace) -> _Answer:
+    from kdedge_device.info import info
 
-        runtime = onnxruntime.__version__
-    except ImportError:
-        runtime = None
-    document = {
-        "bundle": bundle.path,
-        "manifest": bundle.document,
-        "python": platform.python_version(),
-        "runtimes": {"onnxruntime": runtime},
-    }
-    lines = ["{}: {} classes, {}".format(bundle.path, len(bundle.classes), ", ".join(bundle.classes))]
-    for name, entry in sorted(bundle.artifacts.items()):
-        mark = "  (shipped)" if name == bundle.shipped else ""
-        lines.append(
-            "{:5} {}  {} bytes  test accuracy {}{}".format(
-                name, entry["file"], entry["bytes"], entry.get("accuracy"), mark
-            )
-        )
-    lines.append("onnxruntime: {}".format(runtime or "not installed"))
-    return document, "\n".join(lines), 0
+    return info(options.bundle)
 
 
-def _check(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
+def _check(options: argparse.Namespace) -> _Answer:
     from kdedge_device.evaluate import check
 
     document = check(_bundle(options), options.threads)
     lines = ["{} files unaltered".format(len(document["files"]))]
+    lines.extend(f"{file}: {state}" for file, state in document["engines"].items())
     for name, each in document["golden"].items():
         lines.append(
             "{}: differs by {max_abs_difference:.3g}, tolerated {tolerance:.3g}, same class {same_class:.0%}".format(
                 name, **each
             )
         )
-    for name, why in document.get("not_run", {}).items():
+    for name, why in document["not_run"].items():
         lines.append(f"{name}: not run here, {why}")
     return document, "\n".join(lines), 0
 
 
-def _build(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
+def _build(options: argparse.Namespace) -> _Answer:
     from kdedge_device.trt_build import BuildOptions
     from kdedge_device.trt_bundle import build_for_bundle
 
@@ -147,18 +174,21 @@ def _build(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     return document, "\n".join(lines), 0
 
 
-def _eval(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
+def _eval(options: argparse.Namespace) -> _Answer:
     from kdedge_device.evaluate import evaluate
 
-    document = evaluate(_bundle(options), options.data, options.artifact, options.threads)
-    text = "accuracy {accuracy:.4f} ({correct} of {images})".format(**document)
-    return document, text + "".join("\nskipped {path}: {error}".format(**each) for each in document["unreadable"]), 0
+    document = evaluate(_bundle(options), options.data, options.artifact, options.threads, options.runtime)
+    lines = ["{artifact}: accuracy {accuracy:.4f} ({correct} of {images})".format(**document)]
+    for name, (correct, images) in document["per_class"].items():
+        lines.append("  {:20} {}".format(name, f"{correct / images:.4f} ({correct} of {images})" if images else "none"))
+    lines.extend("skipped {path}: {error}".format(**each) for each in document["unreadable"])
+    return document, "\n".join(lines), 0
 
 
-def _predict(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
+def _predict(options: argparse.Namespace) -> _Answer:
     from kdedge_device.evaluate import predict
 
-    answers = predict(_bundle(options), options.images, options.artifact, options.threads)
+    answers = predict(_bundle(options), options.images, options.artifact, options.threads, options.runtime)
     lines: List[str] = []
     for each in answers:
         lines.append(
@@ -170,9 +200,9 @@ def _predict(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
 
 
 def _write(path: str, document: Dict[str, Any]) -> None:
-    temporary = path + ".part"
+    temporary = f"{path}.{os.getpid()}.part"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:  # a link of that name would lead elsewhere
             json.dump(document, file, indent=1, allow_nan=False)
         os.replace(temporary, path)
     except OSError as error:

@@ -8,8 +8,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from kdedge_device.arrays import read_npz
 from kdedge_device.failures import BudgetFailure, CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
-from kdedge_device.manifest import Bundle
+from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt_bundle import has_engines, open_engine
@@ -32,13 +33,16 @@ def input_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, An
     return images if runner.takes_pixels else preprocess.normalize(images)
 
 
-def open_runner(bundle: Bundle, artifact: Optional[str] = None, threads: int = 1) -> Runner:
+def open_runner(
+    bundle: Bundle, artifact: Optional[str] = None, threads: int = 1, runtime: Optional[str] = None
+) -> Runner:
     """A runner of an artifact, the shipped one unless named: ONNX Runtime, or the engine built from it on this machine.
 
-    RuntimeFailure where the runtime, or the engine, is not here.
+    `runtime` "tensorrt" takes the engine also of an artifact that ONNX Runtime can run. RuntimeFailure where the
+    runtime, or the engine, is not here.
     """
     name = bundle.artifact(artifact)
-    if _runtime(bundle, name) == "tensorrt" and has_engines(bundle):
+    if runtime == TrtRunner.runtime or (_runtime(bundle, name) == TrtRunner.runtime and has_engines(bundle)):
         return open_engine(bundle, name)
     why = _not_run_here(bundle, name)
     if why:
@@ -56,7 +60,7 @@ def _not_run_here(bundle: Bundle, name: str) -> str:
     runtime = _runtime(bundle, name)
     if runtime == OrtRunner.runtime:
         return ""
-    if runtime == "tensorrt":
+    if runtime == TrtRunner.runtime:
         return "it needs TensorRT and an engine, which `python run.pyz build` makes"
     return f"it needs {runtime}"
 
@@ -67,49 +71,96 @@ def softmax(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 
 def predict(
-    bundle: Bundle, paths: Sequence[str], artifact: Optional[str] = None, threads: int = 1
+    bundle: Bundle,
+    paths: Sequence[str],
+    artifact: Optional[str] = None,
+    threads: int = 1,
+    runtime: Optional[str] = None,
 ) -> List[Dict[str, Any]]:
-    """One document per path: {path, class, probability, top: [[class, probability] x 5]}, or {path, error}."""
+    """One document per image: {path, class, probability, top: [[class, probability] x 5]}, or {path, error}.
+
+    A path is an image, an .npy, or an .npz with `images`, whose paths then end in [0], [1] and so on.
+    """
     answers: List[Dict[str, Any]] = []
-    with open_runner(bundle, artifact, threads) as runner:
+    with open_runner(bundle, artifact, threads, runtime) as runner:
         for path in paths:
             try:
-                image = bundle.preprocess.decode(path)
+                for name, image in bundle.preprocess.each(path):
+                    answers.append(_answer(bundle, name, _checked(bundle, runner, image[None])[0]))
             except ImageUnreadable as error:
                 answers.append({"path": path, "error": error.reason})
-                continue
-            probs = softmax(logits_of(runner, bundle.preprocess, image[None])[0])
-            top = [[bundle.classes[k], float(probs[k])] for k in np.argsort(-probs, kind="stable")[:5]]
-            answers.append({"path": path, "class": top[0][0], "probability": top[0][1], "top": top})
     return answers
 
 
-def evaluate(bundle: Bundle, data: str, artifact: Optional[str] = None, threads: int = 1) -> Dict[str, Any]:
-    """Accuracy on a folder of class folders, or on an .npz with `images` uint8 [N, h, w, C] and `labels` [N].
+def _answer(bundle: Bundle, path: str, logits: "np.ndarray[Any, Any]") -> Dict[str, Any]:
+    probs = softmax(logits)
+    top = [[bundle.classes[k], float(probs[k])] for k in np.argsort(-probs, kind="stable")[:5]]
+    return {"path": path, "class": top[0][0], "probability": top[0][1], "top": top}
 
-    {artifact, accuracy, images, correct, per_class: {class: [correct, images]}, unreadable: [{path, error}]}.
+
+def _checked(bundle: Bundle, runner: Runner, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """`logits_of`, one finite number a class. A model of other classes than the manifest names is not this bundle's."""
+    logits = logits_of(runner, bundle.preprocess, images)
+    if logits.shape != (len(images), len(bundle.classes)):
+        raise CorruptFailure(
+            f"{runner.model_path} gives logits of shape {list(logits.shape)}; [{len(images)}, {len(bundle.classes)}], "
+            "one for each class of the manifest, was expected. Copy the bundle again."
+        )
+    if not np.isfinite(logits).all():
+        raise BudgetFailure(
+            f"{runner.model_path} gives logits that are no finite numbers. Export the model again, or take another "
+            "artifact with --artifact."
+        )
+    return logits
+
+
+def evaluate(
+    bundle: Bundle,
+    data: Optional[str] = None,
+    artifact: Optional[str] = None,
+    threads: int = 1,
+    runtime: Optional[str] = None,
+) -> Dict[str, Any]:
+    """Accuracy on a folder of class folders, or an .npz with `images` uint8 [N, h, w, C] and `labels` [N].
+
+    None is the bundle's own eval.npz. {artifact, sha256, runtime, version, data, data_sha256, accuracy, images,
+    correct, per_class: {class: [correct, images]}, unreadable: [{path, error}]}; `data_sha256` is null for a folder.
     """
     name = bundle.artifact(artifact)
+    source = _shard(bundle) if data is None else data
     unreadable: List[Dict[str, str]] = []
     counts = {cls: [0, 0] for cls in bundle.classes}
-    with open_runner(bundle, name, threads) as runner:
-        for images, labels in _batches(_labelled(bundle, data, unreadable)):
-            hits = logits_of(runner, bundle.preprocess, images).argmax(1) == labels
+    with open_runner(bundle, name, threads, runtime) as runner:
+        for images, labels in _batches(_labelled(bundle, source, unreadable)):
+            hits = _checked(bundle, runner, images).argmax(1) == labels
             for label, hit in zip(labels, hits):
                 counts[bundle.classes[label]][0] += int(hit)
                 counts[bundle.classes[label]][1] += 1
+        ran = {"sha256": sha256_file(runner.model_path), "runtime": runner.runtime, "version": runner.version}
     correct = sum(pair[0] for pair in counts.values())
     total = sum(pair[1] for pair in counts.values())
     if total == 0:
-        raise Failure(f"No image of {data} could be read ({len(unreadable)} unreadable).")
+        raise Failure(f"No image of {source} could be read ({len(unreadable)} unreadable).")
     return {
         "artifact": name,
+        **ran,
+        "data": source,
+        "data_sha256": sha256_file(source) if os.path.isfile(source) else None,
         "accuracy": correct / total,
         "images": total,
         "correct": correct,
         "per_class": counts,
         "unreadable": unreadable,
     }
+
+
+def _shard(bundle: Bundle) -> str:
+    if "eval.npz" not in bundle.document["files"]:
+        raise Failure(
+            f"The bundle {bundle.path} has no eval.npz. Name images with --data FOLDER, or export it again with: "
+            "kdedge export --with-eval 200"
+        )
+    return bundle.file("eval.npz")
 
 
 def _labelled(
@@ -139,17 +190,14 @@ def _labelled(
 
 
 def _from_arrays(bundle: Bundle, data: str) -> Iterator[Tuple["np.ndarray[Any, Any]", int]]:
-    try:
-        with np.load(data, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise Failure(f"{data} cannot be read ({error}); an .npz with images and labels was expected.") from None
-    if len(images) != len(labels) or (
-        len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(bundle.classes)
-    ):
+    arrays = read_npz(data, ("images", "labels"))
+    images, labels = arrays["images"], arrays["labels"]
+    known = labels.dtype.kind in "biu" and labels.ndim == 1 and images.ndim in (3, 4) and len(images) == len(labels)
+    if not known or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(bundle.classes)):
+        ends = f" from {labels.min()} to {labels.max()}" if labels.size else ""
         raise Failure(
-            f"{data} has {len(images)} images and labels {sorted(set(labels.tolist()))}; "
-            f"as many labels, from 0 to {len(bundle.classes) - 1}, were expected."
+            f"{data} has images of shape {list(images.shape)} and labels of shape {list(labels.shape)}{ends}; images "
+            f"[N, h, w, C] and N whole labels from 0 to {len(bundle.classes) - 1} were expected."
         )
     for image, label in zip(images, labels):
         yield bundle.preprocess.fit(image), int(label)
@@ -173,35 +221,30 @@ def _batches(
 def check(bundle: Bundle, threads: int = 1) -> Dict[str, Any]:
     """Hash every file, run the artifacts on the golden images and compare with the logits noted at export.
 
-    {files, golden: {artifact: {max_abs_difference, tolerance, same_class}}, not_run: {artifact: why}}. CorruptFailure
-    where a file is altered, BudgetFailure where a logit is further off than the tolerance of the manifest.
+    {files, engines: {file: state}, golden: {artifact: {max_abs_difference, tolerance, same_class}}, not_run: {artifact:
+    why}}. CorruptFailure where a file is altered, BudgetFailure where a logit is further off than the tolerance of the
+    manifest, RuntimeFailure where nothing can be run here.
     """
-    files = bundle.verify()
-    golden = bundle.golden()
+    files, engines, golden = bundle.verify(), bundle.engines(), bundle.golden()
     found: Dict[str, Any] = {}
     not_run: Dict[str, str] = {}
     for name, entry in sorted(bundle.artifacts.items()):
-        engines = _runtime(bundle, name) == "tensorrt" and has_engines(bundle)
-        why = "" if engines else _not_run_here(bundle, name)
-        if why:
-            not_run[name] = why
-            continue
         expected = golden.get("logits__" + name)
         if expected is None:
             raise CorruptFailure(f"golden.npz of {bundle.path} has no logits of '{name}'. Copy the bundle again.")
-        try:
-            with open_runner(bundle, name, threads) as runner:
-                logits = logits_of(runner, bundle.preprocess, golden["images"])
-        except (RuntimeFailure, VersionFailure, DeviceFailure) as error:
-            if not engines:
-                raise
-            not_run[name] = str(error)  # an engine of another machine is no fault of the bundle
+        logits, why = _golden_logits(bundle, name, golden["images"], threads)
+        if logits is None:
+            not_run[name] = why
             continue
         found[name] = {
             "max_abs_difference": float(np.abs(logits - expected).max()),
             "tolerance": entry["golden_tolerance"],
             "same_class": float((logits.argmax(1) == expected.argmax(1)).mean()),
         }
+    if not found:
+        raise RuntimeFailure(
+            "Nothing of the bundle can be run here. {}".format(" ".join(sorted(set(not_run.values()))))
+        )
     wrong = [name for name, each in found.items() if not each["max_abs_difference"] <= each["tolerance"]]
     if wrong:
         raise BudgetFailure(
@@ -212,4 +255,23 @@ def check(bundle: Bundle, threads: int = 1) -> Dict[str, Any]:
                 )
             )
         )
-    return {"files": files, "golden": found, "not_run": not_run}
+    return {"files": files, "engines": engines, "golden": found, "not_run": not_run}
+
+
+def _golden_logits(
+    bundle: Bundle, name: str, images: "np.ndarray[Any, Any]", threads: int
+) -> "Tuple[Optional[np.ndarray[Any, Any]], str]":
+    """The logits of an artifact; or None, and why it cannot be run on this machine, which is no fault of the bundle."""
+    engine = _runtime(bundle, name) == TrtRunner.runtime
+    why = _not_run_here(bundle, name)
+    if why and not (engine and has_engines(bundle)):
+        return None, why
+    try:
+        with open_runner(bundle, name, threads) as runner:
+            return _checked(bundle, runner, images), ""
+    except RuntimeFailure as error:
+        return None, str(error)
+    except (VersionFailure, DeviceFailure) as error:
+        if not engine:
+            raise
+        return None, str(error)  # an engine of another machine

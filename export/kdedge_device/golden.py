@@ -7,6 +7,7 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
+from kdedge_device.arrays import ArraysUnreadable, read_npz
 from kdedge_device.failures import CorruptFailure
 from kdedge_device.preprocess import Preprocess
 
@@ -18,10 +19,9 @@ def read_golden(
 ) -> "Dict[str, np.ndarray[Any, Any]]":
     """`images` uint8 [n, H, W, C] and float [n, K] for those of `names` that are there; CorruptFailure for all else."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {key: arrays[key] for key in arrays.files if key == "images" or key in names}
-    except Exception as error:
-        raise CorruptFailure(f"{path} cannot be read ({error}). Copy the bundle again.") from None
+        found = read_npz(path, ["images"], names)
+    except ArraysUnreadable as error:
+        raise CorruptFailure(f"{error}. Copy the bundle again.") from None
     images = found["images"]
     shape = (preprocess.height, preprocess.width, preprocess.channels)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):

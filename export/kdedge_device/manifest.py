@@ -90,6 +90,21 @@ class Bundle:
             raise CorruptFailure(" ".join(problems))
         return sorted(entries)
 
+    def engines(self) -> Dict[str, str]:
+        """State of every engine that the manifest names: "unaltered", "built again since", or "not here".
+
+        One built again has a side file of its own, which whoever loads it compares (trt_cache).
+        """
+        states = {}
+        for file, entry in sorted(self.document.get("engines", {}).items()):
+            path = os.path.join(self.path, file)
+            if not os.path.lexists(path):
+                states[file] = "not here"
+                continue
+            with open_plain(path) as content:
+                states[file] = "unaltered" if _sha256(content) == entry["sha256"] else "built again since"
+        return states
+
     def _verified(self, file: str, entry: Dict[str, Any]) -> str:
         path = os.path.join(self.path, file)
         with open_plain(path) as content:

@@ -89,8 +89,8 @@ _HASHED: Dict[str, _Rule] = {"sha256": _SHA256, "bytes": _BYTES}
 _ARTIFACT: Dict[str, _Rule] = {
     "file": _FILE_NAME,
     **_HASHED,
-    "golden_tolerance?": _TOLERANCE,
-    "precision?": _TEXT,
+    "golden_tolerance": _TOLERANCE,
+    "precision": _TEXT,
     "runtime?": _TEXT,
     "opset?": _COUNT,
     "ir_version?": _COUNT,

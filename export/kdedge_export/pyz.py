@@ -11,7 +11,19 @@ import kdedge_device
 __all__ = ["build_pyz"]
 
 _LONG_AGO = 315_619_200  # 1980-01-02, the first day a zip file can name in every time zone: same sources, same bytes
-_MAIN = "import sys\n\nfrom kdedge_device.__main__ import main\n\nsys.exit(main())\n"
+# Python 3.6, and 2.7, read this much: they have to be told what is missing (too_old).
+_MAIN = """\
+import sys
+
+from kdedge_device import too_old
+
+if too_old.sentence():
+    sys.exit(too_old.stop(sys.argv))
+
+from kdedge_device.__main__ import main
+
+sys.exit(main())
+"""
 
 
 def build_pyz(target: Path) -> None:
