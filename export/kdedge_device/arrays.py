@@ -25,7 +25,7 @@ _HEADER = re.compile(
     rb"\{\s*'descr'\s*:\s*'(?P<descr>[^']*)'\s*,\s*'fortran_order'\s*:\s*(?P<fortran>True|False)\s*,"
     rb"\s*'shape'\s*:\s*\((?P<shape>[0-9L, ]*)\)\s*,?\s*\}\s*"
 )
-_PLAIN = re.compile(rb"[<>|=]?[biuf][1248]")
+_PLAIN = re.compile(rb"[<>|=]?(?:b1|[iu][1248]|f[248])")
 
 
 class ArraysUnreadable(Failure):
@@ -181,7 +181,10 @@ def _read_data(file: Any, header: _Header) -> "np.ndarray[Any, Any]":
         if not count:
             raise _Refused(f"it ends after {at} of {len(view)} bytes")
         at += count
-    return array.reshape(header.shape, order="F" if header.fortran else "C")
+    try:
+        return array.reshape(header.shape, order="F" if header.fortran else "C")
+    except ValueError as error:  # nothing, times more than numpy counts to
+        raise _Refused(f"its shape {header.shape} is none ({error})") from None
 
 
 def _require_memory(wanted: int) -> None:
