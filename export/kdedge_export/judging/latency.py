@@ -22,7 +22,7 @@ from kdedge.errors import DeviceError
 from kdedge.intervals import signed_rank
 from kdedge_device.clock import unstable
 
-__all__ = ["LOOKS", "Race", "Speedup", "measure_alone", "race"]
+__all__ = ["LOOKS", "Race", "Speedup", "measure_alone", "race", "speedup"]
 
 LOOKS = ((6, 0.968), (12, 0.9907), (24, 0.991))
 """(rounds, confidence): when the ratios are looked at. Each look may be wrong; 3.1 %, 0.9 % and 0.9 % make 5 %,
@@ -85,7 +85,7 @@ def race(
                 told[name].append(measure(name))
         done = rounds
         times = {name: [_median_ms(each) for each in records] for name, records in told.items()}
-        speedups = {name: _speedup(times[names[0]], times[name], confidence) for name in names[1:]}
+        speedups = {name: speedup(times[names[0]], times[name], confidence) for name in names[1:]}
         if all(each.told for each in speedups.values()):
             break
     return Race({name: _pooled(each) for name, each in told.items()}, times, speedups)
@@ -95,8 +95,10 @@ def _median_ms(record: Record) -> float:
     return float(record["latency_ms"]["compute"]["p50"])
 
 
-def _speedup(base_ms: Sequence[float], other_ms: Sequence[float], confidence: float) -> Speedup:
-    """From one pair a round. The logarithm of a ratio is symmetric where noise strikes either file alike."""
+def speedup(base_ms: Sequence[float], other_ms: Sequence[float], confidence: float) -> Speedup:
+    """The ratio of two files measured in turn, from one pair a round, with its interval of `confidence`.
+
+    The logarithm of a ratio is symmetric where noise strikes either file alike."""
     logs = [math.log(base / other) for base, other in zip(base_ms, other_ms, strict=True)]
     value, low, high = (math.exp(each) for each in signed_rank(logs, confidence))
     return Speedup(value, low, high, len(logs))
