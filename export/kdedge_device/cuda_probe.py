@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
-from kdedge_device.cuda import LIBRARY, Cuda, CudaFailure, Driver, Gpu
+from kdedge_device.cuda import Cuda
+from kdedge_device.cuda_driver import LIBRARY, CudaFailure, Driver, Gpu
 
 __all__ = ["Probe", "probe"]
 

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any, List, NamedTuple
 
-from kdedge_device.cuda import LIBRARY, Gpu
+from kdedge_device.cuda_driver import LIBRARY, Gpu
 from kdedge_device.cuda_probe import probe
 from kdedge_device.failures import RuntimeFailure, VersionFailure
 

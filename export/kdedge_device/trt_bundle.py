@@ -1,17 +1,31 @@
 """The engines of a bundle: which of its ONNX files each is built from, and whether one that fits is there already."""
 
+import json
 import os
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from kdedge_device.failures import Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.trt import Here, load_tensorrt
 from kdedge_device.trt_build import BuildOptions, build_engine
-from kdedge_device.trt_cache import engine_name, fingerprint, read_engine, write_engine
+from kdedge_device.trt_cache import engine_name, fingerprint, read_engine, read_side, write_engine
+from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
 from kdedge_device.trt_timing import default_timing_folder
 
-__all__ = ["build_for_bundle", "engine_path", "has_engines", "open_engine", "source_artifact"]
+__all__ = [
+    "ENGINES",
+    "build_for_bundle",
+    "engine_path",
+    "find_engine",
+    "has_engines",
+    "open_engine",
+    "open_precision",
+    "source_artifact",
+]
+
+# What a person may call an engine -> its precision.
+ENGINES = {"trt": "int8", "trt-fp16": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}
 
 # The files to take, the first that the bundle has: while precisions are flags, and when they are written in the graph.
 _WEAK: Dict[str, Tuple[str, ...]] = {
@@ -62,23 +76,87 @@ def has_engines(bundle: Bundle) -> bool:
     return any(name.endswith(".engine") for name in os.listdir(bundle.path))
 
 
-def open_engine(bundle: Bundle, artifact: str, here: Optional[Here] = None) -> TrtRunner:
-    """A runner of the engine that was built from an artifact on this machine, one image a call.
+def find_engine(
+    bundle: Bundle, options: BuildOptions, here: Here, folder: Optional[str] = None
+) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """(path, fingerprint) of the engine to run for `options`, from `folder` and the bundle; None where none fits.
+
+    It was built on a machine like this from this bundle's model, in that precision. One of exactly these options comes
+    first, then one for that very batch, then one that takes it, then any. It is checked in full when it is opened.
+    """
+    artifact = source_artifact(bundle, options.precision, here)
+    exact = _mark(bundle, artifact, options, here)
+    fits: List[Tuple[int, str, Dict[str, Any]]] = []
+    for place in [bundle.path] if folder is None else [folder, bundle.path]:
+        path = _place(bundle, exact, place)
+        if os.path.lexists(path):
+            return path, exact
+        for name in sorted(os.listdir(place)) if os.path.isdir(place) else []:
+            path = os.path.join(place, name)
+            built = _options_of(path) if name.endswith(".engine") else None
+            if built is None or built["precision"] != options.precision:
+                continue
+            mark = fingerprint(here, str(bundle.artifacts[artifact]["sha256"]), built)
+            if read_side(path)["fingerprint"] == json.loads(json.dumps(mark)):
+                fits.append((_distance(built["batch"], options.batch[1]), path, mark))
+    return min(fits, key=lambda each: each[:2])[1:] if fits else None
+
+
+def _options_of(path: str) -> Optional[Dict[str, Any]]:
+    """What an engine was built with; None where its side file cannot be read or does not say."""
+    try:
+        options = read_side(path)["fingerprint"].get("options")
+        BuildOptions(options["precision"], tuple(options["batch"]), options["workspace_mib"]).checked()
+    except (Failure, KeyError, TypeError):
+        return None
+    return dict(options)
+
+
+def _distance(batch: List[int], wanted: int) -> int:
+    if batch == [wanted] * 3:
+        return 0
+    return 1 if batch[0] <= wanted <= batch[2] else 2
+
+
+def open_engine(
+    bundle: Bundle, artifact: str, here: Optional[Here] = None, access: Access = PLAIN, batch: int = 1
+) -> TrtRunner:
+    """A runner of an engine that was built from an artifact on this machine, best one for `batch` images a call.
 
     RuntimeFailure without TensorRT or such an engine, VersionFailure where this TensorRT takes another artifact.
     """
     here = load_tensorrt() if here is None else here
-    options = BuildOptions(str(bundle.artifacts[artifact]["precision"]))
-    wanted = _sources(here)[options.checked().precision]
+    precision = str(bundle.artifacts[artifact]["precision"])
+    wanted = _sources(here)[BuildOptions(precision).checked().precision]
     if bundle.artifacts[artifact]["file"] not in wanted:
         raise VersionFailure(f"The artifact '{artifact}' is not for TensorRT {here.version}, which takes {wanted[0]}.")
-    path = engine_path(bundle, options, here)
-    if not os.path.isfile(path):
+    return open_precision(bundle, precision, here, access, batch, name=artifact)
+
+
+def open_precision(
+    bundle: Bundle,
+    precision: str,
+    here: Optional[Here] = None,
+    access: Access = PLAIN,
+    batch: int = 1,
+    folder: Optional[str] = None,
+    name: Optional[str] = None,
+) -> TrtRunner:
+    """A runner of an engine of a precision, whichever of the bundle's files it is built from; else RuntimeFailure.
+
+    `folder`: where to look before the bundle. `name`: what the message calls it.
+    """
+    here = load_tensorrt() if here is None else here
+    if batch < 1:
+        raise Failure(f"A batch of {batch} was asked for; at least 1 is needed.")
+    found = find_engine(bundle, BuildOptions(precision, (batch,) * 3), here, folder)
+    if found is None:
+        others = " Those that are here were built elsewhere, or from another model." if has_engines(bundle) else ""
         raise RuntimeFailure(
-            f"There is no engine of '{artifact}' for this machine. Build it with: python run.pyz build "
-            f"--artifact {options.precision}"
+            f"There is no engine of '{name or precision}' for this machine.{others} Build it with: "
+            f"python run.pyz build --artifact {precision}"
         )
-    return TrtRunner(path, here)
+    return TrtRunner(found[0], here, found[1], access)
 
 
 def build_for_bundle(

@@ -13,6 +13,8 @@ from typing import Any, Dict, Optional, Tuple
 
 from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, VersionFailure
 from kdedge_device.manifest import sha256_file
+from kdedge_device.plain_files import open_plain
+from kdedge_device.strict_json import read_json
 from kdedge_device.trt import Here
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "engine_name",
     "fingerprint",
     "read_engine",
+    "read_side",
     "side_path",
     "slug",
     "write_atomically",
@@ -81,7 +84,7 @@ def write_atomically(path: str, content: bytes) -> None:
     """Under a temporary name first, and on the disk before it takes its own: boards lose their power."""
     temporary = f"{path}.{os.getpid()}.part"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -97,17 +100,18 @@ def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None
     VersionFailure: another TensorRT, driver, model or options. DeviceFailure: another GPU. CorruptFailure: altered, or
     of unknown origin.
     """
-    side = _read_side(path)
+    side = read_side(path)
     _match(path, side["fingerprint"], here)
     if expected is not None and side["fingerprint"] != json.loads(json.dumps(expected)):
         raise VersionFailure(f"{path} was built from another model or with other options. {_REBUILD}")
     model = os.path.join(os.path.dirname(path), os.path.basename(side["onnx_file"]))
     if os.path.isfile(model) and sha256_file(model) != side["fingerprint"].get("onnx_sha256"):
         raise VersionFailure(f"{path} was built from another {os.path.basename(model)} than lies beside it. {_REBUILD}")
-    if os.path.getsize(path) != side["bytes"]:
-        size = os.path.getsize(path)
-        raise CorruptFailure("{} has {} bytes; its side file says {}. {}".format(path, size, side["bytes"], _REBUILD))
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != side["bytes"]:
+            said = side["bytes"]
+            raise CorruptFailure(f"{path} has {size} bytes; its side file says {said}. {_REBUILD}")
         content = file.read()
     found = hashlib.sha256(content).hexdigest()  # of the very bytes that TensorRT gets
     if found != side["sha256"]:
@@ -119,19 +123,19 @@ def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None
     return content, side
 
 
-def _read_side(path: str) -> Dict[str, Any]:
-    if not os.path.isfile(path):
+def read_side(path: str) -> Dict[str, Any]:
+    """The side file of the engine `path`, its form checked; what it says of this machine is not."""
+    if not os.path.lexists(path):
         raise Failure(f"The engine {path} does not exist.")
-    try:
-        with open(side_path(path), encoding="utf-8") as file:
-            side = json.load(file)
-    except FileNotFoundError:
+    if not os.path.lexists(side_path(path)):
         raise CorruptFailure(
             f"{path} has no {os.path.basename(side_path(path))} that tells where it was built. Engines hold native "
             f"code; one of unknown origin is not loaded. {_REBUILD}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CorruptFailure(f"{side_path(path)} cannot be read as JSON ({error}). {_REBUILD}") from None
+        )
+    try:
+        side = read_json(side_path(path))
+    except CorruptFailure as error:
+        raise CorruptFailure(f"The side file of {path} cannot be used. {error} {_REBUILD}") from None
     if not isinstance(side, dict) or not isinstance(side.get("schema"), int):
         raise CorruptFailure(f"{side_path(path)} has no whole number 'schema'. {_REBUILD}")
     if side["schema"] > SCHEMA:

@@ -2,6 +2,10 @@
 
 The parts of a run can be called apart, to be timed apart: `put` copies a batch in, `launch` computes, `get` copies the
 logits out. Nothing is loaded before `__enter__`.
+
+Two kinds of buffers: "pinned", page-locked memory that is copied to the device's and back; and "zero-copy", which the
+GPU reads and writes where it is. On a Jetson, where CPU and GPU share their memory, that saves both copies; across a
+PCIe bus it is slower.
 """
 
 import os
@@ -10,11 +14,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, Union
 
 import numpy as np
 
-from kdedge_device.cuda import Cuda
+from kdedge_device.cuda_access import CudaAccess, open_cuda
 from kdedge_device.failures import Failure
 from kdedge_device.trt import Here, Log, load_tensorrt, new_log
 from kdedge_device.trt_cache import read_engine
 from kdedge_device.trt_errors import must
+from kdedge_device.trt_launch import PLAIN, Access, Launcher
 
 __all__ = ["TrtRunner"]
 
@@ -45,27 +50,39 @@ class _Tensor(NamedTuple):
 class TrtRunner:
     """An engine that was built on this machine; any other is refused before TensorRT sees it (trt_cache).
 
-    A batch larger than the engine's is run in parts; a smaller one fills up an engine of a fixed batch.
+    A batch larger than the engine's is run in parts; a smaller one fills up an engine of a fixed batch. `expected` is
+    the whole fingerprint that the engine has to have, where it is known.
     """
 
     runtime = "tensorrt"
 
-    def __init__(self, model_path: Union[str, "os.PathLike[str]"], here: Optional[Here] = None) -> None:
+    def __init__(
+        self,
+        model_path: Union[str, "os.PathLike[str]"],
+        here: Optional[Here] = None,
+        expected: Optional[Dict[str, Any]] = None,
+        access: Access = PLAIN,
+    ) -> None:
         self.model_path = os.fspath(model_path)
         self.side: Dict[str, Any] = {}
+        self.access = access
         self._here = here
-        self._cuda: Optional[Cuda] = None
+        self._expected = expected
+        self._cuda: Optional[CudaAccess] = None
+        self._zero_copy = False
         self._log: Optional[Log] = None
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
         self._stream = 0
         self._declared: Tuple[int, ...] = ()
+        self._used = 0  # images that the next launch computes
+        self._launcher: Optional[Launcher] = None
 
     def __enter__(self) -> "TrtRunner":
         self._here = load_tensorrt() if self._here is None else self._here
-        content, self.side = read_engine(self.model_path, self._here)
-        cuda = Cuda(0, self._here.library)
+        content, self.side = read_engine(self.model_path, self._here, self._expected)
+        cuda = open_cuda(self.access.cuda, 0, self._here.library)
         cuda.__enter__()
         self._cuda = cuda
         try:
@@ -80,6 +97,7 @@ class TrtRunner:
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         # In this order: what was made from something goes before it, and the CUDA context last.
+        self._launcher = None
         self._context = None
         self._engine = None
         self._runtime = None
@@ -97,7 +115,9 @@ class TrtRunner:
         self._engine = must(self._runtime.deserialize_cuda_engine(content), self._log.errors, what)
         self._context = must(self._engine.create_execution_context(), self._log.errors, what)
 
-    def _allocate(self, cuda: Cuda) -> None:
+    def _allocate(self, cuda: CudaAccess) -> None:
+        buffers = self.access.buffers
+        self._zero_copy = buffers == "zero-copy" or (buffers == "auto" and cuda.gpu.integrated)
         engine = self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
@@ -109,20 +129,22 @@ class TrtRunner:
         if shape[0] < 0:
             shape = tuple(engine.get_tensor_profile_shape(inputs[0], 0)[2])  # the largest of (min, best, max)
             self._check(self._context.set_input_shape(inputs[0], shape), f"an input of shape {shape}")
-        self._stream = cuda.stream()
+        self._used, self._stream = 0, cuda.stream()
+        self._launcher = Launcher(cuda, self._stream, self._enqueue, self.access.graph)
         self._input = self._tensor(cuda, inputs[0], shape)
         self._output = self._tensor(cuda, output, tuple(self._context.get_tensor_shape(output)))
         if self._output.shape[:1] != shape[:1] or len(self._output.shape) != 2:
             raise Failure(f"{self.model_path} gives {self._output.shape}; logits of shape [N, K] were expected.")
 
-    def _tensor(self, cuda: Cuda, name: str, shape: Tuple[int, ...]) -> _Tensor:
+    def _tensor(self, cuda: CudaAccess, name: str, shape: Tuple[int, ...]) -> _Tensor:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in _TYPES:
             raise Failure(
                 f"The tensor {name} of {self.model_path} has type {kind}; one of {list(_TYPES)} was expected."
             )
         size = int(np.prod(shape)) * np.dtype(_TYPES[kind]).itemsize
-        host, device = cuda.allocate_host(size), cuda.allocate(size)
+        host = cuda.allocate_host(size)
+        device = cuda.device_address(host) if self._zero_copy else cuda.allocate(size)
         array = np.frombuffer(memoryview(host), dtype=_TYPES[kind]).reshape(shape)
         self._check(self._context.set_tensor_address(name, device), f"the address of {name}")
         return _Tensor(name, shape, array, host, device)
@@ -176,20 +198,29 @@ class TrtRunner:
                 f"{self.model_path} refused an input of shape {batch.shape} and type {batch.dtype}; "
                 f"{kind} {list(self._input.shape)} was expected."
             )
-        if self._declared[0] < 0:
-            smallest = int(tuple(self._engine.get_tensor_profile_shape(self._input.name, 0)[0])[0])
-            used = max(count, smallest)
+        used = self.computed(count)
+        if self._declared[0] < 0 and used != self._used:
             self._check(self._context.set_input_shape(self._input.name, (used,) + batch.shape[1:]), f"{used} images")
-        else:
-            used = self._input.shape[0]
+        self._used = used
         self._input.array[:count] = batch
         self._input.array[count:used] = 0
-        cuda.copy_in(self._input.device, self._input.host, self._input.size(used), self._stream)
+        if not self._zero_copy:
+            cuda.copy_in(self._input.device, self._input.host, self._input.size(used), self._stream)
         return count
+
+    def computed(self, count: int) -> int:
+        """How many images a launch computes for `count` of them: more, where the engine takes no so small batch."""
+        self._opened()
+        if self._declared[0] >= 0:
+            return self._input.shape[0]
+        smallest = int(tuple(self._engine.get_tensor_profile_shape(self._input.name, 0)[0])[0])
+        return max(count, smallest)
 
     def launch(self) -> None:
         """Begins to compute on what was put."""
-        self._opened()
+        self._started().launch(self._used)
+
+    def _enqueue(self) -> None:
         self._check(self._context.execute_async_v3(self._stream), "to run")
 
     def compute(self) -> None:
@@ -197,10 +228,24 @@ class TrtRunner:
         self.launch()
         self._opened()[1].synchronize(self._stream)
 
+    def compute_ns(self) -> int:
+        """As `compute`, and the nanoseconds that passed on the GPU between its beginning and its end."""
+        return self._started().compute_ns(self._used)
+
+    def conditions(self) -> Dict[str, Any]:
+        """For a record, after a run: how CUDA was reached, the buffers, and whether a CUDA graph was launched."""
+        return {
+            "cuda": self._opened()[1].how,
+            "buffers": "zero-copy" if self._zero_copy else "pinned",
+            "cuda_graph": self._started().captured,
+            "cuda_graph_why_not": self._started().why_not,
+        }
+
     def get(self, count: int) -> "np.ndarray[Any, Any]":
         """Waits for the logits of the first `count` images: float32 [count, K], a copy."""
         cuda = self._opened()[1]
-        cuda.copy_out(self._output.host, self._output.device, self._output.size(count), self._stream)
+        if not self._zero_copy:
+            cuda.copy_out(self._output.host, self._output.device, self._output.size(count), self._stream)
         cuda.synchronize(self._stream)
         return self._output.array[:count].astype(np.float32)
 
@@ -208,7 +253,16 @@ class TrtRunner:
         """TensorRT answers False instead of raising."""
         must(done, self._log.errors if self._log else [], f"The engine {self.model_path} refused {what}")
 
-    def _opened(self) -> Tuple[Here, Cuda]:
+    @property
+    def here(self) -> Here:
+        return self._opened()[0]
+
+    def _started(self) -> Launcher:
+        self._opened()
+        assert self._launcher is not None
+        return self._launcher
+
+    def _opened(self) -> Tuple[Here, CudaAccess]:
         if self._cuda is None or self._here is None:
             raise Failure(f"The runner of {self.model_path} is not open; use it in a with statement.")
         return self._here, self._cuda

@@ -1,10 +1,11 @@
 /* A CUDA driver without a GPU, for tests: device memory is malloc'ed, work is really deferred.
  *
- * - A device address is a host address with a high bit set, so that mixing the two up is caught, not forgiven.
+ * - A device address is a host address with a high bit set, so that mixing the two up is caught, not forgiven. Mapped
+ *   host memory has one of its own kind, with another bit.
  * - Copies and launches wait in their stream until it is waited for: a missing synchronize gives old bytes.
  * - Errors of deferred work come out of the synchronize, as on a GPU.
  * Environment, read at each call: FAKE_CUDA_DEVICES (1), FAKE_CUDA_NAME, FAKE_CUDA_CAPABILITY ("8.7"),
- * FAKE_CUDA_FAIL ("cuMemAlloc_v2:2" makes that call answer 2), FAKE_CUDA_CRASH (cuInit aborts).
+ * FAKE_CUDA_INTEGRATED (0), FAKE_CUDA_FAIL ("cuMemAlloc_v2:2" makes that call answer 2), FAKE_CUDA_CRASH (cuInit aborts).
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -13,6 +14,7 @@
 #include <time.h>
 
 #define TAG (UINT64_C(1) << 62)
+#define MAPPED_TAG (UINT64_C(1) << 61)
 #define OK 0
 #define INVALID_VALUE 1
 #define OUT_OF_MEMORY 2
@@ -30,7 +32,7 @@ enum { TO_DEVICE, FROM_DEVICE, CALL, RECORD };
 typedef struct Stream { Op ops[MOST]; int count, capturing; } Stream;
 typedef struct Event { int recorded, done; double at_ms; Stream *stream; } Event;
 typedef struct { Op ops[MOST]; int count; } Graph;
-typedef struct { uint64_t address; size_t size; int host; } Block;
+typedef struct { uint64_t address; size_t size; int host, mapped; } Block;
 
 static Block blocks[MOST];
 static int initialized, retained, live;
@@ -53,9 +55,9 @@ static Block *find(uint64_t address, size_t size, int host) {
       return &blocks[i];
   return NULL;
 }
-static int keep(uint64_t address, size_t size, int host) {
+static int keep(uint64_t address, size_t size, int host, int mapped) {
   for (int i = 0; i < MOST; i++)
-    if (!blocks[i].address) { blocks[i] = (Block){address, size, host}; live++; return OK; }
+    if (!blocks[i].address) { blocks[i] = (Block){address, size, host, mapped}; live++; return OK; }
   return OUT_OF_MEMORY;
 }
 static double now_ms(void) {
@@ -100,6 +102,10 @@ int fake_enqueue(void *stream, Work work, void *argument) {
   return put(stream, (Op){.kind = CALL, .work = work, .argument = argument});
 }
 void *fake_host(uint64_t address, size_t size) {
+  if (address & MAPPED_TAG) {
+    address &= ~MAPPED_TAG;
+    return find(address, size, 1) ? (void *)(uintptr_t)address : NULL;
+  }
   return find(address, size, 0) ? (void *)(uintptr_t)(address & ~TAG) : NULL;
 }
 
@@ -141,7 +147,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   const char *text = getenv("FAKE_CUDA_CAPABILITY");
   int major = 8, minor = 7;
   if (text) sscanf(text, "%d.%d", &major, &minor);
-  *value = attribute == 75 ? major : attribute == 76 ? minor : -1;
+  const char *integrated = getenv("FAKE_CUDA_INTEGRATED");
+  *value = attribute == 75 ? major : attribute == 76 ? minor : attribute == 18 ? atoi(integrated ? integrated : "0") : -1;
   return *value < 0 ? INVALID_VALUE : OK;
 }
 int cuDeviceTotalMem_v2(size_t *size, int device) { START(cuDeviceTotalMem_v2); *size = 1 << 30; return OK; }
@@ -165,7 +172,7 @@ int cuMemAlloc_v2(uint64_t *address, size_t size) {
   if (!size) return INVALID_VALUE;
   *address = (uint64_t)(uintptr_t)malloc(size) | TAG;
   memset((void *)(uintptr_t)(*address & ~TAG), 0xff, size);
-  return keep(*address, size, 0);
+  return keep(*address, size, 0, 0);
 }
 int cuMemFree_v2(uint64_t address) {
   IN_CONTEXT(cuMemFree_v2);
@@ -180,7 +187,7 @@ int cuMemHostAlloc(void **out, size_t size, unsigned flags) {
   IN_CONTEXT(cuMemHostAlloc);
   if (!size || flags & ~7u) return INVALID_VALUE;
   *out = calloc(size, 1);
-  return keep((uint64_t)(uintptr_t)*out, size, 1);
+  return keep((uint64_t)(uintptr_t)*out, size, 1, flags & 2);
 }
 int cuMemFreeHost(void *address) {
   IN_CONTEXT(cuMemFreeHost);
@@ -193,8 +200,9 @@ int cuMemFreeHost(void *address) {
 }
 int cuMemHostGetDevicePointer_v2(uint64_t *out, void *address, unsigned flags) {
   IN_CONTEXT(cuMemHostGetDevicePointer_v2);
-  if (flags || !find((uint64_t)(uintptr_t)address, 1, 1)) return INVALID_VALUE;
-  *out = (uint64_t)(uintptr_t)address;
+  Block *block = find((uint64_t)(uintptr_t)address, 1, 1);
+  if (flags || !block || !block->mapped) return INVALID_VALUE;
+  *out = (uint64_t)(uintptr_t)address | MAPPED_TAG;
   return OK;
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, void *from, size_t size, void *stream) {

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kdedge_device import cuda_probe
-from kdedge_device.cuda import _SIGNATURES, Cuda, CudaFailure, Driver, Gpu
+from kdedge_device.cuda import Cuda
+from kdedge_device.cuda_driver import _SIGNATURES, CudaFailure, Driver, Gpu
 from kdedge_device.cuda_probe import Probe, probe
 
 FILE = "libcuda.so.1"
@@ -49,7 +50,7 @@ def test_bytes_go_to_the_device_and_back_and_nothing_is_left(library: str, live:
         assert bytes(target) == bytes(8), "nothing has happened before the stream was waited for"
         cuda.synchronize(stream)
         assert bytes(target) == b"01234567"
-        assert cuda.device_address(source) == ctypes.addressof(source)
+        assert cuda.device_address(source) == ctypes.addressof(source) | 1 << 61
         assert live() == 5
     assert live() == 0
     with pytest.raises(CudaFailure, match="not open"):

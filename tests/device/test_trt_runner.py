@@ -51,7 +51,7 @@ def test_what_tensorrt_refuses_is_classified(
     header, model = unpack(Path(path).read_bytes())
     header.pop("model")
     content = pack({**header, **change}, model) if change else b"garbage"
-    monkeypatch.setattr("kdedge_device.trt_runner.read_engine", lambda path, here: (content, {}))
+    monkeypatch.setattr("kdedge_device.trt_runner.read_engine", lambda path, here, expected: (content, {}))
     with pytest.raises(failure, match=f"{words}.*Build the engine again"), TrtRunner(path, here):
         pass
 

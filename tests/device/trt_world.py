@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from kdedge_device.cuda import Gpu
+from kdedge_device.cuda_driver import Gpu
 from kdedge_device.manifest import Bundle
 from kdedge_device.trt import Here
 from kdedge_device.trt_build import BuildOptions
