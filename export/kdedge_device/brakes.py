@@ -93,7 +93,7 @@ def _alarms(root: str) -> Dict[str, int]:
         parts = re.fullmatch(r"curr(\d+)_(max|crit)_alarm", file)
         value = read_int(root, path)
         if parts and value is not None and (read(root, f"{folder}/name") or "").startswith("ina"):
-            rail = read(root, f"{folder}/in{parts.group(1)}_label") or f"channel {parts.group(1)}"
+            rail = read(root, f"{folder}/in{parts.group(1)}_label") or "all rails"  # curr4 is the chip's sum
             found[f"{rail} {parts.group(2)}"] = value
     for path in paths(root, "/sys/class/hwmon/hwmon*/in0_lcrit_alarm"):
         value = read_int(root, path)

@@ -14,6 +14,8 @@ __all__ = ["Rail", "find_rails", "parse_tegrastats", "rail_milliwatts", "rails_o
 
 # A rail that feeds all others, first where more than one is there: Orin NX, Nano and Xavier NX; Thor; the first Nano.
 _INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")
+# A rail that another measured one feeds, and that would be counted twice: AGX Orin's memory.
+_FED_BY = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
 
 
 class Rail(NamedTuple):
@@ -70,11 +72,11 @@ def rail_milliwatts(root: str, rail: Rail) -> Optional[float]:
 
 
 def rails_of_total(names: List[str]) -> List[str]:
-    """The rails whose sum is the power of the module: the input alone where it is measured, else all."""
+    """The rails whose sum is the power of the module: the input alone where it is measured, else all that it feeds."""
     for name in _INPUTS:
         if name in names:
             return [name]
-    return list(names)
+    return [name for name in names if _FED_BY.get(name) not in names]
 
 
 def parse_tegrastats(line: str) -> Dict[str, float]:

@@ -107,7 +107,7 @@ def sample(root: str, goes_on: Callable[[float], bool], started: Callable[[], No
     brakes: List[Tuple[int, Brakes]] = []
     period = SLOW_PERIOD_S if meter is None and clock is None else PERIOD_S
     begin = time.monotonic()
-    tick = 0
+    tick, slow_tick = 0, -1
     try:
         while True:
             now = time.monotonic_ns()
@@ -117,7 +117,8 @@ def sample(root: str, goes_on: Callable[[float], bool], started: Callable[[], No
             hertz = read_int(root, clock) if clock is not None else None
             if hertz is not None:
                 gpu_mhz.append((now, hertz / 1e6))
-            if tick % round(SLOW_PERIOD_S / period) == 0:
+            if int(tick * period / SLOW_PERIOD_S) != slow_tick:
+                slow_tick = int(tick * period / SLOW_PERIOD_S)
                 _append(temperatures, now, temperatures_c(root))
                 _append(brakes, now, read_brakes(root))
             if tick == 0:

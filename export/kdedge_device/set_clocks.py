@@ -2,7 +2,7 @@
 
 `jetson_clocks` does both, and `nvpmodel` where another power mode was asked for. A process of its own, the keeper,
 makes the changes and undoes them once the pipe to the measurement closes: at its end, on an error, on SIGTERM, on
-kill -9. Before it changes anything it notes in a file what to undo, so that the next one can where it was killed itself.
+kill -9. Before it changes anything it notes in a file what to undo: the next one does, where it was killed itself.
 Nothing asks for a password: who is not root is told what to run. Python 3.8, standard library.
 """
 

@@ -35,7 +35,7 @@ def stop(arguments):  # type: ignore[no-untyped-def]
     """Prints the sentence, with --json as the one JSON document on standard output, and returns the exit code 3."""
     text = sentence()  # type: ignore[no-untyped-call]
     if "--json" in arguments:
-        print(json.dumps({"error": text, "class": "VersionFailure", "exit_code": 3}, indent=1))
+        print(json.dumps({"schema": 1, "error": text, "class": "VersionFailure", "exit_code": 3}, indent=1))
     else:
         sys.stderr.write("Error: %s\n" % text)
     return 3
