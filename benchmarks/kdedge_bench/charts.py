@@ -3,7 +3,7 @@
 Colours are those of Okabe and Ito, which people with any common colour blindness tell apart.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 __all__ = [
     "confusion",
     "curves",
+    "fidelity",
     "kept_share",
     "learning_rate",
     "loss",
     "precision_by_class",
     "pseudo_label_accuracy",
     "pseudo_label_classes",
+    "sensitivity",
     "tradeoff",
     "trusted",
     "validation_accuracy",
@@ -38,6 +40,8 @@ STAGES = {
 }
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 ROW_COLOURS = {"fp32": "#0072B2", "int8": "#D55E00"}
+FILES = {"int8": ("INT8, ONNX Runtime", "#D55E00"), "trt": ("INT8, TensorRT (emulated)", "#009E73")}
+LAYERS_SHOWN = 12
 MAX_NAMED = 20  # classes; more names than this cannot be read on an axis of 3 inches
 MAX_NUMBERED = 12  # classes; more numbers than this cannot be read in the cells
 SMOOTH_FROM = 80  # points
@@ -345,3 +349,45 @@ def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:
         _class_names(axes, classes, len(sizes))
         title = "Size of the trusted set by class"
         return to_svg(figure, key, title, f"From {count(min(sizes))} to {count(max(sizes))} images a class.")
+
+
+def sensitivity(document: Mapping[str, Any] | None, key: str) -> str | None:
+    """The layers that lose most by being INT8, each alone: mean KL to FP32's answers; those left in float are pale."""
+    found = (document or {}).get("sensitivity") or []
+    if not found:
+        return None
+    left = set(((document or {}).get("fallback") or {}).get("left_float") or [])
+    shown = sorted(found, key=lambda each: -float(each["divergence"]))[:LAYERS_SHOWN]
+    names = [str(each["layer"]).removeprefix("backbone.") for each in shown]
+    with drawing(height_in=0.9 + 0.19 * len(shown)) as (figure, axes):
+        places, values = range(len(shown)), [float(each["divergence"]) for each in shown]
+        colours = [MUTED if each["layer"] in left else PALETTE[1] for each in shown]
+        axes.barh(places, values, color=colours, height=0.7)
+        axes.set_yticks(places, unique_short(names, 30))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("Divergence from FP32, nats")
+        title = "Layers most sensitive to INT8"
+        told = "; ".join(f"{name}: {value:.2g}" for name, value in zip(names[:5], values, strict=False))
+        return to_svg(figure, key, title, f"{title}. {told}.")
+
+
+def fidelity(proof: Mapping[str, Any] | None, key: str) -> str | None:
+    """Signal over noise of each tensor from input to logits, of the INT8 files beside FP32."""
+    layers = (proof or {}).get("layers") or {}
+    lines = []
+    for file, (name, colour) in FILES.items():
+        values = [each["sqnr_db"] for each in (layers.get(file) or {}).get("layers", []) if _number(each["sqnr_db"])]
+        lines += [(name, colour, values)] if values else []
+    if not lines:
+        return None
+    with drawing() as (figure, axes):
+        for name, colour, values in lines:
+            axes.plot(np.linspace(0, 100, len(values)), values, color=colour, label=name)
+        axes.set_xlabel("Way from input to logits, %")
+        axes.set_ylabel("Signal over noise, dB")
+        axes.set_ylim(bottom=min(0.0, *(value for _, _, values in lines for value in values)))
+        figure.legend(loc="outside upper left", ncols=2)
+        last = "; ".join(f"{name}: {values[-1]:.0f} dB at the logits" for name, _, values in lines)
+        return to_svg(figure, key, "Signal over noise along the network", f"{last}.")

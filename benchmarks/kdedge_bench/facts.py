@@ -35,6 +35,8 @@ class Facts:
     trusted: Arrays = field(default_factory=dict)
     bundle: dict[str, Any] | None = None
     gate: dict[str, Any] | None = None
+    proof: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     records: tuple[Record, ...] = ()  # the measurements of the bundle's files as they are now, newest first
     stale_records: int = 0  # measurements of files that were exported again since
 
@@ -108,6 +110,8 @@ def read_facts(run: Run) -> Facts:
         trusted=array_file(run.trusted_path),
         bundle=bundle,
         gate=_optional_json(run.bundle_path / "gate.json"),
+        proof=_optional_json(run.bundle_path / "proof.json"),
+        quantization=_optional_json(run.bundle_path / "quantization.json"),
         records=records,
         stale_records=stale,
     )

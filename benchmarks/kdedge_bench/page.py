@@ -13,6 +13,7 @@ from kdedge_bench import charts, formats, pseudo
 from kdedge_bench.appendix import commands, conditions, hashes, latencies, provenance, stages
 from kdedge_bench.confusion import ClassRow, class_rows, confusion_matrix
 from kdedge_bench.facts import Facts, read_facts
+from kdedge_bench.int8_section import FILE_HEADINGS, Int8Section, int8_section
 from kdedge_bench.pictures import Load, Strip, strip
 from kdedge_bench.sentences import headline, trusted_sentences
 from kdedge_bench.table import HEADINGS, Summary, artifact_label, cells, decision, footnotes, summarize
@@ -45,6 +46,8 @@ class Chapter:
     class_rows: list[ClassRow]
     artifact: str
     strip: Strip
+    int8: Int8Section | None
+    int8_figures: list[Figure]
     training: list[Figure]
     alarms: list[str]
     pseudo: list[Figure]
@@ -94,6 +97,7 @@ def _render(chapters: Sequence[Chapter]) -> str:
         chapters=chapters,
         headings=HEADINGS,
         max_named=charts.MAX_NAMED,
+        file_headings=FILE_HEADINGS,
         overview=None if one else _overview(chapters),
         overview_rows=[] if one else [(chapter, cells(best)) for chapter in chapters if (best := chapter.summary.best)],
     )
@@ -126,6 +130,8 @@ def _chapter(facts: Facts, key: str, load: Load | None) -> Chapter:
         class_rows=class_rows(matrix, facts.classes) if matrix is not None else [],
         artifact=label,
         strip=strip(facts, artifact, load),
+        int8=int8_section(facts, load),
+        int8_figures=_int8_figures(facts, key),
         training=_training(facts, key),
         alarms=pseudo.alarms(facts),
         pseudo=_pseudo(facts, key),
@@ -242,6 +248,21 @@ def _training(facts: Facts, key: str) -> list[Figure]:
     if validation is not None:  # without a validation split there is none, which the summary says
         figures.append(Figure(validation, "Accuracy on the validation split, which chooses the weights.", ""))
     return figures
+
+
+def _int8_figures(facts: Facts, key: str) -> list[Figure]:
+    return [
+        Figure(
+            charts.sensitivity(facts.quantization, f"{key}-sensitivity"),
+            "The layers that lose most when they alone are INT8. Grey ones were left in float.",
+            "The layers were not weighed one by one: all of them in INT8 kept the budget.",
+        ),
+        Figure(
+            charts.fidelity(facts.proof, f"{key}-fidelity"),
+            "Signal over noise beside FP32, tensor by tensor, on a few images. A step down is where digits are lost.",
+            "The tensors of the INT8 files were not compared with FP32's.",
+        ),
+    ]
 
 
 def _pseudo(facts: Facts, key: str) -> list[Figure]:

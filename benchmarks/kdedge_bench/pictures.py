@@ -15,7 +15,7 @@ from kdedge_bench.facts import Facts
 from kdedge_device.failures import Failure
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["Picture", "Strip", "load_test_images", "pick", "probabilities", "strip"]
+__all__ = ["WRONG_SHOWN", "Picture", "Strip", "load_test_images", "pick", "probabilities", "strip", "strip_of"]
 
 MAX_SIDE_PX = 128  # of an embedded image; a page of photographs stays well under a megabyte
 RIGHT_SHOWN, WRONG_SHOWN = 6, 12
@@ -74,6 +74,18 @@ def strip(facts: Facts, artifact: str, load: Load | None = None) -> Strip:
     if labels is None or logits is None or ids is None:
         return Strip(problem="The run has no predictions on test images of known class.")
     right, wrong, in_all = pick(labels, logits)
+    return strip_of(facts, artifact, right, wrong, in_all, load)
+
+
+def strip_of(
+    facts: Facts, artifact: str, right: list[int], wrong: list[int], in_all: int, load: Load | None = None
+) -> Strip:
+    """Pictures of the test images at these places, with what `artifact` says of them."""
+    labels, logits, ids = facts.test_labels, facts.logits(artifact), facts.predictions.get("test_id")
+    if labels is None or logits is None or ids is None:
+        return Strip(problem="The run has no predictions on test images of known class.")
+    if not right and not wrong:
+        return Strip()
     wanted = [str(ids[index]) for index in right + wrong]
     try:
         pixels = (load or load_test_images)(facts, wanted)

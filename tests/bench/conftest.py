@@ -123,6 +123,34 @@ def build(path: Path, *, classes: list[str] | None = None, labels: npt.NDArray[n
     return path
 
 
+def proof(images: int) -> dict[str, Any]:
+    """What a bundle says of its files side by side, as kdedge_export.judging.verify writes it."""
+
+    def file(top1: float, changed: float, noise: float | None, classes: list[dict[str, Any]]) -> dict[str, Any]:
+        error = {"max": 0.1, "rms": 0.02, "max_of_span": 0.01, "rms_of_span": 0.002, "sqnr_db": noise}
+        return {"top1": top1, "agreement": {"disagreement_points": changed}, "logit_error": error, "classes": classes}
+
+    moved = {"name": "3", "given": 54, "left": 2, "joined": 1, "labeled": 54, "right_before": 52, "right_after": 51}
+    layers = [{"tensor": f"layer{place}", "operator": "Conv", "sqnr_db": 40.0 - place, "fall_db": 1.0}
+              for place in range(12)]  # fmt: skip
+    fall = {"tensor": "layer3", "operator": "Conv", "sqnr_db": 37.0, "fall_db": 9.0}
+    found = {"images": 4, "threshold_db": 10.0, "first_to_diverge": None, "steepest_fall": fall, "layers": layers}
+    files = {"fp32": file(517 / 540, 0.0, None, []), "int8": file(516 / 540, 0.19, 31.4, [moved])}
+    return {"reference": "fp32", "split": "test", "images": images, "files": files, "layers": {"int8": found}}
+
+
+def quantization() -> dict[str, Any]:
+    way = {"images": 400, "disagreement_points": 0.25, "divergence": 0.0012}
+    cure = {"cure": "bias correction", "kept": True, "divergence": [0.002, 0.0012], "disagreement_points": [0, 0]}
+    return {
+        "schema": 2, "chosen": "cured", "ways": {"calibrated": way | {"divergence": 0.002}, "cured": way},
+        "cures": [cure], "images": {"from": "calibration", "count": 256, "sha256": "7" * 64},
+        "sensitivity": [{"layer": f"backbone.layer{place}", "divergence": 0.01 / (place + 1), "nodes": []}
+                        for place in range(15)],
+        "fallback": {"held": True, "left_float": ["backbone.layer0"], "why": "1 of 15 layers is in float.", "tries": []},
+    }  # fmt: skip
+
+
 def _write_bundle(path: Path, names: list[str], hits: dict[str, int], images: int) -> None:
     bundle, artifacts = path / "bundle", {}
     bundle.mkdir()
@@ -142,6 +170,8 @@ def _write_bundle(path: Path, names: list[str], hits: dict[str, int], images: in
         "shipped": "int8", "speedup": 2.15, "drop_points": 0.19, "drop_points_interval": [0.05, 0.9], "verdict": "pass",
         "why": "INT8 is shipped: it runs at 2.15 times the speed of FP32 here, and it gives another class "
                "for 0.19 of 100 gate images."}}})  # fmt: skip
+    write(bundle / "proof.json", proof(images))
+    write(bundle / "quantization.json", quantization())
     for artifact, p90 in LATENCY_P90_MS.items():
         write(path / "bench" / f"example-cpu-{artifact}.json", record(artifact, artifacts[artifact]["sha256"], p90))
 
