@@ -1,9 +1,10 @@
 """The report's section on INT8 by value, and what it says where the bundle does not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from kdedge.runs import Run
 from kdedge_bench import charts, report
@@ -13,8 +14,8 @@ from kdedge_bench.int8_section import int8_section
 MakeRun = Callable[..., Path]
 
 
-def black(facts: Facts, ids: object) -> list[np.ndarray]:  # type: ignore[type-arg]
-    return [np.zeros((8, 8, 1), np.uint8) for _ in ids]  # type: ignore[attr-defined]
+def black(facts: Facts, ids: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+    return [np.zeros((8, 8, 1), np.uint8) for _ in ids]
 
 
 def test_by_value(run_folder: Path) -> None:

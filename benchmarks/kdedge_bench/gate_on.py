@@ -1,0 +1,107 @@
+"""`kdedge export --on`: what a bundle could ship is timed where it will run, and its gate.json is decided anew.
+
+The accuracy side of a gate is the same everywhere, since the files are; only the speeds are the machine's own.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdedge.errors import DeviceError
+from kdedge.runs import read_json, sha256_file, write_json
+from kdedge_export.bundle import new_bundle
+from kdedge_export.judging.gate import fill_in
+from kdedge_export.judging.latency import LOOKS, Speedup, speedup
+
+__all__ = ["Command", "decide_there"]
+
+Command = Callable[[Sequence[str]], Mapping[str, Any]]
+"""`python run.pyz ARGUMENTS --json` on the machine in question; DeviceError where it fails."""
+
+CPU, TENSORRT = "onnxruntime-cpu", "tensorrt"
+ROUNDS, CONFIDENCE = LOOKS[0]
+RACE = ("bench", "--artifact", "all", "--rounds", str(ROUNDS), "--seconds", "0.25", "--runs", "30")
+
+
+def decide_there(
+    bundle: Path, run: Command, target: str | None = None, say: Callable[[str], None] = lambda sentence: None
+) -> tuple[str, dict[str, Any]]:
+    """(target, its entry in gate.json), decided by speeds that `run` measured there. The bundle is replaced whole.
+
+    `target` is an entry of gate.json; unless given it is "tensorrt" where the machine has that, else one named after
+    the machine. Raises DeviceError where the machine can run neither.
+    """
+    tensorrt = _has_tensorrt(run(["info"]))
+    if tensorrt:
+        _build(run, say)
+    say("Measuring the files in turn there")
+    records = {str(each["artifact"]["name"]): each for each in run(RACE)["records"]}
+    if "fp32" not in records:
+        raise DeviceError(
+            "The machine measured no FP32 file, so nothing can be compared with it. Try there: run.pyz info"
+        )
+    gate = read_json(bundle / "gate.json")
+    kind = TENSORRT if tensorrt else CPU
+    if kind not in gate["targets"]:
+        raise DeviceError(f"The bundle {bundle} has no INT8 file for {kind}. Export it with --int8 --on.")
+    machine = records["fp32"]["machine"]
+    name = target or (TENSORRT if tensorrt else str(machine["name"]))
+    template = gate["targets"].get(name) or gate["targets"][kind]
+    gate["targets"][name] = template
+    decided = fill_in(gate, name, _speedups(template["candidates"], records))
+    entry = decided["targets"][name]
+    entry["machine"] = machine
+    entry["latency"] = {
+        each: {"compute_ms": record["latency_ms"]["compute"], "rounds_ms": record["rounds_ms"]}
+        for each, record in records.items()
+    }
+    _replace(bundle, decided)
+    return name, entry
+
+
+def _has_tensorrt(info: Mapping[str, Any]) -> bool:
+    runtimes = info.get("runtimes") or {}
+    if runtimes.get("tensorrt"):
+        return True
+    if not runtimes.get("onnxruntime"):
+        raise DeviceError(
+            "The machine has neither TensorRT nor ONNX Runtime, so it can run no file. "
+            "Install one there: pip install onnxruntime"
+        )
+    return False
+
+
+def _build(run: Command, say: Callable[[str], None]) -> None:
+    """An engine of each precision. TensorRT without FP16 file still tells whether INT8 is worth it against FP32."""
+    for precision in ("fp32", "int8", "fp16"):
+        say(f"Building a TensorRT engine there, {precision.upper()}")
+        try:
+            run(["build", "--artifact", precision])
+        except DeviceError as error:
+            if precision != "fp16":
+                raise
+            say(f"No FP16 engine: {error}")
+
+
+def _speedups(candidates: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Speedup]:
+    """By candidate. TensorRT takes one of two INT8 files, so a record stands for the candidate of its precision."""
+    base = records["fp32"]["rounds_ms"]["p50"]
+    found = {}
+    for name, candidate in candidates.items():
+        same = [each for each in records.values() if each["artifact"]["precision"] == candidate["precision"]]
+        record = records.get(name) or (same[0] if same else None)
+        if record is not None:
+            found[name] = speedup(base, record["rounds_ms"]["p50"], CONFIDENCE)
+    return found
+
+
+def _replace(bundle: Path, gate: Mapping[str, Any]) -> None:
+    """The same bundle with another gate.json; whole, like an export, since the manifest has the hash of each file."""
+    with new_bundle(bundle) as folder:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+        write_json(folder / "gate.json", gate)
+        manifest = read_json(folder / "manifest.json")
+        path = folder / "gate.json"
+        manifest["files"]["gate.json"] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        write_json(folder / "manifest.json", manifest)

@@ -1,0 +1,118 @@
+"""gate.json decided by what another machine measured: speeds by value, the bundle whole, hashes right."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdedge.errors import DeviceError
+from kdedge.runs import read_json, sha256_file, write_json
+from kdedge_bench.gate_on import ROUNDS, decide_there
+from kdedge_export.judging.agreement import agreement
+from kdedge_export.judging.gate import Candidate, gate_document, judge
+from kdedge_export.judging.latency import Speedup
+
+MACHINE = {"name": "raspberry-pi-5-4-cores", "cpu": "Cortex-A76"}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose INT8 file was twice as fast here; TensorRT is not measured."""
+    logits = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
+    same = agreement(logits, logits, np.full(400, -1))
+    here = judge("onnxruntime-cpu", [Candidate("int8", "int8", same, Speedup(2.0, 1.9, 2.1, 6))], 1.0)
+    there = judge("tensorrt", [Candidate("trt", "int8", same), Candidate("fp16", "fp16", same)], 1.0)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_json(folder / "gate.json", gate_document([here, there], "onnxruntime-cpu"))
+    (folder / "model.onnx").write_bytes(b"a model")
+    files = {"gate.json": {"sha256": sha256_file(folder / "gate.json"), "bytes": 1}}
+    write_json(folder / "manifest.json", {"schema": 1, "shipped": "int8", "artifacts": {}, "files": files})
+    return folder
+
+
+class Machine:
+    """Answers the commands of run.pyz as a machine of these speeds would."""
+
+    def __init__(self, runtimes: dict[str, str | None], ms: dict[str, tuple[str, float]], fails: Sequence[str] = ()):
+        self.runtimes, self.ms, self.fails = runtimes, ms, fails
+        self.asked: list[list[str]] = []
+
+    def __call__(self, arguments: Sequence[str]) -> dict[str, Any]:
+        self.asked.append(list(arguments))
+        if arguments[0] == "info":
+            return {"runtimes": self.runtimes}
+        if arguments[0] == "build":
+            if arguments[-1] in self.fails:
+                raise DeviceError(f"no kernel for {arguments[-1]}")
+            return {"engine": "made"}
+        return {"schema": 1, "records": [self._record(name, *each) for name, each in self.ms.items()], "failed": {}}
+
+    def _record(self, name: str, precision: str, ms: float) -> dict[str, Any]:
+        rounds = [ms * (1 + 0.01 * place) for place in range(ROUNDS)]
+        return {
+            "machine": MACHINE,
+            "artifact": {"name": name, "precision": precision},
+            "latency_ms": {"compute": {"p50": ms, "p90": ms}},
+            "rounds_ms": {"p50": rounds, "p90": rounds},
+        }
+
+
+def test_another_cpu_is_a_target_of_its_own(bundle: Path) -> None:
+    machine = Machine({"onnxruntime": "1.23.2"}, {"fp32": ("fp32", 9.0), "int8": ("int8", 10.0)})
+    name, entry = decide_there(bundle, machine)
+    assert name == "raspberry-pi-5-4-cores"
+    assert entry["shipped"] == "fp32"
+    assert entry["verdict"] == "fail"
+    assert entry["speedup"] == pytest.approx(0.9)
+    assert "0.90 times the speed of FP32" in entry["why"]
+    assert "raspberry-pi-5-4-cores" in entry["why"]
+    gate, manifest = read_json(bundle / "gate.json"), read_json(bundle / "manifest.json")
+    assert gate["targets"][name] == entry
+    assert gate["targets"]["onnxruntime-cpu"]["speedup"] == 2.0
+    assert gate["targets"]["tensorrt"]["verdict"] == "undecided"
+    assert (gate["shipped"], manifest["shipped"]) == ("int8", "int8")  # those of the machine that exported
+    path = bundle / "gate.json"
+    assert manifest["files"]["gate.json"] == {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    assert (bundle / "model.onnx").read_bytes() == b"a model"
+    assert sorted(each.name for each in bundle.parent.iterdir()) == ["bundle"]
+
+
+def test_a_board_with_tensorrt_builds_and_decides_that_target(bundle: Path) -> None:
+    ms = {"fp32": ("fp32", 2.0), "trt-fp16": ("int8", 0.8), "fp16": ("fp16", 1.0)}
+    machine = Machine({"onnxruntime": None, "tensorrt": "11.4.1"}, ms)
+    said: list[str] = []
+    name, entry = decide_there(bundle, machine, say=said.append)
+    assert (name, entry["shipped"], entry["verdict"]) == ("tensorrt", "int8", "pass")
+    assert entry["speedup"] == pytest.approx(2.5)
+    assert entry["candidates"]["fp16"]["speedup"] == pytest.approx(2.0)
+    assert [each[-1] for each in machine.asked if each[0] == "build"] == ["fp32", "int8", "fp16"]
+    assert entry["machine"] == MACHINE
+    assert any("engine there, INT8" in each for each in said)
+
+
+def test_an_engine_that_cannot_be_built(bundle: Path) -> None:
+    ms = {"fp32": ("fp32", 2.0), "trt": ("int8", 0.8)}
+    _, entry = decide_there(bundle, Machine({"tensorrt": "10.3"}, ms, fails=["fp16"]))
+    assert entry["candidates"]["fp16"]["speedup"] is None
+    assert entry["shipped"] == "int8"
+    before = (bundle / "gate.json").read_bytes()
+    with pytest.raises(DeviceError, match="no kernel for int8"):
+        decide_there(bundle, Machine({"tensorrt": "10.3"}, ms, fails=["int8"]))
+    assert (bundle / "gate.json").read_bytes() == before
+
+
+def test_a_named_target_and_what_cannot_be(bundle: Path) -> None:
+    machine = Machine({"onnxruntime": "1.23.2"}, {"fp32": ("fp32", 9.0), "int8": ("int8", 3.0)})
+    assert decide_there(bundle, machine, target="raspberry-pi")[0] == "raspberry-pi"
+    with pytest.raises(DeviceError, match="neither TensorRT nor ONNX Runtime"):
+        decide_there(bundle, Machine({"onnxruntime": None, "tensorrt": None}, {}))
+    with pytest.raises(DeviceError, match="measured no FP32 file"):
+        decide_there(bundle, Machine({"onnxruntime": "1.23.2"}, {"int8": ("int8", 3.0)}))
+    gate = read_json(bundle / "gate.json")
+    del gate["targets"]["tensorrt"]
+    write_json(bundle / "gate.json", gate)
+    with pytest.raises(DeviceError, match=r"has no INT8 file for tensorrt. Export it with --int8"):
+        decide_there(bundle, Machine({"tensorrt": "10.3"}, {"fp32": ("fp32", 2.0)}))
