@@ -97,6 +97,7 @@ _ARTIFACT: Dict[str, _Rule] = {
     "accuracy?": _FRACTION,
     "verified_against_torch?": _OBJECT_OR_NULL,
 }
+_ENGINE: Dict[str, _Rule] = {**_HASHED, "gpu?": _TEXT, "tensorrt?": _TEXT, "precision?": _TEXT}
 _INPUT: Dict[str, _Rule] = {
     "name": _TEXT,
     "shape": _SHAPE,
@@ -142,7 +143,7 @@ def _short(value: Any) -> str:
 
 
 def _wrong_entry(document: Dict[str, Any]) -> str:
-    for group, rules in (("artifacts", _ARTIFACT), ("files", _HASHED), ("engines", _HASHED)):
+    for group, rules in (("artifacts", _ARTIFACT), ("files", _HASHED), ("engines", _ENGINE)):
         for name, entry in document.get(group, {}).items():
             where = f"{group}.{name[:80]}"
             if not isinstance(entry, dict):

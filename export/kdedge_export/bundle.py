@@ -18,6 +18,7 @@ from kdedge.errors import DataError, ExportError, RunError
 from kdedge.runs import read_json, sha256_file, write_json
 from kdedge_device.manifest import SCHEMA
 from kdedge_device.preprocess import Preprocess
+from kdedge_device.trt_cache import side_path
 from kdedge_export.images import Part
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Artifact",
     "eval_part",
     "golden_tolerance",
+    "name_engines",
     "new_bundle",
     "write_eval",
     "write_golden",
@@ -176,6 +178,23 @@ def write_manifest(
         "provenance": dict(provenance),
     }
     write_json(folder / "manifest.json", document)
+
+
+def name_engines(folder: Path) -> None:
+    """Put the engines that were built in a finished bundle into its manifest, each with what its side file says of it.
+
+    They are of use on this machine only. A bundle that was copied without them is whole: the program that checks it
+    says "not here", and builds its own.
+    """
+    document = read_json(folder / "manifest.json")
+    document["engines"] = {path.name: _engine(path) for path in sorted(folder.glob("*.engine"))}
+    write_json(folder / "manifest.json", document)
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    mark = read_json(Path(side_path(str(path))))["fingerprint"]
+    known = {key: mark[key] for key in ("gpu", "capability", "tensorrt", "cuda", "driver", "onnx_sha256")}
+    return {**_hashed(path), "precision": mark["options"]["precision"], **known}
 
 
 def _artifact(folder: Path, name: str) -> dict[str, Any]:
