@@ -1,6 +1,7 @@
 """QAT of a run: it repairs what calibration broke, never sees the gate, and is the same when it was stopped."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from kdedge import recipe_io
 from kdedge.data.batches import Batches
 from kdedge.data.sources import open_source
 from kdedge.data.splits import Splits
-from kdedge.errors import ExportError
+from kdedge.errors import ExportError, RecipeError, RunError
 from kdedge.models.weights import load_model
 from kdedge.recipe import resolve
 from kdedge.run_pool import describe
@@ -26,7 +27,7 @@ from kdedge_export.judging.gate import agreement
 from kdedge_export.sessions import run_onnx
 from kdedge_export.table import RangeTable, natural_weight_scales
 from kdedge_export.training import qat
-from kdedge_export.training.qat import QATConfig, rounded_network, run_qat
+from kdedge_export.training.qat import QATConfig, qat_config, require_teacher, rounded_network, run_qat
 from kdedge_export.training.torch_graph import TorchGraph
 
 Calibrated = tuple[onnx.ModelProto, Plan, RangeTable]
@@ -158,6 +159,87 @@ def test_the_trained_network_is_the_int8_file(run: Run, calibrated: Calibrated, 
     if not learn_spans:
         with torch.inference_mode():
             assert np.allclose(found, TorchGraph(model, plan, table)(torch.from_numpy(x)).numpy(), atol=1e-5)
+
+
+def test_a_head_without_bias_learns_none(run: Run, calibrated: Calibrated) -> None:
+    """The file has no place for it, so what a network learned there would be lost."""
+    model, plan, table = calibrated
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.node[-1].input[2:]
+    student = load_model(run.student_path)
+    x = student.preprocess.normalize(open_run_images(run).gate.load(student.preprocess))[:16]
+    for planned in (plan, replace(plan, layers=plan.layers - {bare.graph.node[-1].name})):
+        network = rounded_network(bare, planned, table)
+        assert network.head.bias is None
+        with torch.no_grad():
+            network.head.weight *= 1.5
+        trained, _ = qat._trained(network, bare, table)
+        with torch.inference_mode():
+            found = network(torch.from_numpy(x)).numpy()
+        expected = run_onnx(write_int8(trained, planned, table).SerializeToString(), x, optimize=False)
+        assert np.abs(found - expected).mean() <= 0.02 * np.abs(expected).max()
+
+
+def test_what_failed_leaves_no_checkpoint(run: Run, calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object, **named: object) -> None:
+        (run.path / "qat-checkpoint" / "qat.1.safetensors").touch()
+        raise RunError("The loss is not finite.")
+
+    monkeypatch.setattr(qat, "fit", fails)
+    with pytest.raises(RunError):
+        run_qat(run, *calibrated, QUICK, lambda _: None)
+    assert not (run.path / "qat-checkpoint").exists()
+
+
+def test_a_checkpoint_of_anything_else_is_not_gone_on_with(
+    run: Run, calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, table = calibrated
+    by_teacher = QUICK.model_copy(update={"teacher": "teacher"})
+    run.teacher_path.write_bytes(b"one")
+
+    def keys() -> list[str]:
+        others = replace(plan, layers=plan.layers - {"head"}), replace(plan, known={"input": (0.0, 1.0)})
+        found = [qat._fingerprint(run, model, each, table, QUICK) for each in (plan, *others)]
+        return [*found, qat._fingerprint(run, model, plan, table, by_teacher)]
+
+    first = keys()
+    assert len({*first}) == 4
+    assert keys() == first
+    assert qat._fingerprint(run, model, make_plan(model), table, QUICK) == first[0]
+    run.teacher_path.write_bytes(b"another")
+    assert [one == other for one, other in zip(first, keys(), strict=True)] == [True, True, True, False]
+    monkeypatch.setattr(torch, "__version__", "9.0")
+    assert not {*first} & {*keys()}
+
+
+def test_learned_ranges_replace_those_of_symmetric_codes(calibrated: Calibrated) -> None:
+    model, plan, table = calibrated
+    learned = rounded_network(model, plan, table, learn_spans=True).backbone
+    assert isinstance(learned, TorchGraph)
+    chosen = next(iter(learned.spans))
+    table = replace(table, s8_spans={chosen: (-0.1, 0.1), "of TensorRT alone": (-3.0, 3.0)})
+    for learn_spans, expected in ((True, learned.spans[chosen]), (False, (-0.1, 0.1))):
+        _, found = qat._trained(rounded_network(model, plan, table, learn_spans), model, table)
+        assert found.s8_span(chosen) == pytest.approx(expected)
+        assert found.s8_spans["of TensorRT alone"] == (-3.0, 3.0)
+
+
+def test_settings_by_name(run: Run) -> None:
+    found = qat_config(["qat.learn_spans=true", "qat.teacher=teacher", "qat.method.labeled_weight=0.5"], steps=7)
+    assert (found.learn_spans, found.teacher, found.method.labeled_weight, found.total_steps) == (
+        True,
+        "teacher",
+        0.5,
+        7,
+    )
+    assert qat_config([]) == QATConfig()
+    with pytest.raises(RecipeError, match=r"(?s)Did you mean 'learn_spans'.*'student' or 'teacher' was expected"):
+        qat_config(["qat.learn_span=true", "qat.teacher=ema"])
+    require_teacher(run, QATConfig())
+    with pytest.raises(ExportError, match=r"teacher\.safetensors does not exist"):
+        require_teacher(run, found)
 
 
 def test_a_model_that_does_not_end_in_a_linear_layer_is_refused(calibrated: Calibrated) -> None:

@@ -1,5 +1,6 @@
 """The ONNX graph as a torch module: ONNX Runtime's numbers in float, and code for code those of the INT8 file."""
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from kdedge_export.cpu.qdq import write_int8
 from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import open_session, run_onnx
 from kdedge_export.table import U8, RangeTable, natural_weight_scales
+from kdedge_export.training import torch_graph
+from kdedge_export.training.fake_quant import round_u8
 from kdedge_export.training.torch_graph import TorchGraph
 
 from .conftest import CLASSES, SMALL, images, warm
@@ -135,6 +138,51 @@ def test_what_is_left_in_float_is_not_rounded(float_models: dict[str, onnx.Model
     assert torch.equal(found, expected)
     assert not torch.equal(weights_rounded, expected)
     assert not torch.equal(weights_rounded, rounded)
+
+
+def test_a_tensor_is_let_go_of_once_it_is_rounded(
+    float_models: dict[str, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads it unrounded: to keep all of them would take the memory of the whole network at once."""
+    model = float_models["mobilenet-v2"]
+    plan, table = table_of(model)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def rounds(x: torch.Tensor, u8: U8) -> torch.Tensor:
+        nonlocal most
+        alive.append(weakref.ref(x))
+        most = max(most, sum(each() is not None for each in alive))
+        return round_u8(x, u8)
+
+    graph = TorchGraph(model, plan, table)
+    monkeypatch.setattr(torch_graph, "round_u8", rounds)
+    with torch.inference_mode():
+        graph(torch.from_numpy(BATCH[:2]))
+    assert len(alive) == len(plan.tensors) > 30
+    assert most <= 2, "the image, which the caller holds, and the one that is being rounded"
+
+
+def test_tensors_called_like_rounded_ones() -> None:
+    """The keys of rounded tensors are looked up: the graph may have one called "a_dq"."""
+    weight = numpy_helper.from_array(np.eye(3, dtype=np.float32)[:, :, None, None], "a.weight")
+    nodes = [
+        helper.make_node("Conv", ["input", "a.weight"], ["a"], name="a"),
+        helper.make_node("Conv", ["a", "a.weight"], ["a_dq"], name="a_dq"),
+        helper.make_node("Add", ["a", "a_dq"], ["logits"], name="add"),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 4, 4]) for name in ("input", "logits")]
+    model = helper.make_model(helper.make_graph(nodes, "one", value[:1], value[1:], [weight]))
+    plan = Plan(layers=frozenset({"a", "a_dq"}), tensors=("input", "a"), made=frozenset({"a"}))
+    spans = {"input": (-1.0, 1.0), "a": (-0.5, 0.5)}
+    graph = TorchGraph(model, plan, RangeTable(spans, natural_weight_scales(model, plan.layers)))
+    x = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+    with torch.inference_mode():
+        found, seen = graph.watch(x, ["a_dq", "a_dq_2"])
+    a = round_u8(round_u8(x, U8.over((-1.0, 1.0))), U8.over((-0.5, 0.5)))
+    assert torch.equal(seen["a_dq_2"], a)
+    assert torch.allclose(seen["a_dq"], a, atol=1e-6)
+    assert torch.allclose(found, 2 * a, atol=1e-6)
 
 
 def test_parameters_are_the_files_weights_and_go_back_into_it(float_models: dict[str, onnx.ModelProto]) -> None:

@@ -11,8 +11,8 @@ Images of the gate split are left out: it decides afterwards between QAT and wha
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdedge import recipe_io
+from kdedge import __version__, recipe_io
 from kdedge.config import Config
 from kdedge.data.batches import Batches, Pool
 from kdedge.data.sources import open_source
@@ -49,7 +49,7 @@ from kdedge_export.table import RangeTable
 from kdedge_export.training.fake_quant import round_bias, round_weight
 from kdedge_export.training.torch_graph import TorchGraph
 
-__all__ = ["QATConfig", "RoundedHead", "rounded_network", "run_qat"]
+__all__ = ["QATConfig", "RoundedHead", "qat_config", "require_teacher", "rounded_network", "run_qat"]
 
 Say = Callable[[str], None]
 SLOWEST = 3e-4  # below, a hundred steps change nothing: starting weights were tuned with less
@@ -67,23 +67,55 @@ class QATConfig(Config):
     learn_spans: bool = False
 
 
+class _Asked(Config):
+    qat: QATConfig = QATConfig()
+
+
+def qat_config(settings: Sequence[str], steps: int | None = None) -> QATConfig:
+    """The defaults with KEY=VALUE texts as after --set, such as qat.learn_spans=true; RecipeError with every problem.
+
+    `steps` is qat.total_steps by its own flag.
+    """
+    given = [*settings, *([f"qat.total_steps={steps}"] if steps is not None else [])]
+    return recipe_io.parse("{}", "--set", _Asked, given).qat
+
+
+def require_teacher(run: Run, config: QATConfig) -> None:
+    """ExportError where `config` names a teacher that the run does not have."""
+    if config.teacher == "teacher" and not run.teacher_path.is_file():
+        raise ExportError(
+            f"qat.teacher is teacher, and {run.teacher_path} does not exist: this run has no outer network. "
+            "Leave that setting out, and the student in FP32 is the teacher."
+        )
+
+
 @final
 class RoundedHead(nn.Linear):
-    """The last layer, its weight and bias in the roundings of the INT8 file. Its input is rounded already."""
+    """The last layer, its weight and bias in the roundings of the INT8 file. Its input is rounded already.
+
+    Without a bias it learns none: the file has no place for it.
+    """
 
     scales_K: Tensor
 
-    def __init__(self, weight_KF: Tensor, bias_K: Tensor, scales_K: Tensor, input_scale: float) -> None:
-        super().__init__(weight_KF.shape[1], weight_KF.shape[0])
-        with torch.no_grad():
-            self.weight.copy_(weight_KF)
-            self.bias.copy_(bias_K)
+    def __init__(self, weight_KF: Tensor, bias_K: Tensor | None, scales_K: Tensor, input_scale: float) -> None:
+        super().__init__(weight_KF.shape[1], weight_KF.shape[0], bias=bias_K is not None)
+        _take(self, weight_KF, bias_K)
         self.register_buffer("scales_K", scales_K, persistent=False)
         self._input_scale = input_scale
 
     def forward(self, x_BF: Tensor) -> Tensor:
-        bias_K, scales_K = round_bias(self.bias, self.scales_K, self._input_scale)
+        bias_K: Tensor | None = self.bias
+        scales_K = self.scales_K
+        if bias_K is not None:
+            bias_K, scales_K = round_bias(bias_K, scales_K, self._input_scale)
         return functional.linear(x_BF, round_weight(self.weight, scales_K), bias_K)
+
+
+def _take(head: nn.Linear, weight_KF: Tensor, bias_K: Tensor | None) -> None:
+    head.weight = nn.Parameter(weight_KF)
+    if bias_K is not None:
+        head.bias = nn.Parameter(bias_K)
 
 
 def rounded_network(model: onnx.ModelProto, plan: Plan, table: RangeTable, learn_spans: bool = False) -> Network:
@@ -104,28 +136,37 @@ def rounded_network(model: onnx.ModelProto, plan: Plan, table: RangeTable, learn
     body.graph.output[0].CopyFrom(features)
     prune(body, [node for node in body.graph.node if node.name != last.name])
     backbone = TorchGraph(body, plan, table, learn_spans=learn_spans)
-    bias = graph.constant(last.input[2]) if len(last.input) > 2 else np.zeros(len(weight), np.float32)
-    weight_KF, bias_K = torch.from_numpy(weight.copy()), torch.from_numpy(np.array(bias))
+    bias = graph.constant(last.input[2]) if _has_bias(last) else None
+    weight_KF, bias_K = torch.from_numpy(weight.copy()), None if bias is None else torch.from_numpy(bias.copy())
     if last.name in plan.layers:
         scales_K = torch.from_numpy(np.asarray(table.weight_scales[last.name], np.float32))
         return Network(backbone, RoundedHead(weight_KF, bias_K, scales_K, table.u8(last.input[0]).scale))
-    head = nn.Linear(weight_KF.shape[1], weight_KF.shape[0])
-    head.weight, head.bias = nn.Parameter(weight_KF), nn.Parameter(bias_K)
+    head = nn.Linear(weight_KF.shape[1], weight_KF.shape[0], bias=bias_K is not None)
+    _take(head, weight_KF, bias_K)
     return Network(backbone, head)
 
 
+def _has_bias(gemm: onnx.NodeProto) -> bool:
+    return len(gemm.input) > 2 and bool(gemm.input[2])
+
+
 def _trained(network: Network, model: onnx.ModelProto, table: RangeTable) -> tuple[onnx.ModelProto, RangeTable]:
-    """The float model and the range table that the network has become."""
+    """The float model and the range table that the network has become.
+
+    A range that was learned is the one for symmetric codes too: what was chosen for them was chosen for other weights,
+    and does not know where the network has learned to clip.
+    """
     backbone, graph = network.backbone, Graph(model)
     assert isinstance(backbone, TorchGraph)
     last = graph.producer[graph.outputs[0]]
     made = backbone.to_onnx(model)
-    head = {last.input[1]: network.head.weight, **({last.input[2]: network.head.bias} if len(last.input) > 2 else {})}
+    head = {last.input[1]: network.head.weight, **({last.input[2]: network.head.bias} if _has_bias(last) else {})}
     for place, each in enumerate(made.graph.initializer):
         if each.name in head:
             value = head[each.name].detach().cpu().contiguous().numpy()
             made.graph.initializer[place].CopyFrom(onnx.numpy_helper.from_array(value, each.name))
-    return made, table.with_spans(backbone.spans)
+    symmetric = {name: span for name, span in table.s8_spans.items() if name not in backbone.spans}
+    return made, replace(table.with_spans(backbone.spans), s8_spans=symmetric)
 
 
 def run_qat(
@@ -134,8 +175,9 @@ def run_qat(
     """Train `model`, the float form of the run's student, under the roundings of `plan` and `table`.
 
     Gives the float model with its new weights and the table to write it with. A second call with the same arguments
-    goes on with a stopped one, from the checkpoints in RUN/qat-checkpoint; they are removed at the end. Raises
-    RunError where the loss is no longer finite, DataError where the run's images are gone, ExportError as above.
+    goes on with a stopped one, from the checkpoints in RUN/qat-checkpoint; they are removed at the end, and where it
+    failed, since it would fail again. Raises RunError where the loss is no longer finite, DataError where the run's
+    images are gone, ExportError as above.
     """
     recipe, student = recipe_io.load(str(run.recipe_path)), load_model(run.student_path)
     device = pick_device(recipe.engine.device)
@@ -157,20 +199,24 @@ def run_qat(
     # In bf16 there are fewer digits than codes.
     engine_plan = inner.model_copy(update={"precision": "fp32", "threads": available_cores()})
     folder = run.path / "qat-checkpoint"
-    asked = _fingerprint(run, model, table, config)
+    asked = _fingerprint(run, model, plan, table, config)
     say(f"QAT: {optim.total_steps} steps on {len(pool.unlabeled)} images ({device})")
     with Run(folder).lock():
-        average, _ = fit(
-            method,
-            batches,
-            optim,
-            recipe.engine,
-            engine_plan,
-            Checkpoints(folder, f"qat-{asked[:12]}"),
-            MetricsLog(folder / "metrics.jsonl", _Told(say)),
-            seed=recipe.seed,
-            class_names=names,
-        )
+        try:
+            average, _ = fit(
+                method,
+                batches,
+                optim,
+                recipe.engine,
+                engine_plan,
+                Checkpoints(folder, f"qat-{asked[:12]}"),
+                MetricsLog(folder / "metrics.jsonl", _Told(say)),
+                seed=recipe.seed,
+                class_names=names,
+            )
+        except Exception:  # but not Ctrl-C
+            shutil.rmtree(folder)
+            raise
     shutil.rmtree(folder)
     return _trained(average, model, table)
 
@@ -207,14 +253,25 @@ def _optim(recipe: Recipe, config: QATConfig, pool: Pool) -> OptimConfig:
     )
 
 
-def _fingerprint(run: Run, model: onnx.ModelProto, table: RangeTable, config: QATConfig) -> str:
-    """Of everything that a checkpoint must agree with: one of other weights, ranges or settings is not gone on with."""
+def _fingerprint(run: Run, model: onnx.ModelProto, plan: Plan, table: RangeTable, config: QATConfig) -> str:
+    """Of everything that a checkpoint must agree with: one of other weights, ranges or settings is not gone on with.
+
+    Nor one of other versions: the same steps would not be computed alike.
+    """
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+    planned = [(each.name, _in_order(getattr(plan, each.name))) for each in fields(plan)]
     spans = sorted((name, *span) for name, span in table.spans.items())
     scales = sorted((name, each.tobytes().hex()) for name, each in table.weight_scales.items())
-    files = [sha256_file(path) for path in (run.recipe_path, run.splits_path, run.student_path)]
-    digest.update(repr((spans, scales, files, config.model_dump_json())).encode())
+    read = [run.recipe_path, run.splits_path, run.student_path]
+    read += [run.teacher_path] if config.teacher == "teacher" else []
+    files = [sha256_file(path) for path in read]
+    versions = __version__, torch.__version__
+    digest.update(repr((planned, spans, scales, files, versions, config.model_dump_json())).encode())
     return digest.hexdigest()
+
+
+def _in_order(value: tuple[str, ...] | frozenset[str] | dict[str, Any]) -> list[Any]:
+    return list(value) if isinstance(value, tuple) else sorted(value.items() if isinstance(value, dict) else value)
 
 
 @final

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdedge_export.cpu.plan import Plan
-from kdedge_export.graph import Graph, constant_tensor
+from kdedge_export.graph import Graph, constant_tensor, names_of, unique
 from kdedge_export.table import U8, RangeTable, Span
 from kdedge_export.training.fake_quant import LearnedSpans, round_bias, round_u8, round_weight
 from kdedge_export.training.torch_ops import Run, torch_operator
@@ -31,15 +31,17 @@ _UNROUNDED = Plan()
 
 @dataclass(frozen=True)
 class _Step:
-    """A node: what it reads (tensors, or weights and constants by name), and makes. `drop`: read for the last time.
+    """A node: what it reads (tensors, or weights and constants by name), and makes. `drop`: what nobody reads later.
 
-    `saturates`: an absorbed clip, which is the work of the rounded range behind it.
+    `made`: its outputs, and those of them that are rounded once more. `saturates`: an absorbed clip, which is the work
+    of the rounded range behind it.
     """
 
     name: str
     run: Run
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    made: tuple[str, ...]
     has_weights: bool
     saturates: bool
     drop: tuple[str, ...] = ()
@@ -68,10 +70,11 @@ class TorchGraph(nn.Module):
         self.float_tensors: frozenset[str] = frozenset()
         self.float_layers: frozenset[str] = frozenset()
         graph = Graph(model)
-        self._input = graph.inputs[0]
-        self._rounded = frozenset(self.plan.tensors)
+        self._input, taken = graph.inputs[0], names_of(model)
+        self._rounded = {name: unique(f"{name}_dq", taken) for name in self.plan.tensors}
+        self._sources = {rounded: name for name, rounded in self._rounded.items()}
         self._output = self._read(graph.outputs[0], by_rounded=True)
-        self._steps = _without_ballast([self._step(node, graph) for node in graph.nodes], self._output)
+        self._steps = self._without_ballast([self._step(node, graph) for node in graph.nodes])
         trained = {name for step in self._steps if step.has_weights for name in step.inputs[1:]}
         self._weight_names = [name for name in graph.initializers if name in trained]
         self._weights = nn.ParameterList(_tensor(graph, name) for name in self._weight_names)
@@ -102,6 +105,7 @@ class TorchGraph(nn.Module):
     def watch(self, x_NCHW: Tensor, names: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and the tensors called `names`, as their nodes make them; "NAME_dq" is NAME rounded.
 
+        Where the graph has a tensor of that name, "NAME_dq_2" is.
         Of an absorbed Relu or Clip, "NAME" is what stands in front of it, since nothing else clips there.
         """
         wanted = set(names)
@@ -110,20 +114,24 @@ class TorchGraph(nn.Module):
         self._round(self._input, values)
         found = {name: values[name] for name in wanted & set(values)}
         for index, step in enumerate(self._steps):
-            inputs = [values[name] for name in step.inputs]
-            if step.has_weights and step.name in self.plan.layers and step.name not in self.float_layers:
-                inputs[1:] = self._rounded_weights(index, step, inputs[1:])
-            if step.saturates and step.outputs[0] not in self.float_tensors:
-                made: Tensor | tuple[Tensor, ...] = inputs[0]
-            else:
-                made = step.run(*inputs)
-            for name, value in zip(step.outputs, (made,) if isinstance(made, Tensor) else made, strict=True):
-                values[name] = value
+            self._make(index, step, values)
+            for name in step.outputs:
                 self._round(name, values)
-                found |= {each: values[each] for each in (name, f"{name}_dq") if each in wanted}
+            found |= {name: values[name] for name in step.made if name in wanted}
             for name in step.drop:
                 del values[name]
         return values[self._output], found
+
+    def _make(self, index: int, step: _Step, values: dict[str, Tensor]) -> None:
+        """The outputs of a step into `values`. A function of its own, since its locals would keep tensors alive."""
+        inputs = [values[name] for name in step.inputs]
+        if step.has_weights and step.name in self.plan.layers and step.name not in self.float_layers:
+            inputs[1:] = self._rounded_weights(index, step, inputs[1:])
+        if step.saturates and step.outputs[0] not in self.float_tensors:
+            made: Tensor | tuple[Tensor, ...] = inputs[0]
+        else:
+            made = step.run(*inputs)
+        values.update(zip(step.outputs, (made,) if isinstance(made, Tensor) else made, strict=True))
 
     def to_onnx(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of the float `model` this was made from, with the parameters as they are now."""
@@ -142,12 +150,28 @@ class TorchGraph(nn.Module):
         rounded = node.name in self.plan.layers
         inputs = tuple(self._read(node.input[place], rounded) for place in operator.places)
         saturates = node.name in self.plan.absorbed and node.op_type in _CLIPS
-        return _Step(node.name, operator.run, inputs, tuple(node.output), weighted, saturates)
+        outputs = tuple(node.output)
+        made = (*outputs, *(self._rounded[name] for name in outputs if name in self._rounded))
+        return _Step(node.name, operator.run, inputs, outputs, made, weighted, saturates)
 
     def _read(self, tensor: str, by_rounded: bool = False) -> str:
         """A float reader of a float tensor reads the float tensor, even where another takes its 8-bit form."""
         rounded = tensor in self._rounded and (by_rounded or tensor in self.plan.made)
-        return f"{tensor}_dq" if rounded else tensor
+        return self._rounded[tensor] if rounded else tensor
+
+    def _without_ballast(self, steps: list[_Step]) -> list[_Step]:
+        """Each step with the tensors that nobody needs after it, so that memory follows the widest place of the graph.
+
+        Of a tensor that all read rounded, that is the tensor itself, as soon as it is rounded.
+        """
+        given = (self._input, *(self._rounded[each] for each in (self._input,) if each in self._rounded))
+        last = dict.fromkeys(given, 0) | {name: place for place, step in enumerate(steps) for name in step.made}
+        last |= {name: place for place, step in enumerate(steps) for name in step.inputs if name in last}
+        last.pop(self._output, None)
+        drops: dict[int, list[str]] = {}
+        for name, place in last.items():
+            drops.setdefault(place, []).append(name)
+        return [replace(each, drop=tuple(drops.get(place, ()))) for place, each in enumerate(steps)]
 
     def _learnable(self, graph: Graph) -> LearnedSpans:
         plan, spans = self.plan, self.table.spans
@@ -163,18 +187,18 @@ class TorchGraph(nn.Module):
     def _round(self, tensor: str, values: dict[str, Tensor]) -> None:
         if tensor not in self._rounded:
             return
-        value = values[tensor]
+        value, name = values[tensor], self._rounded[tensor]
         if tensor in self.float_tensors:
-            values[f"{tensor}_dq"] = value
+            values[name] = value
         elif self._learned is not None and tensor in self._learned:
-            values[f"{tensor}_dq"] = self._learned.round(tensor, value)
+            values[name] = self._learned.round(tensor, value)
         else:
-            values[f"{tensor}_dq"] = round_u8(value, self._u8(tensor))
+            values[name] = round_u8(value, self._u8(tensor))
 
     def _rounded_weights(self, index: int, step: _Step, weights: list[Tensor]) -> list[Tensor]:
         """The weight, and the bias where there is one."""
         scales, biases = self.get_buffer(f"_scales_{index}"), weights[1:]
-        input_scale = self._u8(step.inputs[0].removesuffix("_dq")).scale
+        input_scale = self._u8(self._sources[step.inputs[0]]).scale
         for place, bias in enumerate(biases):
             biases[place], scales = round_bias(bias, scales, input_scale)
         return [round_weight(weights[0], scales), *biases]
@@ -182,14 +206,3 @@ class TorchGraph(nn.Module):
 
 def _tensor(graph: Graph, name: str) -> Tensor:
     return torch.from_numpy(np.array(graph.constant(name)))
-
-
-def _without_ballast(steps: list[_Step], output: str) -> list[_Step]:
-    """Each step with the tensors that nobody needs after it, so that memory follows the widest place of the graph."""
-    made = {name for step in steps for output in step.outputs for name in (output, f"{output}_dq")}
-    last = {name: place for place, step in enumerate(steps) for name in step.inputs if name in made}
-    last.pop(output, None)
-    drops: dict[int, list[str]] = {}
-    for name, place in last.items():
-        drops.setdefault(place, []).append(name)
-    return [replace(each, drop=tuple(drops.get(place, ()))) for place, each in enumerate(steps)]
