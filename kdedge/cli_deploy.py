@@ -9,7 +9,10 @@ from kdedge.cli_common import Reply, columns, command_output, finished_run, note
 from kdedge.errors import ExportError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kdedge.runs import Run
+    from kdedge_bench.remote import Place
     from kdedge_export.export import Options
 
 __all__ = ["bench", "compare", "export", "report"]
@@ -35,6 +38,13 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option(
     "--qat-steps", type=click.IntRange(min=1), metavar="N", help="Of --qat; a tenth of the student's unless given."
 )
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of --qat: qat.learn_spans=true, qat.teacher=teacher, qat.method.labeled_weight=0.5.",
+)
 @click.option("--calibrate", metavar="SPEC", help="Calibrate on these images; a MODEL.onnx has no others.")
 @click.option(
     "--max-drop",
@@ -55,17 +65,25 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option("--std", callback=_numbers, metavar="R,G,B", help="MODEL.onnx: divided by.")
 @click.option("--resize", type=click.Choice(["short-side-crop", "squash"]), help="MODEL.onnx: how images are fitted.")
 @click.option("--px", type=click.IntRange(min=4), help="MODEL.onnx: height and width where the file leaves them open.")
+@click.option(
+    "--on", metavar="MACHINE", help="Where what ships is decided, such as ssh://user@board; here unless given."
+)
 @click.option("--out", type=_PATH, metavar="DIR", help="The bundle's folder; RUN/bundle or MODEL.bundle unless given.")
 @command_output
-def export(run: Path | None, calibrate: str | None, strict: bool, out: Path | None, **asked: Any) -> Reply:
+def export(
+    run: Path | None, calibrate: str | None, strict: bool, on: str | None, out: Path | None, **asked: Any
+) -> Reply:
     """Write the student as ONNX, and INT8, into a bundle.
 
     The bundle is complete, says what it is and checks itself. RUN left out is the latest finished run. A float
     MODEL.onnx from elsewhere needs --calibrate SPEC.
     """
+    place = _place(on, asked)
     reading = {name: asked.pop(name) for name in ("mean", "std", "resize", "px")}
     if asked["qat_steps"] and not asked["qat"]:
         raise ExportError("--qat-steps says how long --qat trains; give both.")
+    if asked["settings"] and not asked["qat"]:
+        raise ExportError("--set says how --qat trains; give both.")
     if asked["qat"] and not asked["int8"]:
         raise ExportError("--qat trains the INT8 file; give --int8 too.")
     from kdedge_export.export import Options
@@ -78,10 +96,36 @@ def export(run: Path | None, calibrate: str | None, strict: bool, out: Path | No
         if given:
             raise ExportError(f"{', '.join(given)}: a run knows its own preprocessing; these are for a MODEL.onnx.")
         document, bundle = _exported_run(finished_run(run), options, calibrate, out)
+    if place is not None:
+        document = _decided_there(document, bundle, place)
     missed = strict and options.int8 and document["shipped"] != "int8"
     if missed:
         note(f"--strict: INT8 was asked for, and {document['shipped'].upper()} is shipped.")
     return Reply(document, _export_text(document, bundle), exit_code=int(missed))
+
+
+def _place(on: str | None, asked: dict[str, Any]) -> "Place | None":
+    """Read before anything is exported: a name that cannot be would be a pity afterwards."""
+    if on in (None, "local"):
+        return None
+    if not (asked["int8"] or asked["fp16"]):
+        raise ExportError("--on decides between FP32 and smaller files; ask for one with --int8 or --fp16.")
+    from kdedge_bench.remote import Place
+
+    return Place.parse(str(on))
+
+
+def _decided_there(document: dict[str, Any], bundle: Path, place: "Place") -> dict[str, Any]:
+    """The document with that machine's decision on top; this machine's stays among the targets."""
+    from kdedge_bench.gate_on import decide_there
+    from kdedge_bench.remote import run_remote
+
+    def run(arguments: "Sequence[str]") -> dict[str, Any]:
+        return run_remote(place, bundle, arguments, say=note)
+
+    name, entry = decide_there(bundle, run, say=note)
+    top = {key: entry[key] for key in ("shipped", "speedup", "drop_points", "why")}
+    return {**document, **top, "targets": {**document["targets"], name: entry}}
 
 
 def _exported_run(

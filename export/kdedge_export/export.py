@@ -24,6 +24,7 @@ from kdedge_device.record import now
 from kdedge_export.bundle import (
     eval_part,
     golden_tolerance,
+    name_engines,
     new_bundle,
     write_eval,
     write_golden,
@@ -40,7 +41,7 @@ from kdedge_export.pyz import build_pyz
 from kdedge_export.quantize import GateImages, Quantized, Train, quantize
 from kdedge_export.stored import store
 from kdedge_export.subject import Subject, file_subject, run_subject, some_images
-from kdedge_export.training.qat import QATConfig, run_qat
+from kdedge_export.training.qat import qat_config, require_teacher, run_qat
 from kdedge_export.trt.engines import build_here, require_tensorrt
 from kdedge_export.trt.fp16 import overflowing, write_fp16
 
@@ -57,12 +58,16 @@ Logits = dict[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of an export. `max_drop_points`: of 100 gate images. `threads`: of the measured latency."""
+    """What is asked of an export. `max_drop_points`: of 100 gate images. `threads`: of the measured latency.
+
+    `settings`: of QAT, as "qat.learn_spans=true".
+    """
 
     int8: bool = False
     fp16: bool = False
     qat: bool = False
     qat_steps: int | None = None
+    settings: tuple[str, ...] = ()
     max_drop_points: float = 1.0
     threads: int = 1
     tensorrt: bool = False
@@ -101,6 +106,7 @@ class _Export:
     def __init__(self, subject: Subject, options: Options, out: Path, say: Say) -> None:
         self.subject, self.options, self.out, self.say = subject, options, out, say
         self.preprocess, self.images = subject.preprocess, subject.images
+        self.qat = qat_config(options.settings, options.qat_steps)
         self.raced: tuple[tuple[tuple[str, ...], bytes], Race] | None = None
 
     def whole(self) -> dict[str, Any]:
@@ -108,6 +114,9 @@ class _Export:
         self._check_first()
         try:
             document, test = self._bundle()
+        except KeyboardInterrupt:
+            self._say_what_is_kept()
+            raise
         except Exception:
             with contextlib.suppress(OSError):
                 self._state_path.unlink(missing_ok=True)
@@ -117,8 +126,19 @@ class _Export:
             self._add_predictions(self.subject.run, test)
         return document
 
+    def _say_what_is_kept(self) -> None:
+        """Of an export that was stopped: what the same command goes on with."""
+        if self._state_path.exists():
+            self.say(f"The same command goes on with the calibration. To begin anew, delete {self._state_path}.")
+        run = self.subject.run
+        folder = None if run is None else run.path / "qat-checkpoint"
+        if folder is not None and any(folder.glob("qat-*.safetensors")):
+            self.say(f"The same command goes on with QAT, from {folder}.")
+
     def _check_first(self) -> None:
         """What would fail at the end fails now, before anything is calibrated or trained."""
+        if self.options.qat and self.subject.run is not None:
+            require_teacher(self.subject.run, self.qat)
         if self.options.tensorrt:
             require_tensorrt()
         if self.options.with_eval:
@@ -177,7 +197,7 @@ class _Export:
         return found
 
     def _train(self) -> Train:
-        run, config = self.subject.run, QATConfig(total_steps=self.options.qat_steps)
+        run, config = self.subject.run, self.qat
         assert run is not None
         return lambda model, plan, table: run_qat(run, model, plan, table, config, self.say)
 
@@ -358,7 +378,9 @@ class _Export:
 
     def _engines(self) -> dict[str, Any]:
         precisions = ("int8", "fp16") if self.options.int8 else ("fp16",) if self.options.fp16 else ("fp32",)
-        return build_here(self.folder, precisions, self.say)
+        found = build_here(self.folder, precisions, self.say)
+        name_engines(self.folder)
+        return found
 
     def _add_predictions(self, run: Run, test: Logits) -> None:
         """The logits of the exported files beside those of training."""
