@@ -50,9 +50,13 @@ _FRACTION: _Rule = (
 _TOLERANCE: _Rule = (lambda value: _is_number(value) and value >= 0, "a number, 0 or more")
 _OBJECT: _Rule = (lambda value: isinstance(value, dict), "an object")
 _OBJECT_OR_NULL: _Rule = (lambda value: value is None or isinstance(value, dict), "an object, or null")
-_NUMBERS: _Rule = (
-    lambda value: isinstance(value, list) and all(_is_number(each) for each in value),
-    "a list of numbers",
+_MEANS: _Rule = (
+    lambda value: isinstance(value, list) and all(_is_number(each) and abs(each) <= 1e6 for each in value),
+    "a list of numbers from -1e6 to 1e6",
+)
+_STDS: _Rule = (  # in float32 a smaller one is 0
+    lambda value: isinstance(value, list) and all(_is_number(each) and 1e-6 <= each <= 1e6 for each in value),
+    "a list of numbers from 1e-6 to 1e6",
 )
 _SHAPE: _Rule = (
     lambda value: (
@@ -109,8 +113,8 @@ _PREPROCESS: Dict[str, _Rule] = {
     "width": _SIDE,
     "channels": (lambda value: _is_whole(value) and value in (1, 3), "1 or 3"),
     "resize": _TEXT,
-    "mean": _NUMBERS,
-    "std": _NUMBERS,
+    "mean": _MEANS,
+    "std": _STDS,
 }
 
 
