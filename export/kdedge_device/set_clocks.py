@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from typing import IO, Any, Callable, Dict, Iterator, List, Optional
 
 from kdedge_device.children import child
@@ -147,10 +148,11 @@ class _Keeper:
     def give_back(self) -> str:
         """What the note says; nothing where it is empty."""
         self._note.seek(0)
-        text = self._note.read()
-        if not text:
+        try:
+            note = json.loads(self._note.read())
+        except ValueError:  # empty, or cut off while it was written, which is before anything is changed
+            self._write(None)
             return ""
-        note = json.loads(text)
         if note["mode"] is not None:
             self._run("nvpmodel", "-m", str(note["mode"]["id"]))
         if note["boot"] == read(self._root, _BOOT):  # a restart gives the clocks back by itself, the mode not
@@ -191,7 +193,7 @@ def _keep(root: str, parent: int, mode: Optional[str]) -> None:
     try:
         os.makedirs(at(root, _FOLDER), exist_ok=True)
         note = open(at(root, _NOTE), "a+", encoding="utf-8")
-        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(note)
     except BlockingIOError:
         return _tell(error="The clocks are held by another measurement; wait for its end.")
     except OSError as error:
@@ -211,6 +213,16 @@ def _keep(root: str, parent: int, mode: Optional[str]) -> None:
         _tell(said=keeper.give_back())
     except Failure as failure:
         _tell(said=f"Clocks could not be given back: {failure} The next --set-clocks, or a restart, does it.")
+    return None
+
+
+def _lock(note: IO[str]) -> None:
+    """BlockingIOError where another keeper has it. `leftover` takes it for a moment, too."""
+    for _ in range(4):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.1)
+    fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return None
 
 

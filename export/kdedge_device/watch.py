@@ -20,10 +20,11 @@ from kdedge_device.board import identify
 from kdedge_device.brakes import Brakes, pulled, read_brakes
 from kdedge_device.energy import energy_per_inference
 from kdedge_device.failures import Failure
-from kdedge_device.meters import find_meter
+from kdedge_device.meters import CounterMeter, RailMeter, find_meter
 from kdedge_device.sampler import Sampler, Trace, worth_sampling
+from kdedge_device.set_clocks import leftover
 
-__all__ = ["MAX_TAIL", "MAX_VARIATION", "Watch"]
+__all__ = ["MAX_TAIL", "MAX_VARIATION", "Watch", "snapshot"]
 
 MAX_VARIATION = 0.025  # standard deviation by mean
 MAX_TAIL = 1.5  # p99 by p50
@@ -53,6 +54,18 @@ def _look(root: str) -> _Look:
         state.memory_mib(root),
         state.uptime_s(root),
     )
+
+
+def snapshot(root: str = "/") -> Dict[str, Any]:
+    """The machine now, for people and for JSON: what `Watch.conditions` tells of one moment, and the power in mW."""
+    look, meter = _look(root), find_meter(root)
+    values = meter.read() if isinstance(meter, RailMeter) else None
+    return {
+        **look._asdict(),
+        "brakes": None if look.brakes is None else look.brakes._asdict(),
+        "power_mw": None if meter is None or values is None else dict(zip(meter.names, values)),
+        "clocks_left_held": leftover(root),
+    }
 
 
 class Watch:
@@ -116,7 +129,10 @@ class Watch:
     def energy(self, inferences: int) -> Dict[str, Any]:
         """{"energy_mj_per_inference", "energy_source"} of the timed part, which answered `inferences` images."""
         self._looks()
-        return energy_per_inference(self._trace, self._window(), self._idle, inferences)
+        trace = self._trace
+        if trace is not None and self._uses_gpu and trace.source == CounterMeter.source:
+            trace = None  # the processor's counter knows nothing of a graphics card, which does the work
+        return energy_per_inference(trace, self._window(), self._idle, inferences)
 
     def verdict(self, summary: Dict[str, Any]) -> Dict[str, Any]:
         """{"stable", "why", "throttled", "unstable"} of a summary of times (`clock.summarize`).

@@ -230,6 +230,13 @@ def test_a_restart_gives_back_the_clocks_and_not_the_mode(root: Path) -> None:
     assert (clock(root), power_mode(root)) == ("of the restart", "pmode:0002")
 
 
+def test_a_note_that_was_cut_off_stops_nobody(root: Path) -> None:
+    boards.put(root, {"/var/lib/kdedge/clocks.json": '{"boot": "first", "mo'})
+    with held(root):
+        assert clock(root) == "highest"
+    assert (clock(root), leftover(str(root))) == ("as it was", None)
+
+
 def test_the_measurement_is_told_where_its_keeper_died(root: Path) -> None:
     said: list[str] = []
     with locked(str(root), said.append, user=lambda: 0):

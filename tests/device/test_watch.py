@@ -11,7 +11,7 @@ import pytest
 
 from kdedge_device.clock import summarize, unstable
 from kdedge_device.failures import Failure
-from kdedge_device.watch import Watch
+from kdedge_device.watch import Watch, snapshot
 
 from . import boards
 
@@ -74,9 +74,9 @@ def test_this_machine_whatever_it_is() -> None:
     assert watch.conditions()["board"]["python"]
 
 
-def test_times_that_vary() -> None:
+def test_times_that_vary(tmp_path: Path) -> None:
     """The same limits as `clock.unstable`, each with its sentence."""
-    watch = watched(Path("/proc/self/fdinfo"), energy=False)
+    watch = watched(tmp_path, energy=False)
     for times in ([1000] * 2000, [1000, 1060] * 500, [1000] * 980 + [1600] * 20, [1000], [1000, 1040]):
         summary = summarize([each * 1000 for each in times])
         assert watch.verdict(summary)["unstable"] == unstable(summary), times
@@ -188,6 +188,28 @@ def test_energy_of_the_timed_part(tmp_path: Path) -> None:
     assert source["above_idle_mj_per_inference"] == pytest.approx(6000.0 * source["seconds"] / 100)
     assert source["seconds"] >= 1.5
     assert "wall" in source["caveat"]
+
+
+def test_a_processors_counter_is_not_the_energy_of_a_graphics_card(tmp_path: Path) -> None:
+    root = boards.x86(tmp_path)
+    with Watch(str(root), idle_s=0.0) as watch:
+        watch.mark_start()
+        time.sleep(0.2)
+        watch.mark_end()
+    assert watch.energy(1)["energy_source"]["source"].startswith("intel-rapl")
+    watch._uses_gpu = True
+    assert watch.energy(1) == {"energy_mj_per_inference": None, "energy_source": None}
+
+
+def test_a_snapshot(tmp_path: Path) -> None:
+    found = snapshot(str(boards.orin_nano(tmp_path)))
+    assert found["power_mode"]["name"] == "MAXN_SUPER"
+    assert found["power_mw"] == {"VDD_IN": 6000.0, "VDD_CPU_GPU_CV": 2000.0, "VDD_SOC": 1500.0}
+    assert found["brakes"]["events"]["oc2: average over-current"] == 15
+    assert found["clocks_left_held"] is None
+    boards.put(tmp_path, {"/var/lib/kdedge/clocks.json": '{"boot": null, "mode": null}'})
+    assert "cut off" in snapshot(str(tmp_path))["clocks_left_held"]
+    json.dumps([found, snapshot("/"), snapshot(str(boards.x86(tmp_path / "x86")))], allow_nan=False)
 
 
 def test_the_sampler_is_gone_after_an_error(tmp_path: Path) -> None:
