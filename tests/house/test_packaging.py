@@ -64,6 +64,9 @@ def test_the_wheel_holds_five_packages_and_nothing_else(wheel: Path) -> None:
     assert {f"{room}/py.typed" for room in ROOMS} <= set(names(wheel))
     shipped = {name for name in names(wheel) if name.startswith("kdedge_recipes/") and name.endswith(".yaml")}
     assert shipped == {f"kdedge_recipes/{name}.yaml" for name in RECIPES}
+    targets = {path.name for path in (ROOT / "export" / "kdedge_export" / "targets").glob("*.yaml")}
+    assert len(targets) >= 8
+    assert {f"kdedge_export/targets/{name}" for name in targets} <= set(names(wheel))
     assert f"{version}.dist-info/licenses/LICENSE" in names(wheel)
 
 
