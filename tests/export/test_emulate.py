@@ -1,15 +1,16 @@
 """The device's numerics on a CPU."""
 
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kdedge.errors import MissingPackage
+from kdedge.errors import ExportError
 from kdedge_export.sessions import run_onnx
-from kdedge_export.trt.emulate import emulate, emulate_openvino
+from kdedge_export.trt.emulate import emulate, openvino_emulator
 from kdedge_export.trt.qdq import write_trt
 
 from .conftest import SMALL, images
@@ -26,25 +27,41 @@ def test_batches_do_not_change_a_logit() -> None:
     assert np.abs(found - alone).max() <= 1e-4 * np.abs(alone).max()
 
 
-def test_openvino_runs_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in with openvino's calls: the real one is no dependency."""
-    seen: dict[str, Any] = {}
+def stand_in(monkeypatch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
+    """openvino's calls: the real one is no dependency."""
 
     class Core:
         def read_model(self, model: bytes) -> list[bytes]:
+            if not model:
+                raise RuntimeError("Unable to read\nthe model")
             return [model]
 
         def compile_model(self, model: list[bytes], device: str, options: dict[str, Any]) -> Any:
             seen.update(options, device=device, content=model[0])
             return lambda batch: [batch.sum((1, 2, 3))[:, None]]
 
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
-    batch = np.ones((20, 3, 2, 2), np.float32)
-    assert emulate_openvino(b"model", batch).tolist() == [[12.0]] * 20
+    module = ModuleType("openvino")
+    module.__spec__ = ModuleSpec("openvino", None)
+    module.Core = Core  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "openvino", module)
+
+
+def test_openvino_runs_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    stand_in(monkeypatch, seen)
+    run = openvino_emulator(b"model", threads=3)
+    assert run is not None
+    assert run(np.ones((20, 3, 2, 2), np.float32)).tolist() == [[12.0]] * 20
     assert (seen["device"], seen["content"], seen["INFERENCE_PRECISION_HINT"]) == ("CPU", b"model", "f32")
+    assert seen["INFERENCE_NUM_THREADS"] == 3
+
+
+def test_a_file_that_openvino_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, {})
+    with pytest.raises(ExportError, match=r"OpenVINO cannot run the file for TensorRT: Unable to read the model\. "):
+        openvino_emulator(b"")
 
 
 def test_openvino_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingPackage, match="pip install openvino"):
-        emulate_openvino(b"", np.zeros((1, 3, 2, 2), np.float32))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert openvino_emulator(b"") is None
