@@ -46,7 +46,8 @@ def locked(
     command, environment = child("set_clocks", root, str(os.getpid()), *([mode] if mode else []))
     keeper = subprocess.Popen(
         command,
-        env=environment,
+        # Whoever clears up after a measurement knows its processes by marks in their environment; it must outlive them.
+        env={name: environment[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,

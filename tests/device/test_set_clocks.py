@@ -199,6 +199,14 @@ def test_given_back_where_the_whole_group_is_told_to_end(root: Path) -> None:
         assert power_mode(root) == "pmode:0002"
 
 
+def test_the_keeper_is_not_cleared_up_with_the_measurement(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remote measurement's processes are killed by a mark in their environment, after it ended, however it ended."""
+    monkeypatch.setenv("KDEDGE_JOB", "a-job")
+    with measurement(root) as process:
+        assert b"KDEDGE_JOB" in Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert b"KDEDGE_JOB" not in Path(f"/proc/{keeper_of(process)}/environ").read_bytes()
+
+
 def test_given_back_where_the_keeper_itself_is_told_to_end(root: Path) -> None:
     with measurement(root) as process:
         os.kill(keeper_of(process), signal.SIGTERM)
