@@ -29,6 +29,7 @@ _NOTE = f"{_FOLDER}/clocks.json"  # what to undo; the keeper holds a lock on it
 _STORED = f"{_FOLDER}/clocks.stored"  # of jetson_clocks --store
 _BOOT = "/proc/sys/kernel/random/boot_id"
 _SLOW_S = 120.0  # nvpmodel can take half a minute
+_ENVIRONMENT = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def locked(
     keeper = subprocess.Popen(
         command,
         # Whoever clears up after a measurement knows its processes by marks in their environment; it must outlive them.
-        env={name: environment[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in environment},
+        env={name: environment[name] for name in _ENVIRONMENT if name in environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
