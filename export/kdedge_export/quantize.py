@@ -41,7 +41,7 @@ __all__ = ["GateImages", "Numbers", "Quantized", "Speed", "Train", "quantize"]
 SCHEMA = 2
 CURE_IMAGES = 256  # of the calibration images: cures pass over them many times
 TRAINED = "trained"
-UNIFORM = "mse"
+UNIFORM, BY_IMAGES = "mse", "calibrated, by images"
 Say = Callable[[str], None]
 Logits = npt.NDArray[np.float32]
 Speed = Callable[[onnx.ModelProto], Speedup]
@@ -194,38 +194,37 @@ class _Maker:
         self._since_s = now_s
 
     def calibrated(self, form: onnx.ModelProto) -> list[Numbers]:
-        """Ranges chosen tensor by tensor, and least squares for all: neither is the better one for every network."""
-        table = self.table(form, self.state)
+        """Ranges chosen tensor by tensor, all values or all images alike, and least squares for all: none is the best
+        for every network.
+        """
+        by_values, by_images = self.tables(form, self.state)
         uniform = choose_spans(UNIFORM, self.plan, Graph(form), self.calibrations[0][1])
         return [
-            self._numbers("calibrated", form, form, table),
-            self._numbers(f"calibrated, {UNIFORM}", form, form, table.with_spans(uniform)),
+            self._numbers("calibrated", form, form, by_values),
+            self._numbers(f"calibrated, {UNIFORM}", form, form, by_values.with_spans(uniform)),
+            self._numbers(BY_IMAGES, form, form, by_images),
         ]
 
-    def table(self, form: onnx.ModelProto, state: Path | None = None) -> RangeTable:
-        """Spans from the calibration images for every tensor of any INT8 file, and the weights' own scales."""
+    def tables(self, form: onnx.ModelProto, state: Path | None = None) -> tuple[RangeTable, RangeTable]:
+        """Spans from the calibration images for every tensor of any INT8 file, and the weights' own scales.
+
+        Chosen by values, and by images (`Choices`).
+        """
         trt = make_trt_plan(trt_form(form))
         names = sorted({*measured(self.plan), *trt.measured})
         self.say(f"Calibrating {len(names)} tensors on {len(self.calibration)} images ({self.calibration.name})")
         histograms = calibrate(form, names, self.counted, self.preprocess, self.gate.threads, say=self.say, state=state)
         self.lap("collection")
-        choice = choose_spans_per_tensor(
-            form, self.plan, histograms, self.held.pixels, self.preprocess, self.gate.threads
-        )
-        symmetric = choose_s8_spans(
-            trt_form(form),
-            trt.measured,
-            trt.same_scale,
-            histograms,
-            self.held.pixels,
-            self.preprocess,
-            self.gate.threads,
-        ).spans
+        judges = (histograms, self.held.pixels, self.preprocess, self.gate.threads)
+        choices = choose_spans_per_tensor(form, self.plan, *judges)
+        symmetric = choose_s8_spans(trt_form(form), trt.measured, trt.same_scale, *judges)
         scales = natural_weight_scales(form, {*self.plan.layers, *trt.weighted})
         self.lap("choice")
-        made = RangeTable({**symmetric, **choice.spans}, scales, symmetric)
-        self.calibrations.append((made, histograms, choice))
-        return made
+        by_values, by_images = (
+            RangeTable({**s8.spans, **u8.spans}, scales, s8.spans) for u8, s8 in zip(choices, symmetric, strict=True)
+        )
+        self.calibrations += [(by_values, histograms, choices.by_values), (by_images, histograms, choices.by_images)]
+        return by_values, by_images
 
     def cured(self, start: Numbers, max_drop_points: float) -> list[Numbers]:
         """Nothing, where no cure brings the held-out images nearer to FP32."""
@@ -236,7 +235,7 @@ class _Maker:
             self.cure_images,
             logits=lambda model, table: self._held_logits(write_int8(model, self.plan, table)),
             fp32=self._held_logits(start.model),
-            recalibrate=self.table,
+            recalibrate=lambda model: self.tables(model)[start.name == BY_IMAGES],
             until_points=max_drop_points,
             say=self.say,
         )

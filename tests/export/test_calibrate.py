@@ -42,10 +42,36 @@ def counted_at_once(values: np.ndarray, width: float) -> np.ndarray:
     return counts
 
 
-def same(one: Histogram, other: Histogram) -> bool:
+def counted_alike(one: Histogram, other: Histogram) -> bool:
     return (one.low, one.high, one.exponent) == (other.low, other.high, other.exponent) and np.array_equal(
         one.counts, other.counts
     )
+
+
+def same(one: Histogram, other: Histogram) -> bool:
+    """Of the same images, in any order."""
+    return counted_alike(one, other) and np.array_equal(one.ends, other.ends)
+
+
+def test_the_ends_of_images() -> None:
+    """At either end the values of so many images are held as were asked for."""
+    rng = np.random.default_rng(0)
+    pieces = [(rng.normal(size=50) * size).astype(np.float32) for size in [*np.linspace(1, 2, 38), 70.0, 90.0]]
+    tally = Tally("values")
+    for place in rng.permutation(40):
+        tally.add(pieces[place])
+    found = tally.histogram()
+    lows, highs = (sorted(float(end(piece)) for piece in pieces) for end in (np.min, np.max))
+    assert found.of_images(1.0) == (found.low, found.high) == (lows[0], highs[-1])
+    assert found.of_images(0.95) == (lows[2], highs[37]), "two of 40 reach beyond"
+    assert found.of_images(0.96) == (lows[1], highs[38])
+    assert found.of_images(1e-9) == (lows[-1], highs[0])
+    clipped = found.within(-1.0, 2.0)
+    assert clipped.of_images(1.0) == (-1.0, 2.0)
+    assert (clipped.ends.min(), clipped.ends.max()) == (-1.0, 2.0)
+    one = Tally("one")
+    one.add(np.array([-3.0, 5.0], np.float32))
+    assert one.histogram().of_images(0.9) == (-3.0, 5.0)
 
 
 @pytest.mark.parametrize("low", [-1, 0])
@@ -61,7 +87,7 @@ def test_bins_double_without_a_trace(low: int) -> None:
             tally.add(piece)
         found = tally.histogram()
         expected = expected or found
-        assert same(found, expected)
+        assert counted_alike(found, expected)
     assert expected is not None
     assert (expected.low, expected.high) == (values.min(), values.max())
     assert SIDE / 2 <= np.abs(values).max() / expected.width < SIDE
@@ -86,7 +112,7 @@ def test_a_tensor_of_zeros_then_of_numbers() -> None:
         late.add(piece.astype(np.float32))
     for piece in (np.array([-3.0, 2.0]), np.full(3, 1e-45), np.zeros(5)):
         early.add(piece.astype(np.float32))
-    assert same(late.histogram(), early.histogram())
+    assert counted_alike(late.histogram(), early.histogram())
     assert late.histogram().counts[SIDE - 1] == 8
     assert late.histogram().centres[SIDE - 1] == 0.0
 

@@ -9,9 +9,17 @@ from torch import nn
 from kdedge.data.sources import open_source
 from kdedge.errors import DataError
 from kdedge_export.calibration.calibrate import calibrate
-from kdedge_export.calibration.choose import Choice, choose_among, choose_s8_spans, choose_spans_per_tensor
+from kdedge_export.calibration.choose import Choice, choose_s8_spans, choose_spans_per_tensor, judged
 from kdedge_export.calibration.histogram import Histogram
-from kdedge_export.calibration.ranges import CALIBRATORS, S8_CALIBRATORS, Form, measured, seen, with_zero
+from kdedge_export.calibration.ranges import (
+    CALIBRATORS,
+    IMAGE_CALIBRATORS,
+    S8_CALIBRATORS,
+    Form,
+    measured,
+    seen,
+    with_zero,
+)
 from kdedge_export.cpu.plan import Plan, make_plan
 from kdedge_export.graph import Graph, constant_tensor
 from kdedge_export.images import Part
@@ -155,7 +163,7 @@ def share(error: np.ndarray, value: np.ndarray) -> float:
 
 def chosen(model: onnx.ModelProto, plan: Plan, count: int = 24) -> Choice:
     histograms = calibrate(model, measured(plan), images(count), SMALL)
-    return choose_spans_per_tensor(model, plan, histograms, images(6), SMALL)
+    return choose_spans_per_tensor(model, plan, histograms, images(6), SMALL).by_values
 
 
 def test_errors_are_those_of_the_readers(mobilenet_v2: Exported) -> None:
@@ -193,7 +201,7 @@ def test_images_in_any_order() -> None:
 
 def test_no_images() -> None:
     with pytest.raises(DataError, match="no images to choose the ranges on"):
-        choose_among(shuffled(), {}, images(0), SMALL)
+        judged(shuffled(), {}, images(0), SMALL)
 
 
 def test_tensors_of_one_scale_are_chosen_together() -> None:
@@ -219,7 +227,7 @@ def test_a_factor_weighs_the_error() -> None:
     model, plan = gated(), Plan(tensors=("conv1",))
     values = values_of(model, SMALL.normalize(images(6)))
     spans = {"wide": (-30.0, 30.0), "from -3": (-3.0, 30.0), "to 3": (-30.0, 3.0)}
-    _, errors = choose_among(model, {"conv1": spans}, images(6), SMALL)
+    errors = judged(model, {"conv1": spans}, images(6), SMALL).summed
     for method, span in spans.items():
         assert errors["conv1"][method] == pytest.approx(oracle(model, plan, "conv1", span, values), rel=1e-3)
     assert errors["conv1"]["from -3"] < errors["conv1"]["wide"] < errors["conv1"]["to 3"]
@@ -227,7 +235,7 @@ def test_a_factor_weighs_the_error() -> None:
     histograms = calibrate(model, ["conv1"], images(24), SMALL)
     found = choose_spans_per_tensor(model, plan, histograms, images(6), SMALL)
     assert histograms["conv1"].low < -6
-    assert found.spans["conv1"][0] == -3.0
+    assert found.by_values.spans["conv1"][0] == found.by_images.spans["conv1"][0] == -3.0
 
 
 @pytest.mark.parametrize("form", ["u8", "s8"])
@@ -237,20 +245,20 @@ def test_what_no_reader_minds_is_clipped(weight: float, best: str, form: Form) -
     pixels = images(4) // 8 + 112
     pixels[:, 3, 3, 1] = 255
     spans = {"input": {"wide": (-2.0, 2.0), "narrow": (-0.5, 0.5)}}
-    methods, errors = choose_among(outlier(weight), spans, pixels, SMALL, form=form)
-    assert methods == {"input": best}
-    assert errors["input"][best] == min(errors["input"].values())
+    for errors in judged(outlier(weight), spans, pixels, SMALL, form=form):
+        assert min(errors["input"], key=errors["input"].__getitem__) == best
 
 
 def test_spans_for_symmetric_codes() -> None:
     model = shuffled()
     names, followers = ["input", "relu1", "joined"], {"left": "relu1", "right": "relu1"}
     histograms = calibrate(model, names, images(24), SMALL)
-    found = choose_s8_spans(model, names, followers, histograms, images(6), SMALL)
+    found, by_images = choose_s8_spans(model, names, followers, histograms, images(6), SMALL)
     values = values_of(model, SMALL.normalize(images(6)))
     assert set(found.spans) == set(found.methods) == set(names)
     for name in names:
         assert found.spans[name] == with_zero(S8_CALIBRATORS[found.methods[name]](histograms[name]))
+        assert by_images.spans[name] == with_zero(IMAGE_CALIBRATORS[by_images.methods[name]](histograms[name]))
     span = with_zero(S8_CALIBRATORS["mse"](histograms["joined"]))
     scale = s8_scale(span)
     error = np.clip(np.rint(values["joined"] / scale), -128, 127) * scale - values["joined"]
@@ -266,16 +274,53 @@ def test_what_a_rare_image_needs_is_kept() -> None:
     pixels = images(200) // 8 + 112
     pixels[::70, 3:6, 3:6, 1] = 255
     histograms = calibrate(model, ["input"], pixels, SMALL)
-    found = choose_spans_per_tensor(model, plan, histograms, pixels[1:3], SMALL)
+    found = choose_spans_per_tensor(model, plan, histograms, pixels[1:3], SMALL).by_values
     assert found.spans["input"][1] == pytest.approx(2.0, abs=0.1)
     assert "percentile-99.9" not in found.errors.get("input", {})
     ways = {method: way(histograms["input"]) for method, way in CALIBRATORS.items()}
-    assert ways[choose_among(model, {"input": ways}, pixels[1:3], SMALL)[0]["input"]][1] < 1.0
+    errors = judged(model, {"input": ways}, pixels[1:3], SMALL).summed["input"]
+    assert ways[min(errors, key=errors.__getitem__)][1] < 1.0
+
+
+def test_images_that_count_alike_are_not_outweighed() -> None:
+    """One of 40 images is a thousand times as large as the others, and so is one of the six that judge."""
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["input", "input"], ["square"]),
+        node("Mul", ["square", "input"], ["cube"]),
+        node("Conv", ["cube", "w"], ["conv"]),
+    ]
+    model = made(nodes, {"w": np.ones((4, 3, 1, 1), np.float32)}, "input", "conv")
+    plan = Plan(layers=frozenset({"conv"}), tensors=("cube",))
+    pixels = images(46) // 32 + 116
+    pixels[[3, 20]] = images(2)
+    histograms = calibrate(model, ["cube"], pixels[6:], SMALL)
+    by_values, by_images = choose_spans_per_tensor(model, plan, histograms, pixels[:6], SMALL)
+    largest = (SMALL.normalize(pixels[21:]).astype(np.float64) ** 3).min()
+    assert by_values.spans["cube"][1] - by_values.spans["cube"][0] > 4
+    assert by_images.methods == {"cube": "images-95"}
+    assert by_images.spans["cube"][0] == pytest.approx(largest, rel=1e-3)
+
+
+def test_an_image_is_lost_once() -> None:
+    """By images an error counts in units of the image's own values, and no more than all of them."""
+    model = outlier(1.0)
+    spans = {"input": {"wide": (-3.0, 3.0), "narrow": (-0.1, 0.1)}}
+    pixels = images(4)
+    found = judged(model, spans, pixels, SMALL)
+    batch = SMALL.normalize(pixels)
+    made = values_of(model, batch)["conv"]
+    conv = model.graph.node[0]
+    for method, span in spans["input"].items():
+        error = convolved(model, conv, (U8.over(span).apply(batch) - batch).astype(np.float32))
+        shares = [share(*pair) for pair in zip(error, made, strict=True)]
+        assert found.alike["input"][method] == pytest.approx(np.mean(np.minimum(shares, 1)), rel=1e-3)
+        assert found.summed["input"][method] == pytest.approx(share(error, made), rel=1e-3)
 
 
 def test_equal_ranges_are_not_judged() -> None:
     ways = {"one": (0.0, 6.0), "other": (0.0, 6.0)}
-    assert choose_among(shuffled(), {"relu1": ways}, images(2), SMALL) == ({"relu1": "one"}, {})
+    assert judged(shuffled(), {"relu1": ways}, images(2), SMALL) == ({}, {})
 
 
 def test_parts_are_held_out_by_their_ids() -> None:

@@ -23,7 +23,7 @@ from kdedge_export.images import Images
 from kdedge_export.sessions import open_session
 from kdedge_export.table import TINY, U8, Span, s8_scale
 
-__all__ = ["Judge", "Options"]
+__all__ = ["Errors", "Judge", "Options"]
 
 CURVES = ("Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 """Operators that are not linear, but cheap: they are applied to the 8-bit values themselves."""
@@ -49,6 +49,22 @@ def _eight_bits(span: Span, form: Form) -> tuple[float, int]:
         return s8_scale(span), 0
     found = U8.over(span)
     return found.scale, found.zero_point
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of each option of one tensor, summed over what reads it: squared error in units of the reader's own squares.
+
+    `summed`: both sums over all images. `alike`: of each image for itself, 1 at most, and then the mean.
+    """
+
+    summed: tuple[float, ...]
+    alike: tuple[float, ...]
+
+    def and_in(self, other: "Errors") -> "Errors":
+        """With the errors in one more reader."""
+        pairs = ((self.summed, other.summed), (self.alike, other.alike))
+        return Errors(*(tuple(a + b for a, b in zip(*pair, strict=True)) for pair in pairs))
 
 
 class Judge:
@@ -78,9 +94,9 @@ class Judge:
         if len(through) < len(readers):  # an Add, a Concat or whatever takes the error as it is
             self.terms.append((chosen_for, self._squares(tensor), self._squares(error)))
 
-    def run(self, images: Images, preprocess: Preprocess, threads: int = 1) -> dict[str, list[float]]:
-        """Tensor that is chosen for -> the error of each of its options: squared error over the reader's own squares,
-        both over all images, summed over readers. Sums over images are exact, so their order does not matter.
+    def run(self, images: Images, preprocess: Preprocess, threads: int = 1) -> dict[str, Errors]:
+        """Tensor that is chosen for -> what each of its options costs. Sums over images are exact, so that their order
+        does not matter.
         """
         names = list(dict.fromkeys(name for _, *both in self.terms for name in both))
         if not names:
@@ -92,12 +108,10 @@ class Judge:
                 values = session.run(names, {self.graph.inputs[0]: preprocess.normalize(image[None])})
                 for name, value in zip(names, values, strict=True):
                     seen[name].append(value)
-        sums = {name: [math.fsum(column) for column in zip(*rows, strict=True)] for name, rows in seen.items()}
-        found: dict[str, list[float]] = {}
+        found: dict[str, Errors] = {}
         for chosen_for, value, error in self.terms:
-            shares = [each / max(sums[value][0], TINY) for each in sums[error]]
-            earlier = found.get(chosen_for, [0.0] * len(shares))
-            found[chosen_for] = [before + share for before, share in zip(earlier, shares, strict=True)]
+            errors = _shares(np.array(seen[value], np.float64)[:, :1], np.array(seen[error], np.float64))
+            found[chosen_for] = found[chosen_for].and_in(errors) if chosen_for in found else errors
         return found
 
     def _moves(self, node: onnx.NodeProto) -> bool:
@@ -169,3 +183,13 @@ class Judge:
         )
         prune(self.copy, self.nodes)
         return bytes(self.copy.SerializeToString())
+
+
+def _shares(squares_N1: npt.NDArray[np.float64], errors_NM: npt.NDArray[np.float64]) -> Errors:
+    """Of N images: the reader's own squares, and those of its errors with each of M options."""
+    own = max(math.fsum(squares_N1[:, 0]), TINY)
+    shares_NM = np.minimum(errors_NM / np.maximum(squares_N1, TINY), 1.0)  # what is off by as much as it is, is lost
+    return Errors(
+        tuple(math.fsum(column) / own for column in errors_NM.T),
+        tuple(math.fsum(column) / len(shares_NM) for column in shares_NM.T),
+    )

@@ -15,6 +15,7 @@ from kdedge_export.table import U8, RangeTable, Span, natural_weight_scales, s8_
 
 __all__ = [
     "CALIBRATORS",
+    "IMAGE_CALIBRATORS",
     "S8_CALIBRATORS",
     "Form",
     "choose_spans",
@@ -22,6 +23,7 @@ __all__ = [
     "make_table",
     "measured",
     "minmax",
+    "most_images",
     "mse",
     "percentile",
     "quantize_weight",
@@ -46,6 +48,11 @@ def minmax(histogram: Histogram) -> Span:
 def percentile(histogram: Histogram, percent: float) -> Span:
     """The share 100 - `percent` is clipped at each end that is not 0 anyway."""
     return min(0.0, histogram.quantile(1 - percent / 100)), max(0.0, histogram.quantile(percent / 100))
+
+
+def most_images(histogram: Histogram, percent: float) -> Span:
+    """Nothing is clipped of `percent` of the images, at either end."""
+    return histogram.of_images(percent / 100)
 
 
 def mse(histogram: Histogram, steps: int = STEPS) -> Span:
@@ -143,6 +150,13 @@ CALIBRATORS: dict[str, Callable[[Histogram], Span]] = {
     "entropy": entropy,
     "mse": mse,
 }
+IMAGE_CALIBRATORS: dict[str, Callable[[Histogram], Span]] = {
+    "minmax": minmax,
+    "images-98": partial(most_images, percent=98),
+    "images-95": partial(most_images, percent=95),
+    "images-90": partial(most_images, percent=90),
+}
+"""Where images differ in size: few values of most images are clipped, or many of few. The widest first, for ties."""
 S8_CALIBRATORS = {**CALIBRATORS, "mse": s8_mse}
 """The same for symmetric 8 bits."""
 

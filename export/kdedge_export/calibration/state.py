@@ -5,6 +5,7 @@ import io
 import json
 import zipfile
 import zlib
+from array import array
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from kdedge_export.images import Images
 
 __all__ = ["Collected", "key_of", "read_state", "write_state"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Collected:
@@ -51,7 +52,9 @@ def write_state(path: Path, key: str, collected: Collected) -> None:
         "key": np.array(key),
         "images": np.array(collected.images, np.int64),
         "varied": np.array(collected.varied),
-        "extremes": np.array([[tally.low, tally.high] for tally in tallies], np.float64).reshape(-1, 2),
+        "extremes": np.array([[tally.lows, tally.highs] for tally in tallies], np.float32).reshape(
+            len(tallies), 2, collected.images
+        ),
         "exponents": np.array([tally.exponent for tally in tallies], np.int64),
         "counts": np.array([tally.counts for tally in tallies], np.int64).reshape(-1, BINS),
     }
@@ -80,16 +83,17 @@ def _collected(arrays: dict[str, "np.typing.NDArray[np.generic]"], tensors: Sequ
     """ValueError where shapes do not fit; contents are guarded by the checksums of the archive."""
     collected = Collected(tensors)
     extremes, exponents, counts = (arrays[name] for name in ("extremes", "exponents", "counts"))
+    images = int(arrays["images"])
     if (
-        extremes.shape != (len(tensors), 2)
+        extremes.shape != (len(tensors), 2, images)
         or exponents.shape != (len(tensors),)
         or counts.shape != (len(tensors), BINS)
     ):
         raise ValueError(f"the state has {len(counts)} tensors; {len(tensors)} were expected")
     for place, tally in enumerate(collected.tallies.values()):
-        tally.low, tally.high = (float(value) for value in extremes[place])
+        tally.lows, tally.highs = (array("f", each.astype(np.float32).tobytes()) for each in extremes[place])
         tally.exponent = int(exponents[place])
         tally.counts = counts[place].astype(np.int64)
-    collected.images = int(arrays["images"])
+    collected.images = images
     collected.varied = bool(arrays["varied"])
     return collected
