@@ -124,6 +124,27 @@ def test_scales_below_halfs_normal_range_keep_the_layer(toy: Toy) -> None:
     )
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0**-8, 2.0**-13, 1.37 * 2.0**-15])
+def test_half_scales_clip_nothing(factor: float, toy: Toy) -> None:
+    """Below half's normal range the nearest scale may be far smaller: then the largest weights would be cut off."""
+    _, model, plan, table = toy
+    scales = {name: each * np.float32(factor) for name, each in table.weight_scales.items()}
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    layers = {node.name: node.input[1] for node in small.graph.node if node.name in plan.weighted}
+    for tensor in small.graph.initializer:
+        if tensor.name in layers.values():
+            weight = numpy_helper.to_array(tensor) * np.float32(factor)
+            tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
+    before = {each.name: numpy_helper.to_array(each) for each in small.graph.initializer}
+    typed = write_trt_fp16(small, plan, RangeTable(table.spans, scales))
+    after = {each.name: numpy_helper.to_array(each).astype(np.float64) for each in typed.graph.initializer}
+    for layer, name in layers.items():
+        steps = after[f"{layer}.weight_rounded_scale"].reshape(-1, 1, 1, 1)
+        lost = np.abs(after[f"{layer}.weight_rounded"] - before[name]) / steps
+        assert lost.max() <= 0.57, "half a code, and what half's own digits lose"
+
+
 def test_what_does_not_fit_into_half_is_named(toy: Toy) -> None:
     _, model, plan, table = toy
     name = plan.tensors[3]

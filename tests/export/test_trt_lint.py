@@ -101,6 +101,10 @@ def scales_by_channel(model: Model) -> None:
     put(model, node(model, "QuantizeLinear").input[1], np.ones(3, body(model)))
 
 
+def zero_point_of_another_shape(model: Model) -> None:
+    put(model, node(model, "QuantizeLinear").input[2], np.zeros(1, np.int8))
+
+
 def one_scale_for_a_weight(model: Model) -> None:
     put(model, "mix.weight_rounded_scale", np.array(1, body(model)))
 
@@ -279,6 +283,7 @@ PLANTED: list[tuple[str, Callable[[Model], None], str, tuple[Form, ...]]] = [
     ("rule_1_scales", zero_scale, "a scale is not a positive constant", BOTH),
     ("rule_1_scales", scale_of_another_type, "the scale is float(16|32), not float(32|16)", BOTH),
     ("rule_2_activations", scales_by_channel, "a computed tensor has 3 scales", BOTH),
+    ("rule_2_activations", zero_point_of_another_shape, "its scale and zero point differ in shape", BOTH),
     ("rule_2_weights", one_scale_for_a_weight, "mix: its weight has not one scale for each", BOTH),
     ("rule_2_weights", weight_along_inputs, "mix: its weight is not quantized along axis 0", BOTH),
     ("rule_2_weights", fewer_zero_points, "mix: scales and zero points of its weight differ", BOTH),

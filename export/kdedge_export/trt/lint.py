@@ -62,10 +62,15 @@ def rule_1_scales(view: View) -> Iterator[str]:
 
 
 def rule_2_activations(view: View) -> Iterator[str]:
-    """Rule 2: a computed tensor has one scale."""
+    """Rule 2: a computed tensor has one scale and one zero point, of the same shape."""
     for name, scale in view.scales.items():
         if scale.ndim:
             yield f"{name}: a computed tensor has {scale.size} scales"
+    for node in view.kind("QuantizeLinear"):
+        zero = view.graph.constant(node.input[2]) if len(node.input) > 2 else None
+        scale = view.scales.get(node.input[0])
+        if zero is not None and scale is not None and zero.shape != scale.shape:
+            yield f"{node.name}: its scale and zero point differ in shape"
 
 
 def rule_2_weights(view: View) -> Iterator[str]:

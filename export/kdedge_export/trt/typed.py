@@ -38,15 +38,19 @@ def write_trt_fp16(model: onnx.ModelProto, plan: TrtPlan, table: RangeTable) -> 
 
 
 def _half_scales(name: str, scales: npt.NDArray[np.float32] | np.float32) -> npt.NDArray[np.float32]:
-    """The nearest float16 of `scales`, as float32: never 0, and the code 127 fits into half too."""
+    """The nearest float16 of `scales` that clips nothing, as float32: never 0, and the code 127 fits into half too.
+
+    Below half's normal range the nearest may be a tenth smaller, and the largest values would lie beyond the code 127.
+    """
     largest = 127 * float(np.max(scales))
     if not largest <= HALF_MAX:
         raise ExportError(
             f"The values of {name} reach {largest:.4g}, and FP16 ends at {HALF_MAX:g}. "
             "Export for TensorRT without FP16, or train with weight decay."
         )
-    rounded = np.asarray(scales, np.float32).astype(np.float16).astype(np.float32)
-    return np.asarray(np.maximum(rounded, np.float32(HALF_SMALLEST)))
+    nearest = np.maximum(np.asarray(scales, np.float16), np.float16(HALF_SMALLEST))
+    clips = 127 * np.asarray(scales, np.float32) > 127.5 * nearest.astype(np.float32)
+    return np.asarray(np.where(clips, np.nextafter(nearest, np.float16(np.inf)), nearest), np.float32)
 
 
 def to_opset_20(model: onnx.ModelProto) -> onnx.ModelProto:
