@@ -68,6 +68,8 @@ def test_a_board_is_found_by_its_own_name() -> None:
         assert found == [name], model
     for model in ("NVIDIA Jetson Nano Developer Kit", "A carrier board", None):
         assert for_board(shipped, model, "aarch64") is None
+    nano = load("jetson-orin-nano")
+    assert for_board([nano, load("x86-cpu")], "A carrier board", "aarch64") is nano, "no other can be meant"
     found_here = for_board(shipped, "Raspberry Pi 5", "x86_64")
     assert found_here is not None
     assert found_here.name == "x86-cpu"

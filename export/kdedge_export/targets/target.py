@@ -134,9 +134,15 @@ def load(name_or_path: str) -> Target:
 
 
 def for_board(targets: Iterable[Target], model: str | None, architecture: str) -> Target | None:
-    """The target that a device is by its own name, before one that any name will do for; None where there is none."""
-    fitting = [each for each in targets if each.fits(model, architecture)]
-    return min(fitting, key=lambda each: not each.boards, default=None)
+    """The target that a device is by its own name, or that any name will do for; None where there is none.
+
+    Makers of carrier boards choose names freely, so where a single target has the device's architecture it is that.
+    """
+    possible = [each for each in targets if architecture in each.architectures]
+    fitting = [each for each in possible if each.fits(model, architecture)]
+    if fitting:
+        return min(fitting, key=lambda each: not each.boards)
+    return possible[0] if len(possible) == 1 else None
 
 
 def _shipped() -> Iterator[tuple[str, Any]]:
