@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")  # often only root's PATH has it
 SHARED_DATA = Path(os.environ.get("KDEDGE_SHARED_DATA") or ROOT.parent / "shared" / "data")
 
 
@@ -21,6 +22,13 @@ def chromium() -> str:
     """The program; tests that use it are marked `browser` and left out where there is none."""
     assert CHROMIUM is not None, "mark this test with pytest.mark.browser"
     return CHROMIUM
+
+
+@pytest.fixture(scope="session")
+def sshd() -> str:
+    """OpenSSH's server; tests that use it are marked `sshd` and left out where there is none."""
+    assert SSHD is not None, "mark this test with pytest.mark.sshd"
+    return SSHD
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +46,13 @@ def _no_settings_of_this_machine() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if CHROMIUM is None:
-        left_out = [item for item in items if item.get_closest_marker("browser")]
-        items[:] = [item for item in items if not item.get_closest_marker("browser")]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[_LEFT_OUT] = len(left_out)
+    told = config.stash[_LEFT_OUT] = []
+    for marker, program, name in (("browser", CHROMIUM, "Chromium"), ("sshd", SSHD, "sshd")):
+        if program is None:
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            told += [f"No {name} on PATH: {len(left_out)} {marker} tests are left out."] if left_out else []
     if not SHARED_DATA.is_dir():
         absent = pytest.mark.skip(reason=f"no development data in {SHARED_DATA} (KDEDGE_SHARED_DATA)")
         for item in items:
@@ -51,8 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[pytest.Item]) -> list[str]:
-    left_out = config.stash.get(_LEFT_OUT, 0)
-    return [f"No Chromium on PATH: {left_out} browser tests are left out."] if left_out else []
+    return config.stash.get(_LEFT_OUT, [])
 
 
-_LEFT_OUT = pytest.StashKey[int]()
+_LEFT_OUT = pytest.StashKey[list[str]]()

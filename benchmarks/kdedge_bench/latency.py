@@ -1,35 +1,45 @@
-"""`kdedge bench`: one child process a measurement, one record a file.
+"""`kdedge bench`: the latency of every artifact, one record a file; here, and on boards that ssh reaches.
 
-A child each, because two sessions in one process share thread pools and caches, and waiting threads of the one slow
-the other.
+The device's own program measures in either place: a process for each measurement, because two sessions in one share
+thread pools and caches, and the artifacts of a target in turn, because a machine that gets hot slows down whatever
+runs then.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import kdedge_device
 from kdedge.errors import BundleError, DeviceError, KdedgeError, RunError
-from kdedge.runs import Run, read_json, write_json
-from kdedge_bench.records import Record, file_name
+from kdedge.runs import Run, read_json
+from kdedge_bench.measured import Names, Outcome, Target, unmeasured, written
+from kdedge_bench.records import Record
+from kdedge_bench.remote_place import Place
 from kdedge_device.clock import EFFORTS
 
-__all__ = ["Job", "bench", "jobs"]
+__all__ = ["BoardsFailed", "bench", "target_of"]
+
+LOCAL = "local"
+REPEATS = 6
 
 
-@dataclass(frozen=True)
-class Job:
-    """One measurement: what the child is given, and where its record goes."""
+class BoardsFailed(KdedgeError):
+    """Something failed on some machine. `records`: all that were measured, and written. `failures`: why, by machine."""
 
-    target: Path  # bundle folder or model file
-    artifact: str | None  # of a bundle
-    name: str  # in the record's file name
-    out: Path
+    def __init__(self, machines: int, records: list[Record], errors: Mapping[str, Sequence[KdedgeError]]) -> None:
+        self.records = records
+        self.failures = {place: " ".join(str(error) for error in each) for place, each in errors.items()}
+        told = "\n".join(f"  {place}: {why}" for place, why in self.failures.items())
+        super().__init__(
+            f"{len(errors)} of {machines} machines did not measure everything; {len(records)} records are written.\n"
+            f"{told}"
+        )
+        # The user can fix it where the user can fix all of it.
+        self.exit_code = 2 if all(error.exit_code == 2 for each in errors.values() for error in each) else 1
 
 
 def bench(
@@ -38,70 +48,70 @@ def bench(
     out: Path | None = None,
     *,
     threads: int = 1,
-    on: Sequence[str] = ("local",),
+    on: Sequence[str] = (LOCAL,),
     suite: str | None = None,
+    repeats: int = REPEATS,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
-    """Measure each artifact of each target (RUN, BUNDLE or MODEL.onnx) in turn; return the records as written.
+    """Measure each artifact of each target (RUN, BUNDLE or MODEL.onnx); return the records as written.
 
-    A record goes to `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run.
-    RunError where a target is nothing that can be measured, DeviceError where a measurement fails.
+    `on`: "local" and ssh://[user@]host[:port]. This machine comes first, alone, then all boards at once. A record goes
+    to `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run. RunError where a
+    target is nothing that can be measured, DeviceError where a measurement fails; BoardsFailed where others did not.
     """
-    _refuse_what_is_not_there(effort, on, suite)
-    if threads < 1:
-        raise DeviceError(f"{threads} threads were asked for; expected at least 1.")
-    work = [job for target in targets for job in jobs(target, out)]  # all targets are checked before the first is timed
+    _refuse_what_is_not_there(effort, suite, threads, repeats)
+    # What is named wrongly is told before anything is timed; a machine named twice is measured once.
+    places = {text: None if text == LOCAL else Place.parse(text) for text in on}
+    work = [target_of(target, out) for target in targets]
     if not work:
         raise RunError("Nothing to measure was named. Expected a run folder, a bundle or a .onnx file.")
-    return [_measure(job, effort, threads) for job in work]
+    arguments = ["--rounds", str(repeats), "--effort", effort, "--threads", str(threads)]
+    names, records = Names(), []
+    errors: dict[str, list[KdedgeError]] = {}
+    for place, found in _outcomes(places, work, arguments, names, say):
+        records += found.records
+        if found.errors:
+            errors[place] = found.errors
+    if errors:
+        alone = [error for each in errors.values() for error in each]
+        raise alone[0] if len(alone) == 1 and not records else BoardsFailed(len(places), records, errors)
+    return records
 
 
-def _refuse_what_is_not_there(effort: str, on: Sequence[str], suite: str | None) -> None:
+def _refuse_what_is_not_there(effort: str, suite: str | None, threads: int, repeats: int) -> None:
     if effort not in EFFORTS:
         raise DeviceError(f"The effort '{effort}' is not known. Expected one of: {', '.join(EFFORTS)}.")
-    remote = [place for place in on if place != "local"]
-    if remote:
-        raise DeviceError(
-            f"Measuring on {remote[0]} is not there yet; only --on local is. "
-            "Copy the bundle folder to the board and run there: python run.pyz bench --json"
-        )
     if suite is not None:
         raise DeviceError(
             f"The suite '{suite}' is not known: there are no suites yet. Name runs, bundles or models instead."
         )
+    for count, what in ((threads, "threads"), (repeats, "repeats")):
+        if count < 1:
+            raise DeviceError(f"{count} {what} were asked for; expected at least 1.")
 
 
-def jobs(target: Path, out: Path | None = None) -> Iterator[Job]:
-    """The measurements that `target` asks for. RunError where it is none of RUN, BUNDLE, MODEL.onnx."""
-    if target.is_file():
-        if target.suffix not in (".onnx", ".engine"):
+def target_of(path: Path, out: Path | None = None) -> Target:
+    """What is measured of `path`, and where its records go. RunError where it is none of RUN, BUNDLE, MODEL.onnx."""
+    if path.is_file():
+        if path.suffix not in (".onnx", ".engine"):
             raise RunError(
-                f"{target} is no ONNX file or engine. Expected a run folder, a bundle, a file named *.onnx or *.engine."
+                f"{path} is no ONNX file or engine. Expected a run folder, a bundle, a file named *.onnx or *.engine."
             )
-        yield Job(target, None, target.stem, out or _records_of(target.parent))
-        return
-    if not target.is_dir():
-        raise RunError(f"{target} does not exist. Expected a run folder, a bundle or a .onnx file.")
-    bundle = target if _artifacts(target) else Run(target).bundle_path
-    artifacts = _artifacts(bundle)
-    if not artifacts:
-        Run(target).read_manifest()  # a folder that is neither says so itself
-        raise RunError(f"The run {target} has no bundle to measure. Make one first: kdedge export {target} --int8")
-    for artifact in artifacts:
-        yield Job(bundle, artifact, artifact, out or _records_of(bundle))
+        return Target(path, path.stem, out or _records_of(path.parent))
+    if not path.is_dir():
+        raise RunError(f"{path} does not exist. Expected a run folder, a bundle or a .onnx file.")
+    bundle = path if _is_bundle(path) else Run(path).bundle_path
+    if not _is_bundle(bundle):
+        Run(path).read_manifest()  # a folder that is neither says so itself
+        raise RunError(f"The run {path} has no bundle to measure. Make one first: kdedge export {path} --int8")
+    return Target(bundle, None, out or _records_of(bundle))
 
 
-def _artifacts(folder: Path) -> list[str]:
-    """Names of a bundle's artifacts that can be run; empty where `folder` is no bundle.
-
-    A file for TensorRT is run by an engine, and one has to be in the bundle.
-    """
+def _is_bundle(folder: Path) -> bool:
+    """A run has a manifest.json as well, without artifacts."""
     manifest = folder / "manifest.json"
     document = read_json(manifest) if manifest.is_file() else None
-    artifacts = document.get("artifacts") if isinstance(document, dict) else None
-    if not isinstance(artifacts, dict):
-        return []
-    engines = any(folder.glob("*.engine"))
-    return [name for name, entry in artifacts.items() if engines or entry.get("runtime") != "tensorrt"]
+    return isinstance(document, dict) and isinstance(document.get("artifacts"), dict)
 
 
 def _records_of(folder: Path) -> Path:
@@ -112,11 +122,39 @@ def _records_of(folder: Path) -> Path:
     return folder / "bench"
 
 
-def _measure(job: Job, effort: str, threads: int) -> Record:
-    command = [sys.executable, "-m", "kdedge_device", "bench", str(job.target), "--json"]
-    command += ["--effort", effort, "--threads", str(threads)]
-    if job.artifact is not None:
-        command += ["--artifact", job.artifact]
+def _outcomes(
+    places: Mapping[str, Place | None],
+    targets: Sequence[Target],
+    arguments: Sequence[str],
+    names: Names,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, Outcome]]:
+    """Of each machine. Sending files to boards takes a processor, so this machine is not measured meanwhile."""
+    if LOCAL in places:
+        yield LOCAL, _here(targets, arguments, names)
+    boards = {text: place for text, place in places.items() if place}
+    if boards:
+        from kdedge_bench.remote_bench import measure_all
+
+        yield from zip(boards, measure_all(list(boards.values()), targets, arguments, names, say), strict=True)
+
+
+def _here(targets: Sequence[Target], arguments: Sequence[str], names: Names) -> Outcome:
+    outcome = Outcome()
+    for target in targets:
+        try:
+            document = _run(target, arguments)
+            outcome.records += written(document, target, LOCAL, names)
+            outcome.errors += unmeasured(document, LOCAL)
+        except KdedgeError as error:
+            outcome.errors.append(error)
+    return outcome
+
+
+def _run(target: Target, arguments: Sequence[str]) -> dict[str, Any]:
+    """What `kdedge_device bench` tells of a target, or its failure as our error."""
+    which = [] if target.name else ["--artifact", "all"]
+    command = [sys.executable, "-m", "kdedge_device", "bench", str(target.path), *which, *arguments, "--json"]
     # The child gets the kdedge_device that this process uses, wherever it was imported from.
     source = str(Path(kdedge_device.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
@@ -125,22 +163,14 @@ def _measure(job: Job, effort: str, threads: int) -> Record:
             command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
         )
     except OSError as error:
-        raise DeviceError(f"The measurement of {job.target} cannot be started: {error}.") from error
-    record = _record(job, done)
-    record["artifact"]["name"] = job.name
-    write_json(job.out / file_name(record, job.name), record)
-    return record
-
-
-def _record(job: Job, done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
-    """The child's document, or its failure as our error."""
+        raise DeviceError(f"The measurement of {target.path} cannot be started: {error}.") from error
     try:
         document = json.loads(done.stdout)
     except ValueError:
         document = {}
-    if done.returncode == 0 and isinstance(document, dict) and isinstance(document.get("artifact"), dict):
+    if done.returncode == 0 and isinstance(document, dict):
         return document
     told = document.get("error") if isinstance(document, dict) else None
     what = told or f"it ended with code {done.returncode}. {' '.join(done.stderr.split())[-400:]}".strip()
     kind: type[KdedgeError] = BundleError if done.returncode == 5 else DeviceError
-    raise kind(f"The measurement of {job.artifact or job.target} failed: {what}")
+    raise kind(f"The measurement of {target.path} failed: {what}")

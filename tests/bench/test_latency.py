@@ -1,4 +1,4 @@
-"""One child a measurement: a real one on a small model, and the plan and the failures without waiting."""
+"""One child a target: a real one on a small model, and the plan and the failures without waiting."""
 
 import json
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 
 from kdedge.errors import BundleError, DeviceError, RunError
 from kdedge_bench import bench, summary
-from kdedge_bench.latency import jobs
+from kdedge_bench.latency import BoardsFailed, target_of
+from kdedge_bench.measured import Target
 from kdedge_bench.records import file_name, flags, machine_name
 
 MakeRun = Callable[..., Path]
@@ -49,18 +50,21 @@ def test_a_real_measurement(tmp_path: Path) -> None:
 
 
 class Children:
-    """Stands for subprocess.run: keeps the commands, answers with a record of the artifact asked for."""
+    """Stands for subprocess.run: keeps the commands, answers with a record of each artifact."""
 
-    def __init__(self, template: Path, returncode: int = 0, stdout: str | None = None) -> None:
-        self.template, self.returncode, self.stdout = template, returncode, stdout
+    def __init__(self, template: Path, returncode: int = 0, stdout: str | None = None, **told: Any) -> None:
+        self.template, self.returncode, self.stdout, self.told = template, returncode, stdout, told
         self.commands: list[list[str]] = []
 
     def __call__(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
         self.commands.append(command)
-        record = json.loads(self.template.read_text())
-        if "--artifact" in command:
-            record["artifact"]["precision"] = command[command.index("--artifact") + 1]
-        stdout = json.dumps(record) if self.stdout is None else self.stdout
+        records = []
+        for artifact in ("fp32", "int8"):
+            record = json.loads(self.template.read_text())
+            record["artifact"] |= {"precision": artifact, "name": artifact}
+            records.append(record)
+        document = {"schema": 1, "records": records, "failed": {}} | self.told
+        stdout = json.dumps(document) if self.stdout is None else self.stdout
         return subprocess.CompletedProcess(command, self.returncode, stdout, "a reason\n on two lines")
 
 
@@ -75,31 +79,45 @@ def children(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return start
 
 
-def test_each_artifact_of_a_run_has_its_own_process_and_record(children: Callable[..., tuple[Path, Children]]) -> None:
+def test_each_target_has_its_own_process_and_each_artifact_a_record(
+    children: Callable[..., tuple[Path, Children]], tmp_path: Path
+) -> None:
     run, seen = children()
     for path in (run / "bench").glob("*fp32*"):
         path.unlink()
-    records = bench([run], "standard", threads=2)
-    assert [record["artifact"]["name"] for record in records] == ["fp32", "int8"]
-    assert len(seen.commands) == 2
-    for command, artifact in zip(seen.commands, ("fp32", "int8"), strict=True):
-        assert command[1:5] == ["-m", "kdedge_device", "bench", str(run / "bundle")]
-        assert command[5:] == ["--json", "--effort", "standard", "--threads", "2", "--artifact", artifact]
+    model = tmp_path / "a.onnx"
+    model.touch()
+    records = bench([run, model], "standard", threads=2, repeats=3)
+    assert [record["artifact"]["name"] for record in records] == ["fp32", "int8", "a", "a"]
+    arguments = ["--rounds", "3", "--effort", "standard", "--threads", "2", "--json"]
+    assert [command[1:] for command in seen.commands] == [
+        ["-m", "kdedge_device", "bench", str(run / "bundle"), "--artifact", "all", *arguments],
+        ["-m", "kdedge_device", "bench", str(model), *arguments],
+    ]
     names = sorted(path.name for path in (run / "bench").iterdir())
     assert names == ["example-2-0-ghz-fp32.json", "example-2-0-ghz-int8.json", "example-cpu-int8.json"]
 
 
+def test_artifacts_that_fail_leave_the_others(children: Callable[..., tuple[Path, Children]]) -> None:
+    run, _ = children(failed={"trt": "No engine fits."})
+    with pytest.raises(BoardsFailed, match="local: trt was not measured: No engine fits") as caught:
+        bench([run])
+    assert len(caught.value.records) == 2
+    assert caught.value.exit_code == 1
+    assert (run / "bench" / "example-2-0-ghz-fp32.json").exists()
+
+
 def test_a_bundle_in_a_run_is_that_run(make_run: MakeRun) -> None:
     run = make_run()
-    assert list(jobs(run / "bundle")) == list(jobs(run))
-    assert [job.out for job in jobs(run)] == [run / "bench"] * 2
-    assert [job.out for job in jobs(run / "bundle" / "model.onnx")] == [run / "bench"]
+    assert target_of(run / "bundle") == target_of(run) == Target(run / "bundle", None, run / "bench")
+    model = run / "bundle" / "model.onnx"
+    assert target_of(model) == Target(model, "model", run / "bench")
 
 
 def test_a_bundle_elsewhere_keeps_its_records(make_run: MakeRun, tmp_path: Path) -> None:
     moved = (make_run() / "bundle").rename(tmp_path / "copied")
-    assert [job.out for job in jobs(moved)] == [moved / "bench"] * 2
-    assert [job.out for job in jobs(moved, tmp_path / "there")] == [tmp_path / "there"] * 2
+    assert target_of(moved).out == moved / "bench"
+    assert target_of(moved, tmp_path / "there").out == tmp_path / "there"
 
 
 def test_measured_latencies_reach_the_summary(children: Callable[..., tuple[Path, Children]]) -> None:
@@ -116,11 +134,12 @@ def test_measured_latencies_reach_the_summary(children: Callable[..., tuple[Path
             6,
             '{"error": "ONNX Runtime cannot be loaded."}',
             DeviceError,
-            "of fp32 failed: ONNX Runtime cannot be loaded.",
+            "bundle failed: ONNX Runtime cannot be loaded.",
         ),
         (5, '{"error": "It was altered."}', BundleError, "failed: It was altered."),
         (-9, "", DeviceError, "it ended with code -9. a reason on two lines"),
         (0, "[]", DeviceError, "it ended with code 0"),
+        (0, '{"records": [{}]}', DeviceError, "is no measurement record"),
     ],
 )
 def test_failures_are_told(
@@ -153,7 +172,8 @@ def test_what_cannot_be_measured(make_run: MakeRun, tmp_path: Path) -> None:
     [
         ({"effort": "long"}, "'long' is not known. Expected one of: quick, standard, mlperf"),
         ({"threads": 0}, "0 threads"),
-        ({"on": ("local", "ssh://me@board")}, r"ssh://me@board is not there yet.*run.pyz bench"),
+        ({"repeats": 0}, "0 repeats"),
+        ({"on": ("local", "ssh://-me@board")}, "The user '-me'"),
         ({"suite": "mobile"}, "there are no suites yet"),
     ],
 )

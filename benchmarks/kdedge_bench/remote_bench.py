@@ -1,0 +1,67 @@
+"""Records from boards: each artifact of each target is measured there, by run.pyz, and written here."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+from kdedge.errors import KdedgeError
+from kdedge_bench.measured import Names, Outcome, Target, unmeasured, written
+from kdedge_bench.records import Record
+from kdedge_bench.remote import Place, finished_on
+from kdedge_bench.remote_link import Say
+
+__all__ = ["measure_all", "measure_remote"]
+
+
+def measure_all(
+    places: Sequence[Place], targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Say
+) -> list[Outcome]:
+    """All boards at once, each one's targets in turn. Errors are in the outcomes; Ctrl-C ends the boards' work too."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(max_workers=max(1, len(places))) as pool:
+        work = [pool.submit(_outcome, place, targets, arguments, names, say, stopped) for place in places]
+        try:
+            wait(work)
+        except KeyboardInterrupt:
+            stopped.set()
+            say("Stopping the boards; this takes up to 15 s.")
+            raise
+    return [each.result() for each in work]
+
+
+def _outcome(
+    place: Place, targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Say, stopped: threading.Event
+) -> Outcome:
+    outcome = Outcome()
+    for target in targets:
+        try:
+            outcome.records += measure_remote(place, target, arguments, names, say, stopped, outcome.errors)
+        except KdedgeError as error:
+            outcome.errors.append(error)
+            if not outcome.records:  # a board that cannot be reached, or lacks something, does so for every target
+                break
+    return outcome
+
+
+def measure_remote(
+    place: Place,
+    target: Target,
+    arguments: Sequence[str],
+    names: Names | None = None,
+    say: Say = lambda _: None,
+    stopped: threading.Event | None = None,
+    errors: list[KdedgeError] | None = None,
+) -> list[Record]:
+    """The records of one target, written. Artifacts that failed go to `errors`; without it the first one is raised.
+
+    `arguments`: of `run.pyz bench`, but for what is measured.
+    """
+    which = [] if target.name else ["--artifact", "all"]
+    with finished_on(place, target.path, ["bench", *which, *arguments], say=say, stopped=stopped) as document:
+        records = written(document, target, str(place), names or Names())
+    failures = unmeasured(document, place.name)
+    if failures and errors is None:
+        raise failures[0]
+    if errors is not None:
+        errors += failures
+    return records
