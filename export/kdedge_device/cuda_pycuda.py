@@ -6,8 +6,9 @@ they are held here, by the numbers that stand for them. Python 3.8, numpy.
 """
 
 import ctypes
+from functools import partial
 from types import TracebackType
-from typing import Any, Callable, Dict, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 import numpy as np
 
@@ -53,6 +54,8 @@ class Pycuda:
 
     def __enter__(self) -> "Pycuda":
         driver = _driver_module()
+        if not hasattr(driver.Device, "retain_primary_context"):
+            raise CudaFailure("pycuda is older than 2020.1 and cannot use TensorRT's context; update it.")
         self._module = driver
         self._do(driver.init)
         count = int(self._do(driver.Device.count))
@@ -68,9 +71,9 @@ class Pycuda:
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         self._driver  # noqa: B018  # raises where it is not open
-        frees = [self._leave]
-        frees += [lambda each=each: self._do(each.base.free) for each in self._host.values()]
-        frees += [lambda each=each: self._do(each.free) for each in self._memory.values()]
+        frees: List[Callable[[], Any]] = [self._leave]
+        frees += [partial(self._do, each.base.free) for each in self._host.values()]
+        frees += [partial(self._do, each.free) for each in self._memory.values()]
         for held in (self._events, self._streams, self._host, self._memory):
             held.clear()  # events and streams are destroyed with their last reference, and before the context goes
         free_all(frees, error)

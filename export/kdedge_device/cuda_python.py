@@ -87,9 +87,14 @@ class CudaPython:
             raise refused(name, text, code)
         return values[0] if len(values) == 1 else tuple(values)
 
-    def _do(self, name: str, *arguments: Any) -> Any:
+    @property
+    def _driver(self) -> Any:
         if not self._open:
             raise CudaFailure("The CUDA context is not open; use it in a with statement.")
+        return self._module
+
+    def _do(self, name: str, *arguments: Any) -> Any:
+        self._driver  # noqa: B018  # raises where it is not open
         return self._call(name, *arguments)
 
     def _keep(self, handle: Any, free: str) -> int:
@@ -98,7 +103,7 @@ class CudaPython:
 
     @property
     def gpu(self) -> Gpu:
-        names = self._module.CUdevice_attribute
+        names = self._driver.CUdevice_attribute
         major, minor, integrated = (
             int(self._do("cuDeviceGetAttribute", each, self._device))
             for each in (
@@ -155,7 +160,7 @@ class CudaPython:
         return float(self._do("cuEventElapsedTime", start, end))
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
-        modes = self._module.CUstreamCaptureMode
+        modes = self._driver.CUstreamCaptureMode
         self._do("cuStreamBeginCapture", stream, modes.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
             work()
