@@ -128,7 +128,7 @@ def test_the_way_is_recorded_and_told() -> None:
     assert [each["speedup"] for each in document["tries"]] == [None, None, None, None, 1.25]
     assert document["left_float"] == list(LAYERS[:3])
     assert document["tries"][-1]["speedup_interval"] == pytest.approx([1.225, 1.275])
-    assert told[0] == "INT8 with no layers left in float loses 3.00 of 100 gate images, 1 allowed"
+    assert told[0] == "INT8 with no layers left in float is expected to lose 3.00 points, 1 allowed"
     assert told[-1] == "It runs at 1.25 times the speed of FP32 (1.23 to 1.27)"
 
 

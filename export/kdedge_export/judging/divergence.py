@@ -112,11 +112,12 @@ def compare_layers(
 
 def _pairs(graph: Graph, other: Graph) -> dict[str, str]:
     """Tensor of the float graph -> the tensor of the other one that stands for it, in topological order."""
-    made = {*other.inputs, *other.producer}
+    made, known = {*other.inputs, *other.producer}, {*graph.inputs, *graph.producer}
     pairs: dict[str, str] = {}
     for name in [*graph.inputs, *(name for node in graph.nodes for name in node.output)]:
         for candidate in (f"{name}_dq", name):
-            if candidate in made and (candidate != name or name not in graph.inputs):
+            rounded = candidate != name and candidate not in known  # a tensor of the float graph may have that name
+            if candidate in made and (rounded or (candidate == name and name not in graph.inputs)):
                 pairs[name] = candidate
                 break
     return pairs

@@ -32,6 +32,7 @@ class Try:
             "left_float": self.left_float,
             "drop_points": found.drop_points,
             "drop_points_interval": list(interval) if interval else None,
+            "disagreement_points": found.disagreement_points,
             "divergence": found.divergence,
             **({"speedup": None, "speedup_interval": None} if self.speedup is None else self.speedup.to_json()),
         }
@@ -142,7 +143,7 @@ class _Walk(Generic[C]):
             self.tried[count] = entry
             drop = entry.agreement.drop_points
             budget = f"{self.max_drop_points:g} allowed"
-            told = "cannot be compared" if drop is None else f"loses {drop:.2f} of 100 gate images, {budget}"
+            told = "cannot be compared" if drop is None else f"is expected to lose {drop:.2f} points, {budget}"
             self.say(f"INT8 with {count or 'no'} layer{'s' if count != 1 else ''} left in float {told}")
         return self.tried[count].agreement.within(self.max_drop_points)
 

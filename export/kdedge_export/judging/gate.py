@@ -1,8 +1,8 @@
 """What ships on a target: the fastest file that decides as FP32 does, measured; else FP32. Pure functions of numbers.
 
-A gate has two sides, and both must hold. *Accuracy*, on the gate split alone: of 100 images at most `--max-drop` may be
-lost (agreement.py). *Speed*, on the target: faster than FP32. The point estimate decides what ships; the paired
-intervals say how sure that is, and that is the verdict.
+A gate has two sides, and both must hold. *Accuracy*, on the gate split alone: the file is expected to lose at most
+`--max-drop` points, and labels, where there are any, are not sure of more (agreement.py). *Speed*, on the target:
+faster than FP32. The point estimate decides what ships; the intervals say how sure that is, and that is the verdict.
 """
 
 from collections.abc import Mapping, Sequence
@@ -129,7 +129,7 @@ def _judge_one(each: Candidate, budget: float) -> Judgement:
     if found.drop_interval_points is None:
         lack = "cannot be compared with FP32: there are no gate images"
         return Judgement(each, "cannot tell" if speed else "undecided", False, lack)
-    least, most = found.drop_interval_points
+    most = found.drop_interval_points[1]
     told = _told(found)
     if speed is None:
         kept = "" if found.within(budget) else f", where {budget:g} is allowed"
@@ -138,7 +138,7 @@ def _judge_one(each: Candidate, budget: float) -> Judgement:
     faster = speed.value >= 1.0 if each.precision == "int8" else speed.low > 1.0
     fast = f"runs at {_times(speed.value)} the speed of FP32 ({_interval((speed.low, speed.high))})"
     if not found.within(budget):
-        sure = least > budget or speed.high < 1.0
+        sure = found.surely_beyond(budget) or speed.high < 1.0
         joint = "though it" if speed.value >= 1.0 else "and"
         why = f"{told}, where {budget:g} is allowed, {joint} {fast}"
         return Judgement(each, "fail" if sure else "cannot tell", False, why)
@@ -179,13 +179,12 @@ def _interval(ends: Points) -> str:
 
 def _told(found: Agreement) -> str:
     ends = _interval(found.drop_interval_points or (0.0, 0.0))
-    changed = f"another class than FP32 for {found.disagreement_points:.2f} of 100"
-    if not found.labeled_images:
-        return f"gives {changed} gate images ({ends}, {found.images} images)"
-    drop = found.drop_points or 0.0
-    change = f"loses {drop:.2f}" if drop >= 0 else f"wins {-drop:.2f}"
-    which = "all labelled" if found.labeled_images == found.images else f"{found.labeled_images} of them labelled"
-    return f"{change} points on {found.images} gate images, {which} ({ends} lost; {changed})"
+    changed = f"{found.disagreement_points:.2f} of 100 gate images get another class than from FP32"
+    told = f"is expected to lose {found.drop_points:.2f} points ({ends}): {changed} ({found.images} images"
+    if found.accuracy_drop_points is None:
+        return f"{told})"
+    drop, (low, high) = found.accuracy_drop_points, found.accuracy_interval_points or (0.0, 0.0)
+    return f"{told}; {found.labeled_images} labels say {drop:+.2f}, {low:+.2f} to {high:+.2f})"
 
 
 def gate_document(decisions: Sequence[Decision], measured: str) -> dict[str, Any]:
@@ -198,7 +197,9 @@ def gate_document(decisions: Sequence[Decision], measured: str) -> dict[str, Any
 def fill_in(document: Mapping[str, Any], target: str, speedups: Mapping[str, Speedup]) -> dict[str, Any]:
     """gate.json with `target` decided anew, now that its files were timed there; what else its entry says is kept.
 
-    `speedups`: by artifact. KeyError where the document has no such target or no such candidate.
+    `speedups`: by artifact. Of two files of one precision a target runs one (TensorRT up to 10 `trt`, from 11 on
+    `trt-fp16`): where one is timed, one that is not has no say. KeyError where the document has no such target or no
+    such candidate.
     """
     entry = document["targets"][target]
     unknown = set(speedups) - set(entry["candidates"])
@@ -208,8 +209,12 @@ def fill_in(document: Mapping[str, Any], target: str, speedups: Mapping[str, Spe
         Candidate(name, each["precision"], Agreement.from_json(each["agreement"]), speedups.get(name) or _timed(each))
         for name, each in entry["candidates"].items()
     ]
-    decided = judge(target, candidates, entry["max_drop_points"])
-    return {**document, "targets": {**document["targets"], target: {**entry, **decided.to_json()}}}
+    run = {each.precision for each in candidates if each.speedup}
+    decided = judge(
+        target, [each for each in candidates if each.speedup or each.precision not in run], entry["max_drop_points"]
+    ).to_json()
+    decided["candidates"] = {**entry["candidates"], **decided["candidates"]}
+    return {**document, "targets": {**document["targets"], target: {**entry, **decided}}}
 
 
 def _timed(entry: Mapping[str, Any]) -> Speedup | None:
