@@ -16,7 +16,7 @@ from typing import Any
 import kdedge_device
 from kdedge.errors import BundleError, DeviceError, KdedgeError, RunError
 from kdedge.runs import Run, read_json
-from kdedge_bench.measured import Names, Outcome, Target, unmeasured, written
+from kdedge_bench.measured import Names, Outcome, Target, reasons, unmeasured, written
 from kdedge_bench.records import Record
 from kdedge_bench.remote_place import Place
 from kdedge_device.clock import EFFORTS
@@ -131,7 +131,7 @@ def _outcomes(
 ) -> Iterator[tuple[str, Outcome]]:
     """Of each machine. Sending files to boards takes a processor, so this machine is not measured meanwhile."""
     if LOCAL in places:
-        yield LOCAL, _here(targets, arguments, names)
+        yield LOCAL, _here(targets, arguments, names, say)
     boards = {text: place for text, place in places.items() if place}
     if boards:
         from kdedge_bench.remote_bench import measure_all
@@ -139,13 +139,15 @@ def _outcomes(
         yield from zip(boards, measure_all(list(boards.values()), targets, arguments, names, say), strict=True)
 
 
-def _here(targets: Sequence[Target], arguments: Sequence[str], names: Names) -> Outcome:
+def _here(targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Callable[[str], None]) -> Outcome:
     outcome = Outcome()
     for target in targets:
         try:
             document = _run(target, arguments)
             outcome.records += written(document, target, LOCAL, names)
             outcome.errors += unmeasured(document, LOCAL)
+            for why in reasons(document, "not_run"):
+                say(why)
         except KdedgeError as error:
             outcome.errors.append(error)
     return outcome
@@ -168,9 +170,10 @@ def _run(target: Target, arguments: Sequence[str]) -> dict[str, Any]:
         document = json.loads(done.stdout)
     except ValueError:
         document = {}
-    if done.returncode == 0 and isinstance(document, dict):
+    document = document if isinstance(document, dict) else {}
+    if done.returncode == 0 and document:
         return document
-    told = document.get("error") if isinstance(document, dict) else None
+    told = document.get("error") or " ".join(reasons(document, "failed", "not_run"))
     what = told or f"it ended with code {done.returncode}. {' '.join(done.stderr.split())[-400:]}".strip()
     kind: type[KdedgeError] = BundleError if done.returncode == 5 else DeviceError
     raise kind(f"The measurement of {target.path} failed: {what}")

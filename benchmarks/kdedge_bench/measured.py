@@ -12,7 +12,7 @@ from kdedge.runs import write_json
 from kdedge_bench.records import Record, check_record, file_name
 from kdedge_bench.remote_place import shown
 
-__all__ = ["Names", "Outcome", "Target", "unmeasured", "written"]
+__all__ = ["Names", "Outcome", "Target", "reasons", "unmeasured", "written"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,21 @@ def written(document: Mapping[str, Any], target: Target, place: str, names: Name
 
 def unmeasured(document: Mapping[str, Any], place: str) -> list[KdedgeError]:
     """An error for each artifact that could not be measured beside those that were."""
-    failed = document.get("failed")
-    errors: list[KdedgeError] = []
-    for artifact, why in failed.items() if isinstance(failed, dict) else ():
-        errors.append(DeviceError(f"{place}: {shown(str(artifact))} was not measured: {shown(str(why), 2000)}"))
-        errors[-1].exit_code = 1
+    errors: list[KdedgeError] = [DeviceError(f"{place}: {why}") for why in reasons(document, "failed")]
+    for error in errors:
+        error.exit_code = 1
     return errors
+
+
+def reasons(document: Mapping[str, Any], *groups: str) -> list[str]:
+    """Why artifacts have no record: those that "failed", and those that were "not_run", since not for this machine."""
+    found = [(group, document.get(group)) for group in groups]
+    return [
+        f"{shown(str(artifact))} {'was not measured' if group == 'failed' else 'is not run'}: {shown(str(why), 2000)}"
+        for group, each in found
+        if isinstance(each, dict)
+        for artifact, why in each.items()
+    ]
 
 
 def _checked(document: Any, target: Target, place: str) -> Record:

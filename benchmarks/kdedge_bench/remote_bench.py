@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from kdedge.errors import KdedgeError
-from kdedge_bench.measured import Names, Outcome, Target, unmeasured, written
+from kdedge_bench.measured import Names, Outcome, Target, reasons, unmeasured, written
 from kdedge_bench.records import Record
 from kdedge_bench.remote import Place, finished_on
 from kdedge_bench.remote_link import Say
@@ -56,9 +56,11 @@ def measure_remote(
 
     `arguments`: of `run.pyz bench`, but for what is measured.
     """
-    which = [] if target.name else ["--artifact", "all"]
+    which = [] if target.name else ["--artifact", "all", "--build"]  # engines too: they are made where they run
     with finished_on(place, target.path, ["bench", *which, *arguments], say=say, stopped=stopped) as document:
         records = written(document, target, str(place), names or Names())
+    for why in reasons(document, "not_run"):
+        say(f"{place.name}: {why}")
     failures = unmeasured(document, place.name)
     if failures and errors is None:
         raise failures[0]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdedge.errors import BudgetFailed, BundleError, DeviceError, KdedgeError
+from kdedge_bench.measured import reasons
 from kdedge_bench.remote_place import Place, shown
 
 __all__ = ["explained", "failed", "lacking"]
@@ -115,6 +116,9 @@ def failed(place: Place, ended: Mapping[str, Any], document: Any) -> KdedgeError
     if isinstance(document, dict) and isinstance(document.get("error"), str):
         kind: type[KdedgeError] = {1: BudgetFailed, 5: BundleError}.get(code or 0, DeviceError)
         return kind(f"{place.name}: {shown(document['error'], 2000)}")
+    why = reasons(document, "failed", "not_run") if isinstance(document, dict) else []
+    if why and code:
+        return DeviceError(f"{place.name}: {' '.join(why)}")
     if code == 2 and "usage:" in last:
         return BundleError(f"The bundle's run.pyz is of another kdedge ({last}). Make it again: kdedge export")
     error = DeviceError(f"{place.name}: the measurement {_ending(ended)}{f' It said: {last}' if last else ''}")

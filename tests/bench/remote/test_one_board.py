@@ -57,7 +57,7 @@ def test_records_come_back_and_only_changes_travel(board: Board, bundle: Path) -
     names = ["nvidia-jetson-orin-nano-developer-kit-fp32.json", "nvidia-jetson-orin-nano-developer-kit-int8.json"]
     assert sorted(path.name for path in (bundle.parent / "bench").iterdir()) == names
     assert [json.loads((bundle.parent / "bench" / name).read_text()) for name in names] == records
-    assert board.calls() == ["bench --artifact all --rounds 2 --effort quick --threads 3 --json"]
+    assert board.calls() == ["bench --artifact all --build --rounds 2 --effort quick --threads 3 --json"]
     assert any("sending 4 of 4 files" in line for line in told)
     assert any("measuring fp32" in line for line in told)
     assert nothing_is_left(board)

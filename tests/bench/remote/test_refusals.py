@@ -163,6 +163,12 @@ def test_a_home_that_is_read_only(boards: Boards, bundle: Path) -> None:
             1,
             r"ended with code 3 and no result. It said: .*\[clocks",
         ),
+        (
+            {"exit_code": 6, "document": {"not_run": {"fp32": "No runtime."}}},
+            DeviceError,
+            2,
+            "fp32 is not run: No runt",
+        ),
         ({"document": {"records": [{"schema": 1}]}}, DeviceError, 2, "has no 'artifact'"),
         ({"document": {"records": [record("../../x")]}}, DeviceError, 2, "'../../x'; a name such as int8 was"),
         (
