@@ -66,22 +66,34 @@ def _preprocess(px: int) -> Preprocess:
 
 def _ours(choose: bool) -> Callable[[Path, Generated, int], Seconds]:
     def way(path: Path, images: Generated, px: int) -> Seconds:
-        """An eighth of the images chooses, the others are counted; without a choice, all are."""
+        """An eighth of the images chooses, the others are counted; without a choice, all are.
+
+        As an export does it (kdedge_export.quantize): the tensors of every file, in the CPU's form, and a choice for
+        U8, one for symmetric S8, and least squares for all.
+        """
         from kdedge_export.calibration.calibrate import calibrate
-        from kdedge_export.calibration.choose import choose_spans_per_tensor
-        from kdedge_export.calibration.ranges import measured
+        from kdedge_export.calibration.choose import choose_s8_spans, choose_spans_per_tensor
+        from kdedge_export.calibration.ranges import choose_spans, measured
+        from kdedge_export.cpu.cpu_form import cpu_form, trt_form
         from kdedge_export.cpu.plan import make_plan
+        from kdedge_export.graph import Graph
+        from kdedge_export.quantize import UNIFORM
+        from kdedge_export.trt.plan import make_trt_plan
 
         model, preprocess = onnx.load(str(path)), _preprocess(px)
-        plan = make_plan(model)
         begun_at_s = time.perf_counter()
+        form = cpu_form(model)
+        plan, symmetric = make_plan(form), make_trt_plan(trt_form(form))
         held = min(48, len(images) // 8) if choose else 0
         counted = Generated(images.pool, len(images) - held)
-        histograms = calibrate(model, measured(plan), counted, preprocess, say=_say)
+        names = sorted({*measured(plan), *symmetric.measured})
+        histograms = calibrate(form, names, counted, preprocess, say=_say)
         collected_at_s = time.perf_counter()
         if choose:
             judges = np.stack([images.image(number) for number in range(len(counted), len(images))])
-            choose_spans_per_tensor(model, plan, histograms, judges, preprocess)
+            choose_spans_per_tensor(form, plan, histograms, judges, preprocess)
+            choose_s8_spans(trt_form(form), symmetric.measured, symmetric.same_scale, histograms, judges, preprocess)
+            choose_spans(UNIFORM, plan, Graph(form), histograms)
         return {"collection": collected_at_s - begun_at_s, "choice": time.perf_counter() - collected_at_s}
 
     return way

@@ -11,6 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from kdedge_bench import calibration_cost, peak_memory
+from kdedge_export import calibration
 
 PX = 16
 
@@ -73,3 +74,41 @@ def test_generated_images_differ_and_stay_the_same() -> None:
     assert whole.shape == (11, PX, PX, 3)
     assert len({image.tobytes() for image in whole}) == 11
     np.testing.assert_array_equal(np.concatenate(list(made.chunks(preprocess, 4, 5))), whole[5:])
+
+
+def test_ours_is_what_an_export_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that any INT8 file needs, in the CPU's form (a HardSwish is two integer kernels there), and both choices."""
+    network = helper.make_graph(
+        [
+            helper.make_node("Conv", ["input", "w"], ["conv"], "conv"),
+            helper.make_node("HardSwish", ["conv"], ["swish"], "swish"),
+            helper.make_node("Conv", ["swish", "v"], ["logits"], "logits"),
+        ],
+        "small",
+        [helper.make_tensor_value_info("input", 1, ["n", 3, PX, PX])],
+        [helper.make_tensor_value_info("logits", 1, ["n", 16, PX - 4, PX - 4])],
+        [
+            numpy_helper.from_array(np.ones((16, 3, 3, 3), np.float32), "w"),
+            numpy_helper.from_array(np.ones((16, 16, 3, 3), np.float32), "v"),
+        ],
+    )
+    onnx.save(
+        helper.make_model(network, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "model.onnx"
+    )
+    counted: list[list[str]] = []
+    chosen: list[tuple[str, ...]] = []
+    calibrate = calibration.calibrate.calibrate
+
+    def counts(model: onnx.ModelProto, names: list[str], *rest: object, **named: object) -> object:
+        counted.append(names)
+        return calibrate(model, names, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration.calibrate, "calibrate", counts)
+    monkeypatch.setattr(calibration.choose, "choose_spans_per_tensor", lambda *given: chosen.append(("u8",)))
+    monkeypatch.setattr(calibration.choose, "choose_s8_spans", lambda model, names, *given: chosen.append(names))
+    generated = calibration_cost.Generated(
+        np.random.default_rng(0).integers(0, 256, (4, PX, PX, 3), dtype=np.uint8), 16
+    )
+    calibration_cost.WAYS["ours, whole choice"](tmp_path / "model.onnx", generated, PX)
+    assert counted == [["conv", "input", "swish"]]
+    assert chosen == [("u8",), ("input", "swish")]
