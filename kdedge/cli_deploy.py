@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdedge.runs import Run
     from kdedge_bench.remote import Place
     from kdedge_export.export import Options
+    from kdedge_export.targets import Target
 
 __all__ = ["bench", "compare", "export", "report"]
 
@@ -58,6 +59,9 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For the latency of the gate."
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 where INT8 was asked for and something else is shipped.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME", help="Decide for such a device too (jetson-orin-nano...)."
+)
 @click.option("--tensorrt", is_flag=True, help="Build TensorRT engines for the GPU of this machine.")
 @click.option("--with-eval", type=click.IntRange(min=1), metavar="N", help="Take N labelled test images along.")
 @click.option("--uint8-input", is_flag=True, help="The files take pixels, uint8 NHWC, and normalise them.")
@@ -87,8 +91,11 @@ def export(
     if asked["qat"] and not asked["int8"]:
         raise ExportError("--qat trains the INT8 file; give --int8 too.")
     from kdedge_export.export import Options
+    from kdedge_export.targets import load
 
-    options = Options(max_drop_points=asked.pop("max_drop"), with_eval=asked.pop("with_eval") or 0, **asked)
+    targets = tuple(load(name) for name in dict.fromkeys(asked.pop("targets")))
+    asked |= {"max_drop_points": asked.pop("max_drop"), "with_eval": asked.pop("with_eval") or 0}
+    options = Options(targets=targets, **asked)
     if run is not None and (run.is_file() or run.suffix == ".onnx"):
         document, bundle = _exported_file(run, options, calibrate, reading, out)
     else:
@@ -97,7 +104,7 @@ def export(
             raise ExportError(f"{', '.join(given)}: a run knows its own preprocessing; these are for a MODEL.onnx.")
         document, bundle = _exported_run(finished_run(run), options, calibrate, out)
     if place is not None:
-        document = _decided_there(document, bundle, place)
+        document = _decided_there(document, bundle, place, targets)
     missed = strict and options.int8 and document["shipped"] != "int8"
     if missed:
         note(f"--strict: INT8 was asked for, and {document['shipped'].upper()} is shipped.")
@@ -115,7 +122,9 @@ def _place(on: str | None, asked: dict[str, Any]) -> "Place | None":
     return Place.parse(str(on))
 
 
-def _decided_there(document: dict[str, Any], bundle: Path, place: "Place") -> dict[str, Any]:
+def _decided_there(
+    document: dict[str, Any], bundle: Path, place: "Place", targets: "Sequence[Target]"
+) -> dict[str, Any]:
     """The document with that machine's decision on top; this machine's stays among the targets."""
     from kdedge_bench.gate_on import decide_there
     from kdedge_bench.remote import run_remote
@@ -123,7 +132,7 @@ def _decided_there(document: dict[str, Any], bundle: Path, place: "Place") -> di
     def run(arguments: "Sequence[str]") -> dict[str, Any]:
         return run_remote(place, bundle, arguments, say=note)
 
-    name, entry = decide_there(bundle, run, say=note)
+    name, entry = decide_there(bundle, run, targets, say=note)
     top = {key: entry[key] for key in ("shipped", "speedup", "drop_points", "why")}
     return {**document, **top, "targets": {**document["targets"], name: entry}}
 
@@ -165,12 +174,16 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
         )
     seen = f"Agreement: on {document['proof']['images']} images"
     emulated = "; trt files are emulated, their engines are built on the device" if "trt" in proved else ""
-    return f"{columns(rows)}\n{seen}{emulated}.\n\n{document['why']}\nBundle: {bundle}"
+    named = [entry["why"] for entry in document["targets"].values() if "target" in entry]
+    return "\n".join([columns(rows), f"{seen}{emulated}.", "", document["why"], *named, f"Bundle: {bundle}"])
 
 
 @click.command()
-@click.argument("paths", metavar="[RUN|BUNDLE|MODEL.onnx]...", nargs=-1, type=_PATH)
-@click.option("--on", multiple=True, default=("local",), show_default=True, metavar="MACHINE", help="Where to measure.")
+@click.argument("paths", metavar="[RUN|BUNDLE|MODEL.onnx|ENGINE]...", nargs=-1, type=_PATH)
+@click.option(
+    "--on", multiple=True, default=("local",), show_default=True, metavar="MACHINE",
+    help="Where to measure: local, or ssh://user@board[:port].",
+)  # fmt: skip
 @click.option("--suite", metavar="NAME", help="A named set of measurements.")
 @click.option(
     "--effort",
@@ -179,44 +192,71 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
     show_default=True,
     help="quick: 2 s and 1,000 runs; standard: 60 s and 2,000; mlperf: 600 s.",
 )
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Of each file, in turn, within the effort.",
+)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Inside an operator.")
 @click.option("--out", type=_PATH, metavar="DIR", help="Where the records go; RUN/bench unless given.")
 @command_output
-def bench(
-    paths: tuple[Path, ...], on: tuple[str, ...], suite: str | None, effort: str, threads: int, out: Path | None
-) -> Reply:
-    """Measure the latency of each artifact on this machine.
+def bench(paths: tuple[Path, ...], on: tuple[str, ...], effort: str, out: Path | None, **asked: Any) -> Reply:
+    """Measure the latency of each artifact, here or on a board.
 
-    One process for each measurement. Nothing named is the latest finished run.
+    One process for each measurement, the files in turn. Nothing named is the latest finished run. A board needs ssh,
+    python3, numpy, and TensorRT or ONNX Runtime.
     """
     chosen = list(paths) or [finished_run(None).path]
     from kdedge_bench import bench as measure
+    from kdedge_bench.latency import BoardsFailed
 
-    records = measure(chosen, effort, out, threads=threads, on=on, suite=suite)
+    try:
+        records = measure(chosen, effort, out, on=on, say=note, **asked)
+    except BoardsFailed as failed:
+        note(str(failed))
+        return Reply(failed.records, _bench_text(failed.records), exit_code=failed.exit_code)
     return Reply(records, _bench_text(records))
 
 
 def _bench_text(records: list[dict[str, Any]]) -> str:
-    from kdedge_bench.records import flags
+    """A line a record, with the machine where there is more than one and energy where it was measured."""
+    from kdedge_bench.records import flags, latency, machine_name
 
-    rows: list[tuple[str, ...]] = [("", "compute p50", "p90", "end to end p50", "p90", "threads", "flags")]
+    several = len({machine_name(record) for record in records}) > 1
+    energetic = any(record.get("energy_mj_per_inference") is not None for record in records)
+    rows: list[tuple[str, ...]] = [
+        (
+            "",
+            *["machine"] * several,
+            "compute p50",
+            "p90",
+            "end to end p50",
+            "p90",
+            *["energy"] * energetic,
+            "threads",
+            "",
+        )
+    ]
     for record in records:
-        compute, whole = (record["latency_ms"].get(part) or {} for part in ("compute", "end_to_end"))
-        times = [
-            f"{part[key]:.3f} ms" if part.get(key) is not None else "-"
-            for part in (compute, whole)
-            for key in ("p50", "p90")
-        ]
-        artifact = record["artifact"]
+        artifact, energy = record["artifact"], record.get("energy_mj_per_inference")
+        times = [latency(record, part).get(key) for part in ("compute", "end_to_end") for key in ("p50", "p90")]
+        name = str(artifact.get("name") or artifact.get("precision"))
+        told = ["-" if energy is None else f"{energy:.3g} mJ"] * energetic
+        shown = ["-" if time is None else f"{time:.3f} ms" for time in times]
         rows.append(
             (
-                str(artifact.get("name") or artifact.get("precision")),
-                *times,
-                str(record["conditions"].get("threads", "-")),
+                name,
+                *[machine_name(record)] * several,
+                *shown,
+                *told,
+                str(record["conditions"].get("threads") or "-"),
                 ", ".join(flags(record)),
             )
         )
-    return columns(rows)
+    whys = dict.fromkeys(why for record in records for why in (record.get("stability") or {}).get("why", ()))
+    return "\n".join([columns(rows), *(f"Not stable: {why}" for why in whys)])
 
 
 @click.command()

@@ -13,6 +13,7 @@ from kdedge.runs import read_json, sha256_file, write_json
 from kdedge_export.bundle import new_bundle
 from kdedge_export.judging.gate import fill_in
 from kdedge_export.judging.latency import LOOKS, Speedup, speedup
+from kdedge_export.targets import Target, for_board
 
 __all__ = ["Command", "decide_there"]
 
@@ -25,18 +26,24 @@ RACE = ("bench", "--artifact", "all", "--rounds", str(ROUNDS), "--seconds", "0.2
 
 
 def decide_there(
-    bundle: Path, run: Command, target: str | None = None, say: Callable[[str], None] = lambda sentence: None
+    bundle: Path,
+    run: Command,
+    targets: Sequence[Target] = (),
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[str, dict[str, Any]]:
     """(target, its entry in gate.json), decided by speeds that `run` measured there. The bundle is replaced whole.
 
-    `target` is an entry of gate.json; unless given it is "tensorrt" where the machine has that, else one named after
-    the machine. Raises DeviceError where the machine can run neither.
+    Of `targets`, which the bundle was exported for, the one that the machine is; else "tensorrt" where the machine has
+    that, else an entry named after the machine. Raises DeviceError where the machine can run neither.
     """
-    tensorrt = _has_tensorrt(run(["info"]))
+    info = run(["info"])
+    tensorrt = _has_tensorrt(info)
+    target = _which(targets, info, tensorrt)
     if tensorrt:
         _build(run, say)
-    say("Measuring the files in turn there")
-    records = {str(each["artifact"]["name"]): each for each in run(RACE)["records"]}
+    say(f"Measuring the files in turn there{f', as {target.name}' if target else ''}")
+    threads = ["--threads", str(target.threads)] if target and target.threads else []
+    records = {str(each["artifact"]["name"]): each for each in run([*RACE, *threads])["records"]}
     if "fp32" not in records:
         raise DeviceError(
             "The machine measured no FP32 file, so nothing can be compared with it. Try there: run.pyz info"
@@ -46,7 +53,7 @@ def decide_there(
     if kind not in gate["targets"]:
         raise DeviceError(f"The bundle {bundle} has no INT8 file for {kind}. Export it with --int8 --on.")
     machine = records["fp32"]["machine"]
-    name = target or (TENSORRT if tensorrt else str(machine["name"]))
+    name = target.name if target else TENSORRT if tensorrt else str(machine["name"])
     template = gate["targets"].get(name) or gate["targets"][kind]
     gate["targets"][name] = template
     decided = fill_in(gate, name, _speedups(template["candidates"], records))
@@ -58,6 +65,13 @@ def decide_there(
     }
     _replace(bundle, decided)
     return name, entry
+
+
+def _which(targets: Sequence[Target], info: Mapping[str, Any], tensorrt: bool) -> Target | None:
+    """A Jetson without TensorRT is none of the targets that are for it."""
+    board = info.get("board") or {}
+    fitting = [each for each in targets if (each.runtime == "tensorrt") == tensorrt]
+    return for_board(fitting, board.get("model"), str(board.get("architecture")))
 
 
 def _has_tensorrt(info: Mapping[str, Any]) -> bool:

@@ -7,11 +7,11 @@ import contextlib
 import functools
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import onnx
 from kdedge.errors import ExportError
 from kdedge.predictions import add_predictions
 from kdedge.runs import Run, write_json
+from kdedge_device.board import identify
 from kdedge_device.record import now
 from kdedge_export.bundle import (
     eval_part,
@@ -37,11 +38,14 @@ from kdedge_export.judging.divergence import compare_layers
 from kdedge_export.judging.gate import Agreement, Candidate, Decision, agreement, gate_document, judge
 from kdedge_export.judging.latency import Race, Speedup, measure_alone, race
 from kdedge_export.judging.verify import Proof, collect, prove
+from kdedge_export.judging.verify import Run as RunBatch
 from kdedge_export.pyz import build_pyz
 from kdedge_export.quantize import GateImages, Quantized, Train, quantize
 from kdedge_export.stored import store
 from kdedge_export.subject import Subject, file_subject, run_subject, some_images
+from kdedge_export.targets import Target
 from kdedge_export.training.qat import qat_config, require_teacher, run_qat
+from kdedge_export.trt.emulate import openvino_emulator
 from kdedge_export.trt.engines import build_here, require_tensorrt
 from kdedge_export.trt.fp16 import overflowing, write_fp16
 
@@ -73,6 +77,7 @@ class Options:
     tensorrt: bool = False
     with_eval: int = 0
     uint8_input: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 def export_run(
@@ -260,20 +265,43 @@ class _Export:
 
     def _decisions(self, quantized: Quantized | None) -> list[Decision]:
         """What ships on this machine's CPU, and what is known of TensorRT's files before they were timed."""
-        budget, here, there = self.options.max_drop_points, [], []
+        budget, here = self.options.max_drop_points, []
         names = tuple(name for name in ("int8", "fp16") if name in self.files.names and self._asked(name))
         speedups = self._race(("fp32", *names)).speedups if names else {}
         for name in names:
             found = quantized.searched.agreement if quantized and name == "int8" else self._agreement(name)
             here.append(Candidate(name, name, found, speedups[name]))
+        known = {each.name: each.agreement for each in here}
+        decisions = [judge(CPU, here, budget)]
         if quantized:
-            there = [Candidate("trt", "int8", self._agreement("trt"))]
-            there += [Candidate("fp16", "fp16", self._agreement("fp16"))] if "fp16" in self.files.names else []
-        decisions = [judge(CPU, here, budget), *([judge(TENSORRT, there, budget)] if there else [])]
+            decisions.append(judge(TENSORRT, self._untimed([("trt", "int8"), ("fp16", "fp16")], known), budget))
+        for target in self.options.targets:
+            wanted = target.candidates(self.files.names)
+            timed = [each for each in here if (each.name, each.precision) in wanted] if self._is_here(target) else []
+            decisions.append(judge(target.name, timed or self._untimed(wanted, known), budget))
         for each in decisions:
             if each.warning:
                 self.say(each.warning)
         return decisions
+
+    def _untimed(
+        self, wanted: Sequence[tuple[str, Literal["int8", "fp16"]]], known: dict[str, Agreement]
+    ) -> list[Candidate]:
+        """Candidates of which only the accuracy is known. `known`: by artifact, added to: some have to be emulated."""
+        there = [each for each in wanted if each[0] in self.files.names]
+        for name, _ in there:
+            known[name] = known.get(name) or self._agreement(name)
+        return [Candidate(name, precision, known[name]) for name, precision in there]
+
+    def _is_here(self, target: Target) -> bool:
+        """Whether what was timed on this machine's CPU is a measurement of `target`."""
+        if target.runtime != "onnxruntime" or not target.fits(identify().model, platform.machine()):
+            return False
+        if target.threads != self.options.threads:
+            told = f"takes {target.threads} and {self.options.threads} were measured"
+            self.say(f"{target.name} stays undecided: of threads it {told}. Give --threads {target.threads}.")
+            return False
+        return True
 
     def _asked(self, name: str) -> bool:
         return self.options.fp16 if name == "fp16" else self.options.int8
@@ -315,6 +343,7 @@ class _Export:
         runs = [(name, self.files.runner(name)) for name in self.files.names]
         if self.subject.original is not None:
             runs.insert(0, ("torch", self.subject.original))
+        runs += self._second_opinion() if tensorrt else []
         logits = collect(runs, stored.chunks(), self.preprocess)
         images, layers = [batch[:LAYER_IMAGES] for batch in stored[:1]], {}
         if quantized and tensorrt and images:
@@ -323,10 +352,21 @@ class _Export:
             layers["trt"] = compare_layers(trt_form(form), tensorrt.weak, images, optimize=False)
         return prove(logits, some.labels, self.subject.classes, part.name, layers)
 
+    def _second_opinion(self) -> list[tuple[str, RunBatch]]:
+        """The TensorRT file by OpenVINO, where that is installed; it decides nothing, so a refusal is only told."""
+        try:
+            run = openvino_emulator(self.files.models["trt"].SerializeToString(), self.options.threads)
+        except ExportError as error:
+            self.say(str(error))
+            return []
+        return [("trt-openvino", run)] if run is not None else []
+
     def _write_documents(
         self, decisions: list[Decision], quantized: Quantized | None, tensorrt: TensorRt | None, proof: Proof
     ) -> dict[str, Any]:
         gate = gate_document(decisions, measured=CPU)
+        for target in self.options.targets:
+            gate["targets"][target.name]["target"] = target.settings()
         if self.raced:
             kept, raced = ("conditions", "repeats", "started_at"), self.raced[1]
             gate["targets"][CPU]["latency"] = {

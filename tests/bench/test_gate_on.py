@@ -13,6 +13,7 @@ from kdedge_bench.gate_on import ROUNDS, decide_there
 from kdedge_export.judging.agreement import agreement
 from kdedge_export.judging.gate import Candidate, gate_document, judge
 from kdedge_export.judging.latency import Speedup
+from kdedge_export.targets import load
 
 MACHINE = {"name": "raspberry-pi-5-4-cores", "cpu": "Cortex-A76"}
 
@@ -39,11 +40,12 @@ class Machine:
     def __init__(self, runtimes: dict[str, str | None], ms: dict[str, tuple[str, float]], fails: Sequence[str] = ()):
         self.runtimes, self.ms, self.fails = runtimes, ms, fails
         self.asked: list[list[str]] = []
+        self.board: dict[str, str] | None = None
 
     def __call__(self, arguments: Sequence[str]) -> dict[str, Any]:
         self.asked.append(list(arguments))
         if arguments[0] == "info":
-            return {"runtimes": self.runtimes}
+            return {"runtimes": self.runtimes, "board": self.board}
         if arguments[0] == "build":
             if arguments[-1] in self.fails:
                 raise DeviceError(f"no kernel for {arguments[-1]}")
@@ -106,7 +108,13 @@ def test_an_engine_that_cannot_be_built(bundle: Path) -> None:
 
 def test_a_named_target_and_what_cannot_be(bundle: Path) -> None:
     machine = Machine({"onnxruntime": "1.23.2"}, {"fp32": ("fp32", 9.0), "int8": ("int8", 3.0)})
-    assert decide_there(bundle, machine, target="raspberry-pi")[0] == "raspberry-pi"
+    targets = [load(name) for name in ("jetson-orin-nano", "raspberry-pi")]
+    machine.board = {"model": "Raspberry Pi 5 Model B Rev 1.0", "architecture": "aarch64"}
+    name, entry = decide_there(bundle, machine, targets)
+    assert (name, entry["shipped"]) == ("raspberry-pi", "int8")
+    assert machine.asked[-1][-2:] == ["--threads", "4"], "as the target says"
+    machine.board = {"model": "NVIDIA Jetson Orin Nano Developer Kit", "architecture": "aarch64"}
+    assert decide_there(bundle, machine, targets[:1])[0] == MACHINE["name"], "without TensorRT it is not that target"
     with pytest.raises(DeviceError, match="neither TensorRT nor ONNX Runtime"):
         decide_there(bundle, Machine({"onnxruntime": None, "tensorrt": None}, {}))
     with pytest.raises(DeviceError, match="measured no FP32 file"):

@@ -25,7 +25,9 @@ from kdedge_export import subject as subjects
 from kdedge_export.cpu.lint import lint_float, lint_int8
 from kdedge_export.export import Options, export_run
 from kdedge_export.images import calibration_part, open_run_images
-from kdedge_export.judging.latency import measure_alone, race
+from kdedge_export.judging.gate import fill_in
+from kdedge_export.judging.latency import Speedup, measure_alone, race
+from kdedge_export.targets import load
 
 from .test_latency import record
 
@@ -106,6 +108,33 @@ def test_the_document_and_the_gate(whole: tuple[Run, dict[str, Any], list[str]])
     assert document["targets"]["tensorrt"]["verdict"] == "undecided", "no TensorRT file was timed"
     assert document["targets"]["tensorrt"]["shipped"] == "fp32"
     json.dumps(document, allow_nan=False)
+
+
+def test_each_target_named_has_its_entry(run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what was measured here is decided: the CPU of this machine, by the name it also has as a target."""
+    monkeypatch.setattr(steps.platform, "machine", lambda: "x86_64")
+    targets = tuple(load(name) for name in ("jetson-orin-nano", "x86-cpu", "raspberry-pi"))
+    targets += (targets[1].model_copy(update={"name": "two-threads", "threads": 2}),)
+    told: list[str] = []
+    document = export_run(run, replace(LOOSE, targets=targets), display=told.append)
+    gate = json.loads((run.bundle_path / "gate.json").read_text())
+    assert list(gate["targets"]) == ["onnxruntime-cpu", "tensorrt", *(each.name for each in targets)]
+    assert gate["targets"] == document["targets"]
+    here, nano, same, pi = (
+        gate["targets"][name] for name in ("onnxruntime-cpu", "jetson-orin-nano", "x86-cpu", "raspberry-pi")
+    )
+    assert (nano["verdict"], nano["shipped"], list(nano["candidates"])) == ("undecided", "fp32", ["trt", "fp16"])
+    assert (pi["verdict"], pi["shipped"], list(pi["candidates"])) == ("undecided", "fp32", ["int8", "fp16"])
+    assert (same["verdict"], same["shipped"], same["speedup"]) == (here["verdict"], here["shipped"], here["speedup"])
+    assert same["speedup"] is not None
+    assert same["why"] == here["why"].replace("onnxruntime-cpu", "x86-cpu")
+    assert nano["target"] == targets[0].settings()
+    assert "target" not in here
+    assert nano["agreement"] == gate["targets"]["tensorrt"]["agreement"]
+    filled = fill_in(gate, "jetson-orin-nano", {"trt": Speedup(2.0, 1.9, 2.1, 6)})["targets"]["jetson-orin-nano"]
+    assert (filled["shipped"], filled["target"]) == ("int8", targets[0].settings())
+    assert gate["targets"]["two-threads"]["verdict"] == "undecided"
+    assert any("two-threads stays undecided: of threads it takes 2 and 1 were measured" in each for each in told)
 
 
 def test_accuracy_is_of_the_test_images_through_the_files(whole: tuple[Run, dict[str, Any], list[str]]) -> None:
