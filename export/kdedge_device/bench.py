@@ -1,171 +1,219 @@
-"""Latency of one model in this process: the session's run alone, and the whole way from an encoded image to logits.
+"""Latency of one model in this process: computing alone, with copies, and all the way from an encoded image to logits.
 
-One process measures one artifact. Two sessions in one process share its thread pool and caches and spoil each other.
+One query is in flight. One process measures one artifact: two sessions in one process share its thread pool and caches
+and spoil each other.
 """
 
 import os
-from io import BytesIO
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 
-from kdedge_device.clock import Effort, measure, summarize, unstable
+from kdedge_device.bench_subject import Pool, Runner, Subject, encoded, input_pool, open_subject, runner_of
+from kdedge_device.clock import (
+    EFFORTS,
+    Effort,
+    Timed,
+    collect,
+    early_stopping_p90,
+    stopwatch,
+    summarize,
+    warm_up,
+)
 from kdedge_device.evaluate import input_of
 from kdedge_device.failures import Failure
-from kdedge_device.manifest import Bundle, sha256_file
-from kdedge_device.preprocess import Preprocess
+from kdedge_device.manifest import sha256_file
 from kdedge_device.record import load_average, now, record
 from kdedge_device.runners import OrtRunner
-from kdedge_device.trt_bundle import open_engine
+from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
+from kdedge_device.watch import Watch
 
-__all__ = ["Subject", "bench", "open_subject"]
+__all__ = ["Begun", "Measured", "Ran", "bench", "measure", "open_subject", "ran_on", "told", "watched"]
 
-
-Runner = Union[OrtRunner, TrtRunner]
-
-
-class Subject(NamedTuple):
-    """What is measured: a model file, and where it lies in a bundle also its preprocessing and golden images."""
-
-    model_path: str
-    precision: Optional[str]
-    preprocess: Optional[Preprocess]
-    images: Optional["np.ndarray[Any, Any]"]  # uint8 [n, H, W, C]
-    classes: List[str]
+_SHORTEST_FOR_ENERGY_S = 1.0  # a rail is read some 20 times a second
 
 
-def open_subject(path: str, artifact: Optional[str] = None) -> Subject:
-    """A bundle folder (its shipped artifact, or the one named) or a model file, with the bundle around it if any."""
-    if os.path.isdir(path):
-        bundle = Bundle(path)
-        return _from_bundle(bundle, bundle.artifact(artifact))
-    if artifact is not None:
-        raise Failure(f"{path} is a file; --artifact names one of a bundle folder.")
-    if not os.path.isfile(path):
-        raise Failure(f"{path} does not exist; a bundle folder or an .onnx file was expected.")
-    folder, file = os.path.split(os.path.abspath(path))
-    if os.path.isfile(os.path.join(folder, "manifest.json")):
-        bundle = Bundle(folder)
-        if file.endswith(".engine"):
-            return _around(bundle, path, None)
-        for name, entry in bundle.artifacts.items():
-            if entry["file"] == file:
-                return _from_bundle(bundle, name)
-    return Subject(path, None, None, None, [])
+class Measured(NamedTuple):
+    """The record, and every time behind it: nanoseconds by part, None for a part that was not measured."""
+
+    record: Dict[str, Any]
+    times_ns: Dict[str, Optional[List[int]]]
 
 
-def _from_bundle(bundle: Bundle, name: str) -> Subject:
-    entry = bundle.artifacts[name]
-    engine = entry.get("runtime") == TrtRunner.runtime
-    path = open_engine(bundle, name).model_path if engine else bundle.model_path(name)
-    return _around(bundle, path, entry.get("precision"))
-
-
-def _around(bundle: Bundle, path: str, precision: Optional[str]) -> Subject:
-    """A model or engine with its bundle's preprocessing and images."""
-    images = bundle.golden()["images"] if "golden.npz" in bundle.document["files"] else None
-    return Subject(path, precision, bundle.preprocess, images, bundle.classes)
-
-
-def bench(subject: Subject, effort: Effort, effort_name: str, threads: int = 1, batch: int = 1) -> Dict[str, Any]:
+def bench(
+    subject: Subject,
+    effort: Effort,
+    effort_name: str,
+    threads: int = 1,
+    batch: int = 1,
+    access: Access = PLAIN,
+    root: str = "/",
+) -> Dict[str, Any]:
     """The record of `subject`. End to end is null without Pillow or without the images of a bundle."""
+    return measure(subject, effort, effort_name, threads, batch, access, root).record
+
+
+def measure(
+    subject: Subject,
+    effort: Effort,
+    effort_name: str,
+    threads: int = 1,
+    batch: int = 1,
+    access: Access = PLAIN,
+    root: str = "/",
+) -> Measured:
+    """`root` is where the machine's state is read from.
+
+    The part that is one query as a program makes it (with copies, where there are any) gets all of the effort, and
+    energy, clocks and the verdict are of it; the others get at most the standard one.
+    """
     if batch < 1:
         raise Failure(f"A batch of {batch} was asked for; at least 1 is needed.")
-    started_at, load_before = now(), load_average()
-    with _runner(subject, threads) as runner:
-        inputs = _inputs(subject, runner, batch)
-        compute, with_copies = _latencies(runner, inputs, effort)
-        encoded = _encoded(subject) if batch == 1 else []
-        end_to_end = (
-            summarize(measure(lambda i: _whole(subject, runner, encoded[i % len(encoded)]), effort))
-            if encoded
-            else None
-        )
-        version = runner.version
+    begun = Begun(now(), load_average(), effort_name)
+    times: Dict[str, Optional[List[int]]] = dict.fromkeys(("compute", "with_copies", "end_to_end"))
+    with runner_of(subject, threads, access) as runner:
+        _refuse_padding(runner, batch)
+        pool = input_pool(subject, runner, batch)
+        parts = _parts(subject, runner, pool, batch)
+        headline = "with_copies" if "with_copies" in parts else "compute"
+        with watched(runner, effort, root) as watch:
+            for part, timed in parts.items():
+                if part == headline:
+                    warm = warm_up(timed, effort)
+                    watch.mark_start()
+                    times[part] = collect(timed, effort)
+                    watch.mark_end()
+                else:
+                    warm_up(timed, _capped(effort))
+                    times[part] = collect(timed, _capped(effort))
+        ran = ran_on(subject, runner, pool, threads, batch)
+    queries = times[headline] or []
+    more = {
+        "mode": "single stream",
+        "headline": headline,
+        "warm_up": warm._asdict(),
+        "end_to_end_from": "PNG bytes in memory, at the input's size" if times["end_to_end"] else None,
+    }
+    document = told(begun, ran, watch, summarize(queries), batch * len(queries), sum(queries) / 1e9, more)
+    document["latency_ms"] = {part: None if each is None else summarize(each) for part, each in times.items()}
+    document["early_stopping_p90_ms"] = early_stopping_p90(queries)
+    return Measured(document, times)
+
+
+class Begun(NamedTuple):
+    """What is noted before anything else."""
+
+    at: str
+    load_average: Optional[List[float]]
+    effort: str
+
+
+class Ran(NamedTuple):
+    """What is known of a runner while it is open."""
+
+    artifact: Dict[str, Any]
+    conditions: Dict[str, Any]
+    gpu: Optional[str]
+    driver: Optional[str]
+
+
+def told(
+    begun: Begun, ran: Ran, watch: Watch, spread: Dict[str, Any], samples: int, seconds: float, more: Dict[str, Any]
+) -> Dict[str, Any]:
+    """The record without latencies. `spread` summarizes the times that the verdict is on, of `samples` in `seconds`."""
+    verdict = watch.verdict(spread)
+    loads = {"before": begun.load_average, "after": load_average()}
     return record(
-        artifact={
-            "file": os.path.basename(subject.model_path),
-            "sha256": sha256_file(subject.model_path),
-            "bytes": os.path.getsize(subject.model_path),
-            "precision": subject.precision or _precision(runner),
-            "runtime": runner.runtime,
-            "version": version,
-        },
-        latency_ms={"compute": compute, "with_copies": with_copies, "end_to_end": end_to_end},
+        artifact=ran.artifact,
+        latency_ms={},
         conditions={
-            "threads": threads if isinstance(runner, OrtRunner) else None,
-            "batch": batch,
-            "effort": effort_name,
-            "load_average": {"before": load_before, "after": load_average()},
-            "input_shape": list(inputs[0].shape),
-            "inputs": "golden images" if subject.images is not None else "random numbers",
-            "end_to_end_from": "PNG bytes in memory, at the input's size" if encoded else None,
+            **watch.conditions(),
+            **ran.conditions,
+            **more,
+            "effort": begun.effort,
+            "load_average": loads,
         },
-        started_at=started_at,
-        unstable=unstable(compute),
-        throughput_ips=batch * 1e3 / compute["mean"],
+        started_at=begun.at,
+        unstable=verdict["unstable"],
+        throttled=verdict["throttled"],
+        stability=verdict,
+        energy=watch.energy(samples),
+        throughput_ips=samples / seconds,
+        gpu=ran.gpu,
+        driver=ran.driver,
     )
 
 
-def _runner(subject: Subject, threads: int) -> Runner:
-    return (
-        TrtRunner(subject.model_path)
-        if subject.model_path.endswith(".engine")
-        else OrtRunner(subject.model_path, threads)
-    )
+def watched(runner: Runner, effort: Effort, root: str) -> Watch:
+    return Watch(root, energy=effort.seconds >= _SHORTEST_FOR_ENERGY_S, uses_gpu=isinstance(runner, TrtRunner))
 
 
-def _precision(runner: Runner) -> Optional[str]:
-    """Of an engine, from its side file; a bare ONNX file does not say."""
-    return runner.precision if isinstance(runner, TrtRunner) else None
+def _capped(effort: Effort) -> Effort:
+    return effort._replace(seconds=min(effort.seconds, EFFORTS["standard"].seconds))
 
 
-def _latencies(
-    runner: Runner, inputs: List["np.ndarray[Any, Any]"], effort: Effort
-) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
-    """(compute, with copies). On a CPU nothing is copied, so there is no second number."""
-    if isinstance(runner, OrtRunner):
-        return summarize(measure(lambda i: runner.run(inputs[i % len(inputs)]), effort)), None
-    runner.put(inputs[0])
-    compute = summarize(measure(lambda i: runner.compute(), effort))
-    return compute, summarize(measure(lambda i: runner.run(inputs[i % len(inputs)]), effort))
-
-
-def _inputs(subject: Subject, runner: Runner, batch: int) -> List["np.ndarray[Any, Any]"]:
-    """A few different batches, so that no cache is flattered by one input only."""
-    if subject.preprocess is not None and subject.images is not None:
-        values = input_of(runner, subject.preprocess, subject.images)
-        return [
-            np.ascontiguousarray(np.take(values, range(i, i + batch), axis=0, mode="wrap")) for i in range(len(values))
-        ]
-    shape = [batch] + runner.input_shape[1:]
-    if len(shape) != 4 or not all(isinstance(size, int) for size in shape):
+def _refuse_padding(runner: Runner, batch: int) -> None:
+    """An engine of a larger batch fills up a smaller one: its time would be that of more images than were asked for."""
+    computed = runner.computed(batch) if isinstance(runner, TrtRunner) else batch
+    if computed > batch:
         raise Failure(
-            f"{subject.model_path} takes an input of shape {runner.input_shape}; "
-            "[batch, C, H, W], or [batch, H, W, C] of pixels, with only the batch left open was expected."
+            f"{runner.model_path} computes {computed} images a call, also for {batch}. Measure it with --batch "
+            f"{computed}, or build another: python run.pyz build --batch {batch}"
         )
-    rng = np.random.RandomState(0)
-    if runner.takes_pixels:
-        return [rng.randint(0, 256, shape).astype(np.uint8) for _ in range(8)]
-    return [rng.standard_normal(shape).astype(np.float32) for _ in range(8)]
 
 
-def _encoded(subject: Subject) -> List[bytes]:
-    if subject.preprocess is None or subject.images is None:
-        return []
-    try:
-        from PIL import Image
-    except ImportError:
-        return []
-    files = []
-    for image in subject.images:
-        buffer = BytesIO()
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
-        files.append(buffer.getvalue())
-    return files
+def _parts(subject: Subject, runner: Runner, pool: Pool, batch: int) -> Dict[str, Timed]:
+    """In this order. On a CPU nothing is copied, so that there is no part with copies."""
+    inputs = pool.batches
+    whole_run = stopwatch(lambda i: runner.run(inputs[i % len(inputs)]))
+    parts: Dict[str, Timed] = {}
+    if isinstance(runner, OrtRunner):
+        parts["compute"] = whole_run
+    else:
+        engine = runner
+        engine.put(inputs[0])
+        parts["compute"] = lambda i: engine.compute_ns()
+        parts["with_copies"] = whole_run
+    files = encoded(subject) if batch == 1 else []
+    if files:
+        parts["end_to_end"] = stopwatch(lambda i: _whole(subject, runner, files[i % len(files)]))
+    return parts
 
 
-def _whole(subject: Subject, runner: Runner, encoded: bytes) -> "np.ndarray[Any, Any]":
+def _whole(subject: Subject, runner: Runner, file: bytes) -> "np.ndarray[Any, Any]":
     assert subject.preprocess is not None
-    return runner.run(input_of(runner, subject.preprocess, subject.preprocess.decode(encoded)[None]))
+    return runner.run(input_of(runner, subject.preprocess, subject.preprocess.decode(file)[None]))
+
+
+def ran_on(subject: Subject, runner: Runner, pool: Pool, threads: int, batch: int) -> Ran:
+    """Null for what does not apply. Of an engine the precision is in its side file; a bare ONNX file does not say."""
+    artifact: Dict[str, Any] = {
+        "name": subject.name,
+        "file": os.path.basename(subject.model_path),
+        "sha256": sha256_file(subject.model_path),
+        "bytes": os.path.getsize(subject.model_path),
+        "precision": subject.precision,
+        "runtime": runner.runtime,
+        "version": runner.version,
+    }
+    conditions: Dict[str, Any] = {
+        "threads": None,
+        "batch": batch,
+        "input_shape": list(pool.batches[0].shape),
+        "input_name": None,
+        "input_declared": runner.input_shape,
+        "inputs": pool.source,
+        "input_samples": pool.samples,
+        "cuda": None,
+        "buffers": None,
+        "cuda_graph": None,
+        "cuda_graph_why_not": None,
+        "timed_by": {"compute": "the host's clock", "with_copies": None},
+    }
+    if isinstance(runner, OrtRunner):
+        return Ran(artifact, {**conditions, "threads": threads}, None, None)
+    timed_by = {"compute": "CUDA events", "with_copies": "the host's clock, from array to array"}
+    artifact["precision"] = subject.precision or runner.precision
+    gpu = runner.here.gpu
+    return Ran(artifact, {**conditions, **runner.conditions(), "timed_by": timed_by}, gpu.name, gpu.driver)

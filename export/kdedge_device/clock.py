@@ -1,17 +1,36 @@
 """Timing: one query in flight, the next one issued when it returns (MLPerf's single stream), and what the times say.
 
-Times are kept in nanoseconds and told in milliseconds.
+Times are kept in nanoseconds and told in milliseconds. p90 is the headline. Python 3.8, standard library.
 """
 
 import math
+import statistics
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from kdedge_device.failures import Failure
 
-__all__ = ["EFFORTS", "Effort", "measure", "percentile", "summarize", "unstable"]
+__all__ = [
+    "EFFORTS",
+    "Effort",
+    "WarmUp",
+    "collect",
+    "early_stopping_p90",
+    "percentile",
+    "stopwatch",
+    "summarize",
+    "unstable",
+    "warm_up",
+]
 
 P99_RUNS = 1000  # fewer runs leave fewer than ten times above the 99th percentile: that number would be noise
+FEWEST_QUERIES = 64  # MLPerf's least for its estimate of p90
+STEADY = 0.02  # medians this close are called equal
+_WINDOWS = 5  # of the warm-up; the last three are compared
+
+Timed = Callable[[int], int]
+"""Does query i, i counting from 0, and gives the nanoseconds that it took."""
+Clock = Callable[[], int]
 
 
 class Effort(NamedTuple):
@@ -21,30 +40,69 @@ class Effort(NamedTuple):
     runs: int
     warm_up_seconds: float
 
+    def split(self, rounds: int) -> "Effort":
+        """One of `rounds` that together are this effort. Each warms up anew, in a process of its own."""
+        runs = -(-self.runs // rounds)
+        return Effort(self.seconds / rounds, runs, max(min(self.warm_up_seconds, 0.3), self.warm_up_seconds / rounds))
+
 
 EFFORTS = {
     "quick": Effort(2.0, 1000, 0.3),
     "standard": Effort(60.0, 2000, 10.0),
-    "mlperf": Effort(600.0, 2000, 10.0),
+    "mlperf": Effort(600.0, 2000, 10.0),  # the rules of MLPerf's single stream; what it gives is no MLPerf result
 }
 
 
-def measure(query: Callable[[int], Any], effort: Effort, clock: Callable[[], int] = time.perf_counter_ns) -> List[int]:
-    """Nanoseconds of each call of `query(i)`, i counting from 0 in the warm-up and again in the measurement.
+class WarmUp(NamedTuple):
+    """What preceded a measurement. `steady`: the last three parts of it took the same; None where it was too short to tell."""
 
-    The warm-up makes at least three calls: first ones allocate, and fill caches.
+    seconds: float
+    runs: int
+    steady: Optional[bool]
+
+
+def stopwatch(query: Callable[[int], Any], clock: Clock = time.perf_counter_ns) -> Timed:
+    """`query` timed by the host's clock, from the call until it returns."""
+
+    def timed(index: int) -> int:
+        begin = clock()
+        query(index)
+        return clock() - begin
+
+    return timed
+
+
+def warm_up(timed: Timed, effort: Effort, clock: Clock = time.perf_counter_ns) -> WarmUp:
+    """Until the effort's warm-up is over and the times are steady; at most twice as long as the effort says.
+
+    At least three calls: first ones allocate, and fill caches.
     """
-    start = clock()
-    count = 0
-    while count < 3 or clock() - start < effort.warm_up_seconds * 1e9:
-        query(count)
+    start, count = clock(), 0
+    least = effort.warm_up_seconds * 1e9
+    window: List[int] = []
+    medians: List[float] = []
+    while True:
+        window.append(timed(count))
         count += 1
+        passed = clock() - start
+        if passed >= least / _WINDOWS * (len(medians) + 1) and len(window) >= 3:
+            medians.append(statistics.median(window))
+            window = []
+        steady = _equal(medians[-3:]) if len(medians) >= 3 else None
+        if count >= 3 and passed >= least and (steady or passed >= 2 * least):
+            return WarmUp(passed / 1e9, count, steady)
+
+
+def _equal(values: Sequence[float]) -> bool:
+    return max(values) <= (1 + STEADY) * min(values)
+
+
+def collect(timed: Timed, effort: Effort, clock: Clock = time.perf_counter_ns) -> List[int]:
+    """The nanoseconds of each query, until the effort's seconds and runs are both reached."""
     times: List[int] = []
     start = clock()
     while len(times) < effort.runs or clock() - start < effort.seconds * 1e9:
-        begin = clock()
-        query(len(times))
-        times.append(clock() - begin)
+        times.append(timed(len(times)))
     return times
 
 
@@ -71,6 +129,25 @@ def summarize(times_ns: Sequence[int]) -> Dict[str, Any]:
         "std": spread,
         "count": count,
     }
+
+
+def early_stopping_p90(times_ns: Sequence[int]) -> Optional[float]:
+    """Milliseconds that the p90 of a run without end would not exceed, with 99 % confidence. None below 64 queries.
+
+    The estimate of MLPerf's early stopping: of n queries the largest t + 1 are passed over, t being the most for which
+    t or fewer of n above the true p90 have a probability of at most 1 %: sum over k <= t of C(n, k) 0.1^k 0.9^(n - k).
+    """
+    count = len(times_ns)
+    if count < FEWEST_QUERIES:
+        return None
+    over, left = -1, 0.01
+    while True:
+        # In logarithms: 0.9^n is 0 in floating point from some 7,000 queries on.
+        log_choose = math.lgamma(count + 1) - math.lgamma(over + 2) - math.lgamma(count - over)
+        left -= math.exp(log_choose + (over + 1) * math.log(0.1) + (count - over - 1) * math.log(0.9))
+        if left < 0:
+            return sorted(times_ns)[count - 1 - over] / 1e6
+        over += 1
 
 
 def unstable(summary: Dict[str, Any]) -> bool:

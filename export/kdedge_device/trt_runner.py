@@ -67,7 +67,7 @@ class TrtRunner:
         self.side: Dict[str, Any] = {}
         self.access = access
         self._here = here
-        self._expected = expected
+        self.expected = expected
         self._cuda: Optional[CudaAccess] = None
         self._zero_copy = False
         self._log: Optional[Log] = None
@@ -81,7 +81,7 @@ class TrtRunner:
 
     def __enter__(self) -> "TrtRunner":
         self._here = load_tensorrt() if self._here is None else self._here
-        content, self.side = read_engine(self.model_path, self._here, self._expected)
+        content, self.side = read_engine(self.model_path, self._here, self.expected)
         cuda = open_cuda(self.access.cuda, 0, self._here.library)
         cuda.__enter__()
         self._cuda = cuda
@@ -166,6 +166,12 @@ class TrtRunner:
         return ["batch" if size < 0 else size for size in self._declared]
 
     @property
+    def largest_batch(self) -> int:
+        """What one launch computes at most."""
+        self._opened()
+        return self._input.shape[0]
+
+    @property
     def takes_pixels(self) -> bool:
         """True where the input is uint8 [N, H, W, C] and normalisation is part of the engine."""
         self._opened()
@@ -235,6 +241,8 @@ class TrtRunner:
     def conditions(self) -> Dict[str, Any]:
         """For a record, after a run: how CUDA was reached, the buffers, and whether a CUDA graph was launched."""
         return {
+            "input_name": self._input.name,
+            "input_declared": self.input_shape,
             "cuda": self._opened()[1].how,
             "buffers": "zero-copy" if self._zero_copy else "pinned",
             "cuda_graph": self._started().captured,

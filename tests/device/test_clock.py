@@ -1,9 +1,22 @@
 """Times and what is said of them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import scipy.stats
 
-from kdedge_device.clock import EFFORTS, Effort, measure, percentile, summarize, unstable
+from kdedge_device.clock import (
+    EFFORTS,
+    Effort,
+    collect,
+    early_stopping_p90,
+    percentile,
+    stopwatch,
+    summarize,
+    unstable,
+    warm_up,
+)
 from kdedge_device.failures import Failure
 
 
@@ -39,26 +52,66 @@ def test_p99_needs_a_thousand_runs() -> None:
     assert summarize(list(range(1, 1001)))["p99"] == 990 / 1e6
 
 
+class Machine:
+    """A clock, and queries that take what `milliseconds` says of the i-th call."""
+
+    def __init__(self, milliseconds: Callable[[int], int]) -> None:
+        self.now_ns, self.calls, self.milliseconds = 0, [], milliseconds  # type: ignore[var-annotated]
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def timed(self, index: int) -> int:
+        took = self.milliseconds(len(self.calls)) * 1_000_000
+        self.calls.append(index)
+        self.now_ns += took
+        return took
+
+
 def test_both_seconds_and_runs_must_be_reached() -> None:
-    now = [0]
+    machine = Machine(lambda i: 10)
+    assert collect(machine.timed, Effort(1.0, 20, 0.0), machine.clock) == [10_000_000] * 100
+    assert machine.calls == [*range(100)]
+    assert len(collect(machine.timed, Effort(0.05, 20, 0.0), machine.clock)) == 20
 
-    def clock() -> int:
-        return now[0]
 
-    def query(milliseconds: int, calls: list[int]):  # type: ignore[no-untyped-def]
-        def run(index: int) -> None:
-            calls.append(index)
-            now[0] += milliseconds * 1_000_000
+def test_a_stopwatch_times_the_call_alone() -> None:
+    machine = Machine(lambda i: 7)
+    assert [stopwatch(machine.timed, machine.clock)(i) for i in range(2)] == [7_000_000] * 2
 
-        return run
 
-    calls: list[int] = []
-    times = measure(query(10, calls), Effort(seconds=1.0, runs=20, warm_up_seconds=0.05), clock)
-    assert times == [10_000_000] * 100
-    assert calls == [*range(5), *range(100)], "the warm-up is not among the times, and counts from 0 as well"
-    calls.clear()
-    assert len(measure(query(10, calls), Effort(seconds=0.05, runs=20, warm_up_seconds=0.0), clock)) == 20
-    assert len(calls) == 3 + 20
+def test_the_warm_up_goes_on_until_it_is_steady() -> None:
+    steady = Machine(lambda i: 10)
+    assert warm_up(steady.timed, Effort(0, 1, 1.0), steady.clock) == (1.0, 100, True)
+    getting_faster = Machine(lambda i: max(10, 30 - i // 2))  # steady from its 40th call on, after 0.8 s
+    found = warm_up(getting_faster.timed, Effort(0, 1, 1.0), getting_faster.clock)
+    assert (1.0 < found.seconds < 1.6, found.steady) == (True, True)
+    never = Machine(lambda i: 10 + i // 10)
+    found = warm_up(never.timed, Effort(0, 1, 1.0), never.clock)
+    assert (2.0 <= found.seconds < 2.1, found.steady) == (True, False), "not longer than twice"
+    none = Machine(lambda i: 10)
+    assert warm_up(none.timed, Effort(0, 1, 0.0), none.clock) == (0.03, 3, None), "but at least three calls"
+    slow = Machine(lambda i: 5000)
+    assert warm_up(slow.timed, Effort(0, 1, 1.0), slow.clock) == (15.0, 3, None)
+
+
+def test_an_effort_is_shared_among_rounds() -> None:
+    assert EFFORTS["standard"].split(6) == Effort(10.0, 334, 10 / 6)
+    assert EFFORTS["quick"].split(6) == Effort(2 / 6, 167, 0.3), "each process warms up"
+    assert EFFORTS["quick"].split(1) == EFFORTS["quick"]
+
+
+def test_early_stopping_is_the_bound_of_the_binomial_distribution() -> None:
+    """The oracle counts: of n draws, t or fewer lie above the true p90 with a probability of at most 1 %."""
+    rng = np.random.default_rng(0)
+    for count in (64, 100, 1000, 9000):
+        times = rng.permutation(count) * 1_000_000 + 1_000_000  # 1 to `count` ms
+        over = [t for t in range(count // 5) if scipy.stats.binom.cdf(t, count, 0.1) <= 0.01][-1]
+        assert early_stopping_p90(times.tolist()) == count - over
+    assert early_stopping_p90([1] * 63) is None
+    draws = rng.exponential(size=(300, 200)) * 1e6
+    missed = sum((early_stopping_p90(row.tolist()) or 0.0) < np.log(10) for row in draws)
+    assert missed <= 10, "p90 of an exponential distribution is ln 10; 1 % of the bounds may miss it"
 
 
 def test_unstable() -> None:

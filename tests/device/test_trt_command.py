@@ -24,7 +24,9 @@ spec = importlib.util.spec_from_file_location("fake_tensorrt", {source!r})
 fake = importlib.util.module_from_spec(spec)
 sys.modules["fake_tensorrt"] = fake
 spec.loader.exec_module(fake)
-world = fake.World(cuda=ctypes.CDLL("libcuda.so.1"), capability=os.environ.get("FAKE_CUDA_CAPABILITY", "8.7"))
+cuda = ctypes.CDLL("libcuda.so.1")
+cuda.fake_host.restype = ctypes.c_void_p
+world = fake.World(cuda=cuda, capability=os.environ.get("FAKE_CUDA_CAPABILITY", "8.7"))
 sys.modules["tensorrt"] = fake.make(os.environ["FAKE_TENSORRT"], world)
 """
 
@@ -62,6 +64,27 @@ def test_build_keep_and_build_again(bundle: Path, board: Path) -> None:
         [sys.executable, "-m", "kdedge_device", "build", bundle], capture_output=True, text=True, check=True
     )
     assert "(kept)\nlayers: 1 int8, " in done.stdout
+
+
+def test_bench_measures_the_engines_side_by_side_and_builds_what_is_missing(bundle: Path, board: Path) -> None:
+    """Each build and each measurement is a process of its own."""
+    complete(bundle, leave_out=("fp16",))
+    words = ["--artifact", "all", "--build", "--rounds", 1, "--seconds", 0, "--runs", 5, "--warm-up", 0]
+    command = [sys.executable, "-m", "kdedge_device", "bench", bundle, *words, "--engines", board / "e", "--json"]
+    environment = {**os.environ, "FAKE_TENSORRT": NEW, "FAKE_CUDA_INTEGRATED": "1"}
+    done = subprocess.run([str(each) for each in command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    told = [(each["artifact"]["name"], each["artifact"]["precision"]) for each in found["records"]]
+    assert told == [("fp32", "fp32"), ("trt-fp16", "int8")]
+    assert {each["artifact"]["runtime"] for each in found["records"]} == {"tensorrt"}
+    for record in found["records"]:
+        conditions = record["conditions"]
+        assert (conditions["buffers"], conditions["cuda_graph"]) == ("zero-copy", True), "the defaults of bench"
+        assert record["latency_ms"]["with_copies"]["count"] == 5
+    assert set(found["not_run"]) == {"fp16"}
+    assert "kdedge export --fp16" in found["not_run"]["fp16"]
+    assert len(list((board / "e").glob("*.engine"))) == 2
 
 
 def test_exit_codes(bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Engines that run, are refused, are scored and timed, on the fake TensorRT and the fake driver."""
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -9,16 +10,20 @@ import pytest
 
 from kdedge_device import trt_bundle
 from kdedge_device.bench import bench, open_subject
+from kdedge_device.bench_offline import offline
 from kdedge_device.clock import Effort
 from kdedge_device.evaluate import check, evaluate
 from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import load_tensorrt
+from kdedge_device.trt_build import BuildOptions
+from kdedge_device.trt_launch import Access
 from kdedge_device.trt_runner import TrtRunner
 
 from .conftest import linear_model, write_manifest
-from .fake_tensorrt import World, make, pack, unpack
+from .fake_cuda_modules import TABLE, make_pycuda
+from .fake_tensorrt import VERSIONS, World, make, pack, unpack
 from .trt_world import BATCH, NEW, OLD, built, complete, machine
 
 NOT_BUILT = "it needs TensorRT and an engine, which `python run.pyz build` makes"
@@ -178,7 +183,7 @@ def test_engines_are_timed_with_and_without_copies(
     trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = machine(NEW, world)
-    for module in ("trt_bundle", "trt_runner"):
+    for module in ("bench_subject", "trt_bundle", "trt_runner"):
         monkeypatch.setattr(f"kdedge_device.{module}.load_tensorrt", lambda: here)
     with pytest.raises(RuntimeFailure, match=r"There is no engine of 'trt-fp16' for this machine"):
         open_subject(str(trt_bundle_folder), "trt-fp16")
@@ -189,6 +194,116 @@ def test_engines_are_timed_with_and_without_copies(
         assert (found["artifact"]["runtime"], found["artifact"]["version"]) == ("tensorrt", NEW)
         assert (found["artifact"]["precision"], found["artifact"]["file"]) == ("int8", Path(path).name)
         assert [found["latency_ms"][part]["count"] for part in ("compute", "with_copies", "end_to_end")] == [5, 5, 5]
-        assert found["conditions"]["threads"] is None
+        conditions = found["conditions"]
+        assert (conditions["threads"], conditions["cuda"], conditions["buffers"]) == (None, "ctypes", "pinned")
+        assert (conditions["cuda_graph"], conditions["cuda_graph_why_not"]) == (False, None)
+        assert conditions["timed_by"]["compute"] == "CUDA events"
+        assert (conditions["headline"], found["machine"]["gpu"]) == ("with_copies", "Fake Orin")
+        assert found["throughput_ips"] == pytest.approx(1e3 / found["latency_ms"]["with_copies"]["mean"])
     with pytest.raises(Failure, match=r"refused an input of shape \(2, 1, 4, 4\)"):
         bench(open_subject(path), effort, "custom", batch=2)
+    big = built(trt_bundle_folder, here, "fp16", batch=(8, 8, 8))["engine"]
+    with pytest.raises(Failure, match=r"computes 8 images a call, also for 1\. Measure it with --batch 8"):
+        bench(open_subject(big), effort, "custom")
+    found = offline(open_subject(big), effort, "custom", access=Access(buffers="zero-copy", graph=True))
+    assert (found["conditions"]["batch"], found["conditions"]["offline"]["samples"]) == (8, 8)
+    assert (found["conditions"]["cuda_graph"], found["conditions"]["buffers"]) == (True, "zero-copy")
+    assert set(found["latency_ms"].values()) == {None}
+    assert found["throughput_ips"] == 8 / found["conditions"]["offline"]["seconds"]
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_graphs_and_zero_copy_give_the_same_logits(version: str, trt_bundle_folder: Path, world: World) -> None:
+    here = machine(version, world)
+    path = built(trt_bundle_folder, here, batch=(1, 2, 4))["engine"]
+    with TrtRunner(path, here) as plain:
+        expected = [plain.run(BATCH[:count]) for count in (1, 3, 5)]
+        assert plain.conditions()["cuda_graph"] is False
+    with TrtRunner(path, here, access=Access(buffers="zero-copy", graph=True)) as runner:
+        for _ in range(2):  # captured first, then launched
+            for count, logits in zip((1, 3, 5), expected, strict=True):
+                np.testing.assert_array_equal(runner.run(BATCH[:count]), logits)
+        assert runner.compute_ns() >= 0
+        assert (runner.conditions()["cuda_graph"], runner.conditions()["buffers"]) == (True, "zero-copy")
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without(
+    trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine(NEW, world)
+    path = built(trt_bundle_folder, here)["engine"]
+    with TrtRunner(path, here) as plain:
+        expected = plain.run(BATCH)
+    for call in ("cuStreamBeginCapture_v2:900", "cuStreamEndCapture:901", "cuGraphInstantiateWithFlags:1"):
+        monkeypatch.setenv("FAKE_CUDA_FAIL", call)
+        with TrtRunner(path, here, access=Access(graph=True)) as runner:
+            if call.startswith("cuStreamEndCapture"):  # a driver that cannot even end a capture: nothing runs any more
+                with pytest.raises(RuntimeFailure, match=r"CAPTURE_UNSUPPORTED"):
+                    runner.run(BATCH)
+                monkeypatch.delenv("FAKE_CUDA_FAIL")
+                continue
+            np.testing.assert_array_equal(runner.run(BATCH), expected)
+            assert runner.conditions()["cuda_graph"] is False
+            assert f"refused {call.split(':')[0]}" in runner.conditions()["cuda_graph_why_not"]
+    monkeypatch.delenv("FAKE_CUDA_FAIL", raising=False)
+    for name, module in make_pycuda(TABLE["pycuda"]["versions"][-1], world.cuda).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with TrtRunner(path, here, access=Access("pycuda", graph=True)) as runner:
+        np.testing.assert_array_equal(runner.run(BATCH), expected)
+        told = runner.conditions()
+        assert (told["cuda"], told["cuda_graph"]) == ("pycuda", False)
+        assert "pycuda has no CUDA graphs" in told["cuda_graph_why_not"]
+
+
+def test_buffers_follow_the_memory_of_the_machine(
+    trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine(NEW, world)
+    path = built(trt_bundle_folder, here)["engine"]
+    for integrated, buffers in (("0", "pinned"), ("1", "zero-copy")):
+        monkeypatch.setenv("FAKE_CUDA_INTEGRATED", integrated)
+        with TrtRunner(path, here, access=Access(buffers="auto")) as runner:
+            assert runner.run(BATCH).shape == (5, 2)
+            assert runner.conditions()["buffers"] == buffers
+
+
+def test_the_engine_that_fits_best_is_taken(trt_bundle_folder: Path, tmp_path: Path, world: World) -> None:
+    here, found = machine("10.3.0", world), Bundle(trt_bundle_folder)
+
+    def best(batch: int, folder: str | None = None) -> str | None:
+        fits = trt_bundle.find_engine(found, BuildOptions("int8", (batch,) * 3), here, folder)
+        return None if fits is None else Path(fits[0]).name
+
+    assert best(1) is None
+    (trt_bundle_folder / "of-unknown-origin.engine").write_bytes(b"x")
+    whole = Path(built(trt_bundle_folder, here, batch=(1, 4, 8))["engine"])
+    assert (best(1), best(2), best(9)) == (whole.name,) * 3
+    four = Path(built(trt_bundle_folder, here, batch=(4, 4, 4), workspace_mib=64)["engine"])
+    assert (best(1), best(4)) == (whole.name, four.name)
+    exact = Path(built(trt_bundle_folder, here)["engine"])
+    assert (best(1), best(2)) == (exact.name, whole.name)
+    built(trt_bundle_folder, machine("10.7.0", world), batch=(2, 2, 2))
+    assert best(2) == whole.name, "one for another TensorRT is left where it lies"
+    elsewhere = trt_bundle.build_for_bundle(
+        found, BuildOptions("int8", (2, 2, 2)), str(tmp_path), here=here, timing_folder=""
+    )
+    assert best(2, str(tmp_path)) == Path(elsewhere["engine"]).name
+    with trt_bundle.open_engine(found, "trt", here, batch=4) as runner:
+        assert runner.run(BATCH).shape == (5, 2)
+
+
+def test_an_engine_of_another_model_is_refused_also_without_that_model(trt_bundle_folder: Path, world: World) -> None:
+    """The manifest tells which model it has to be of; a file beside the engine need not be there."""
+    here = machine("10.3.0", world)
+    path = Path(built(trt_bundle_folder, here)["engine"])
+    side = json.loads(Path(f"{path}.json").read_text())
+    side["fingerprint"]["onnx_sha256"], side["onnx_file"] = "0" * 64, "gone.onnx"
+    Path(f"{path}.json").write_text(json.dumps(side))
+    runner = trt_bundle.open_engine(Bundle(trt_bundle_folder), "trt", here)
+    with pytest.raises(VersionFailure, match=r"built from another model or with other options"), runner:
+        pass
+    renamed = path.rename(path.with_name("other.engine"))
+    Path(f"{path}.json").rename(f"{renamed}.json")
+    with pytest.raises(RuntimeFailure, match=r"no engine of 'trt' for this machine\. Those that are here were built"):
+        trt_bundle.open_engine(Bundle(trt_bundle_folder), "trt", here)
