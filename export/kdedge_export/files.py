@@ -17,7 +17,7 @@ from kdedge_export.cpu.lint import require_clean
 from kdedge_export.float_form.input_form import with_uint8_input
 from kdedge_export.quantize import Quantized
 from kdedge_export.sessions import open_session
-from kdedge_export.trt.emulate import emulate
+from kdedge_export.trt.emulate import emulator
 from kdedge_export.trt.lint import lint_trt
 from kdedge_export.trt.plan import TrtPlan, make_trt_plan
 from kdedge_export.trt.qdq import write_trt
@@ -101,7 +101,7 @@ class Files:
         """Logits [N, K] of float32 [N, C, H, W]; of a file for TensorRT, as a device would compute them."""
         content, threads = self.models[name].SerializeToString(), self.threads
         if name not in self.runnable:
-            return lambda batch: emulate(content, batch, threads)
+            return emulator(content, threads)
         session = open_session(content, threads)
         entry = session.get_inputs()[0].name
         return lambda batch: np.asarray(session.run(None, {entry: batch})[0])

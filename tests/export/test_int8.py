@@ -354,3 +354,35 @@ def test_a_layer_left_in_float_is_float(mobilenet_v2: Exported) -> None:
         onnx.helper.make_node("DequantizeLinear", [source.input[0], "input_scale", "input_zero_point"], ["one_scale"])
     )
     assert any("would quantize its weights" in told for told in lint_int8(int8, frozenset(plan.kept_float)))
+
+
+def test_layers_called_like_what_the_writer_adds() -> None:
+    """Names are the user's own: "c" beside "c_q", "c_dq", "c_scale", and a weight like that of the file's own."""
+    module = nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1) for _ in range(6)], nn.Flatten(), nn.Linear(768, 10))
+    model = export_float(warm(module, torch.randn(4, 3, 16, 16)), SMALL, CLASSES)
+    convs = [node for node in model.graph.node if node.op_type == "Conv"]
+    names = ["c", "c_q", "c_dq", "c_scale", "c_zero_point", "input_q"]
+    renamed = {node.name: name for node, name in zip(convs, names, strict=True)}
+    renamed |= {node.output[0]: name for node, name in zip(convs, names, strict=True)}
+    renamed |= {convs[1].input[1]: "c.weight_q", convs[2].input[1]: "c.weight_q_scale"}
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    for node in other.graph.node:
+        node.name = renamed.get(node.name, node.name)
+        for names_of_node in (node.input, node.output):
+            for place, name in enumerate(names_of_node):
+                names_of_node[place] = renamed.get(name, name)
+    for each in other.graph.initializer:
+        each.name = renamed.get(each.name, each.name)
+    batch = SMALL.normalize(images(8))
+    expected, found = (int8_of(each)[0] for each in (model, other))
+    assert lint_int8(found) == []
+    assert np.array_equal(*(run_onnx(each.SerializeToString(), batch) for each in (expected, found)))
+    layer = convs[3].name
+    floats = []
+    for each, left in ((model, layer), (other, renamed[layer])):
+        _, plan, table = int8_of(each)
+        part = make_plan(each, frozenset({left}))
+        floats.append(run_onnx(write_int8(each, part, table).SerializeToString(), batch))
+        assert plan.layers > part.layers
+    assert np.array_equal(*floats), "with a layer left in float, which reads scales by channel"

@@ -83,7 +83,7 @@ class Histogram:
         counts[:first], counts[last + 1 :] = 0, 0
         counts[first] += self.counts[:first].sum()
         counts[last] += self.counts[last + 1 :].sum()
-        return Histogram(ends[0], ends[1], self.exponent, counts, np.clip(self.ends, *ends))
+        return Histogram(ends[0], ends[1], self.exponent, counts, np.clip(self.ends, ends[0], ends[1]))
 
 
 class Tally:

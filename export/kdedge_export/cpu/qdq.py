@@ -18,7 +18,7 @@ from kdedge_export.cpu.aligned import aligned
 from kdedge_export.cpu.columns import in_columns
 from kdedge_export.cpu.plan import Plan, hard_sigmoid
 from kdedge_export.cpu.unshuffled import unshuffled
-from kdedge_export.graph import Graph, constant_tensor, input_channels, prune
+from kdedge_export.graph import Graph, constant_tensor, input_channels, names_of, prune, unique
 from kdedge_export.table import U8, RangeTable
 
 __all__ = ["write_int8"]
@@ -50,8 +50,11 @@ class _Writer:
         self.plan = plan
         self.table = table
         self.nodes: list[onnx.NodeProto] = []
-        self.zeros: set[str] = set()
-        self.by_channel: set[str] = set()
+        self.taken = names_of(model)  # a layer may be called "c_q" beside another called "c"
+        self.codes: dict[str, str] = {}  # tensor -> what its Q makes
+        self.rounded: dict[str, str] = {}  # tensor -> what its DQ makes
+        self.zeros: dict[tuple[str, int], str] = {}
+        self.by_channel: dict[tuple[str, int], str] = {}
         self.absorbed = {
             node.input[0]: node.output[0] for node in self.graph.nodes if node.name in plan.absorbed
         }  # what a layer made -> what it makes now that its activation is gone
@@ -65,7 +68,7 @@ class _Writer:
         for place, name in enumerate(node.input):
             # A float reader of a float tensor has no use for its rounded form.
             if name in self.plan.tensors and (quantized or name in self.plan.made):
-                copy.input[place] = f"{name}_dq"
+                copy.input[place] = self.rounded[name]
         if quantized and node.op_type in ("Conv", "Gemm"):
             self._weights(node, copy)
         elif node.op_type in ("Conv", "Gemm") and copy.input[0] != node.input[0]:
@@ -81,19 +84,22 @@ class _Writer:
         """Q and DQ behind the tensor `name`, where the plan wants them."""
         if name not in self.plan.tensors:
             return
-        found = U8.over(self.plan.known[name]) if name in self.plan.known else self.table.u8(name)
-        self._constant(f"{name}_scale", np.array(found.scale, np.float32))
-        self._constant(f"{name}_zero_point", np.array(found.zero_point, np.uint8))
-        parameters = [f"{name}_scale", f"{name}_zero_point"]
+        found = self._u8(name)
+        scale = self._constant(f"{name}_scale", np.array(found.scale, np.float32))
+        zero_point = self._constant(f"{name}_zero_point", np.array(found.zero_point, np.uint8))
         maker = self.graph.producer.get(name)
-        before = parameters
+        before = scale
         if maker is not None and maker.op_type == "HardSigmoid" and name in self.plan.made:
-            self._constant(f"{name}_shifted_scale", np.array(found.scale / hard_sigmoid(maker)[0], np.float32))
-            before = [f"{name}_shifted_scale", f"{name}_zero_point"]
-        self.nodes.append(helper.make_node("QuantizeLinear", [name, *before], [f"{name}_q"], name=f"{name}_Q"))
-        self.nodes.append(
-            helper.make_node("DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], name=f"{name}_DQ")
-        )
+            shifted = np.array(found.scale / hard_sigmoid(maker)[0], np.float32)
+            before = self._constant(f"{name}_shifted_scale", shifted)
+        codes = self._own(f"{name}_q")
+        quantizer = self._own(f"{name}_Q")
+        self.codes[name] = codes
+        self.nodes.append(helper.make_node("QuantizeLinear", [name, before, zero_point], [codes], name=quantizer))
+        self.rounded[name] = self._restored(f"{name}_dq", [codes, scale, zero_point])
+
+    def _u8(self, name: str) -> U8:
+        return U8.over(self.plan.known[name]) if name in self.plan.known else self.table.u8(name)
 
     def _by_channel(self, node: onnx.NodeProto) -> str:
         """What a float Conv or Gemm reads of an 8-bit tensor: the same values, by one equal scale a channel.
@@ -105,16 +111,13 @@ class _Writer:
         name, weight = node.input[0], self.graph.constant(node.input[1])
         channels = 0 if weight is None else input_channels(node, weight)
         if channels < 2:  # one scale is one scale, and a computed weight is left alone
-            return f"{name}_dq"
-        made = f"{name}_dq_{channels}"
-        if made not in self.by_channel:
-            self.by_channel.add(made)
-            found = U8.over(self.plan.known[name]) if name in self.plan.known else self.table.u8(name)
-            self._constant(f"{made}_scale", np.full(channels, found.scale, np.float32))
-            self._constant(f"{made}_zero_point", np.full(channels, found.zero_point, np.uint8))
-            inputs = [f"{name}_q", f"{made}_scale", f"{made}_zero_point"]
-            self.nodes.append(helper.make_node("DequantizeLinear", inputs, [made], name=f"{made}_DQ", axis=1))
-        return made
+            return self.rounded[name]
+        if (name, channels) not in self.by_channel:
+            found, wanted = self._u8(name), f"{name}_dq_{channels}"
+            scales = self._constant(f"{wanted}_scale", np.full(channels, found.scale, np.float32))
+            zeros = self._constant(f"{wanted}_zero_point", np.full(channels, found.zero_point, np.uint8))
+            self.by_channel[name, channels] = self._restored(wanted, [self.codes[name], scales, zeros], axis=1)
+        return self.by_channel[name, channels]
 
     def read(self) -> list[onnx.NodeProto]:
         """The nodes, without a DequantizeLinear that nobody reads: ONNX Runtime would run it."""
@@ -125,12 +128,13 @@ class _Writer:
         """x + beta / alpha, the constant as one code of its own scale."""
         alpha, beta = hard_sigmoid(node)
         shift = f"{node.name}_shift"
-        self._constant(f"{shift}_q", np.array(beta > 0, np.uint8))
-        self._constant(f"{shift}_scale", np.array(abs(beta / alpha) or 1.0, np.float32))
-        self._constant(f"{shift}_zero_point", np.array(beta < 0, np.uint8))
-        inputs = [f"{shift}_q", f"{shift}_scale", f"{shift}_zero_point"]
-        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{shift}_dq"], name=f"{shift}_DQ"))
-        return helper.make_node("Add", [f"{node.input[0]}_dq", f"{shift}_dq"], node.output, name=node.name)
+        inputs = [
+            self._constant(f"{shift}_q", np.array(beta > 0, np.uint8)),
+            self._constant(f"{shift}_scale", np.array(abs(beta / alpha) or 1.0, np.float32)),
+            self._constant(f"{shift}_zero_point", np.array(beta < 0, np.uint8)),
+        ]
+        added = self._restored(f"{shift}_dq", inputs)
+        return helper.make_node("Add", [self.rounded[node.input[0]], added], node.output, name=node.name)
 
     def _weights(self, node: onnx.NodeProto, copy: onnx.NodeProto) -> None:
         weight = self.graph.constant(node.input[1])
@@ -152,15 +156,25 @@ class _Writer:
     def _dequantized(
         self, name: str, codes: "np.typing.NDArray[np.generic]", scales: "np.typing.NDArray[np.float32]"
     ) -> str:
-        self._constant(name, codes)
-        self._constant(f"{name}_scale", scales)
-        zeros = f"zeros:{codes.dtype}:{len(scales)}"  # shared: of a small network they are several percent of the file
-        if zeros not in self.zeros:
-            self.zeros.add(zeros)
-            self._constant(zeros, np.zeros(len(scales), codes.dtype))
-        inputs = [name, f"{name}_scale", zeros]
-        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}_dq"], name=f"{name}_DQ", axis=0))
-        return f"{name}_dq"
+        shared = (str(codes.dtype), len(scales))  # of a small network the zeros are several percent of the file
+        if shared not in self.zeros:
+            self.zeros[shared] = self._constant(f"zeros:{shared[0]}:{shared[1]}", np.zeros(len(scales), codes.dtype))
+        inputs = [self._constant(name, codes), self._constant(f"{name}_scale", scales), self.zeros[shared]]
+        return self._restored(f"{name}_dq", inputs, axis=0)
 
-    def _constant(self, name: str, value: "np.typing.NDArray[np.generic]") -> None:
+    def _restored(self, wanted: str, inputs: list[str], **along: int) -> str:
+        """A DequantizeLinear of (codes, scale, zero point); the name of what it makes."""
+        made = self._own(wanted)
+        name = self._own(f"{wanted.removesuffix('_dq')}_DQ")
+        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [made], name=name, **along))
+        return made
+
+    def _own(self, wanted: str) -> str:
+        name = unique(wanted, self.taken)
+        self.taken.add(name)
+        return name
+
+    def _constant(self, wanted: str, value: "np.typing.NDArray[np.generic]") -> str:
+        name = self._own(wanted)
         self.copy.graph.initializer.append(constant_tensor(name, value))
+        return name
