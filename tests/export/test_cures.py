@@ -243,6 +243,19 @@ def test_bias_correction_brings_int8_nearer_to_float(small: onnx.ModelProto, bat
     assert found[1] < 0.7 * found[0]
 
 
+def test_images_that_ranges_cut_down_are_not_corrected_for(small: onnx.ModelProto, batches: Batches) -> None:
+    """Two images are forty times as large as ranges are: biases stay those of the others."""
+    plan, table = make_plan(small), coarse(table_of(small), 12)
+    some = np.concatenate(batches)
+    large = np.concatenate([some, 40 * some[:2]])
+    one, other = (correct_bias(small, plan, table, [each]) for each in (some, large))
+    before = [value(small, name, 2) for name in ("stem.0", "wide.0", "grouped.0")]
+    after = [[value(each, name, 2) for name in ("stem.0", "wide.0", "grouped.0")] for each in (one, other)]
+    for float_bias, alone, beside in zip(before, *after, strict=True):
+        assert np.abs(alone - float_bias).max() > 0
+        assert np.allclose(alone, beside, atol=1e-6)
+
+
 def test_an_altered_model_is_corrected_towards_its_reference(small: onnx.ModelProto, batches: Batches) -> None:
     plan, table = make_plan(small), table_of(small)
     shifted = onnx.ModelProto()

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from kdedge_export.cpu.plan import Plan
 from kdedge_export.cures.taps import Batches, set_constant
-from kdedge_export.graph import Graph
+from kdedge_export.graph import Graph, names_of, unique
 from kdedge_export.table import U8, RangeTable
 from kdedge_export.training.fake_quant import round_bias, round_u8, round_weight
 from kdedge_export.training.torch_ops import Operator, torch_operator
 
 __all__ = ["Fix", "Layer", "cure_layers", "spread", "weighted_layers"]
 
+LOST = 0.5  # of an image's own squares: an error above says nothing of what rounding does to the others
 WALK_BYTES = 768 << 20  # of the tensors of both networks that are alive at one time
 _CLIPS = ("Relu", "Clip")
 _UNROUNDED = Plan()
@@ -34,7 +35,8 @@ class Layer:
     """A quantized Conv or Gemm and all it takes to look for better weights.
 
     `read`: its input in the quantized network. `made`: what it makes there, unrounded, before its activation; `wanted`:
-    what the float network makes there; both [N, K, ...]. `limits`: of the absorbed activation, infinite without.
+    what the float network makes there; both [N, K, ...], without the images that are lost. `limits`: of the absorbed
+    activation, infinite without.
     """
 
     operator: Operator
@@ -105,6 +107,19 @@ def spread(batches: Batches, count: int) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(np.concatenate(parts))
 
 
+def _not_lost(read: Tensor, made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for the images of which the quantized network still makes about what the float one does.
+
+    Ranges that most images fill (`choose.py`) cut a few down to a fraction; their shift would be taken for everyone's.
+    All of them, where half are lost: then it is the rounding itself.
+    """
+    error_N, own_N = ((each**2).flatten(1).sum(1) for each in (made - wanted, wanted))
+    kept_N = error_N <= LOST * own_N
+    if kept_N.all() or 2 * int(kept_N.sum()) < len(kept_N):
+        return read, made, wanted
+    return read[kept_N], made[kept_N], wanted[kept_N]
+
+
 def _store(model: onnx.ModelProto, name: str, weight: Tensor, bias: Tensor | None) -> None:
     node = next(each for each in model.graph.node if each.name == name)
     set_constant(model, node, 1, weight.numpy())
@@ -126,7 +141,7 @@ def _peak_bytes(
 
 @final
 class _Walk:
-    """The tensors that are still to be read, of one network, for all images. A rounded one is called "NAME_dq"."""
+    """The tensors that are still to be read, of one network, for all images."""
 
     def __init__(
         self, model: onnx.ModelProto, x_NCHW: Tensor, plan: Plan = _UNROUNDED, table: RangeTable | None = None
@@ -134,6 +149,8 @@ class _Walk:
         self.graph, self.plan, self.table = Graph(model), plan, table or RangeTable({})
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.operators = {name: torch_operator(node, self.graph) for name, node in self.nodes.items()}
+        taken = names_of(model)
+        self.rounded = {each: unique(f"{each}_dq", taken) for each in plan.tensors}  # what its 8-bit form is kept as
         self.last: dict[str, str] = {}
         for name in self.nodes:
             self.last |= dict.fromkeys(self._inputs(name), name)
@@ -162,7 +179,7 @@ class _Walk:
         scales = self._scales(name)
         read = self.values[inputs[0]]
         if bias is not None:
-            bias, scales = round_bias(bias, scales, self._u8(inputs[0].removesuffix("_dq")).scale)
+            bias, scales = round_bias(bias, scales, self._u8(self.nodes[name].input[0]).scale)
         made = self.operators[name].run(read, round_weight(weight, scales), *([] if bias is None else [bias]))
         assert isinstance(made, Tensor)
         return made
@@ -172,12 +189,13 @@ class _Walk:
         weight, *bias = (self._value(each) for each in inputs[1:])
         reader = self.graph.only_reader(self.nodes[name].output[0])
         limits = self.plan.absorbed.get(reader.name) if reader is not None and reader.op_type in _CLIPS else None
+        read, made, wanted = _not_lost(self.values[inputs[0]], made, wanted)
         return Layer(
             operator=self.operators[name],
             weight=weight,
             bias=bias[0] if bias else None,
             scales=self._scales(name),
-            read=self.values[inputs[0]],
+            read=read,
             made=made,
             wanted=wanted,
             limits=limits or (-np.inf, np.inf),
@@ -194,8 +212,8 @@ class _Walk:
     def _add(self, tensor: str, value: Tensor) -> None:
         if tensor in self.last:
             self.values[tensor] = value
-        if f"{tensor}_dq" in self.last and tensor in self.plan.tensors:
-            self.values[f"{tensor}_dq"] = round_u8(value, self._u8(tensor))
+        if self.rounded.get(tensor) in self.last:
+            self.values[self.rounded[tensor]] = round_u8(value, self._u8(tensor))
 
     def _inputs(self, name: str) -> list[str]:
         """A float reader of a float tensor reads the float tensor, even where another takes its 8-bit form."""
@@ -203,7 +221,7 @@ class _Walk:
         rounded = name in self.plan.layers
         names = [node.input[place] for place in self.operators[name].places]
         wanted = [each in self.plan.tensors and (rounded or each in self.plan.made) for each in names]
-        return [f"{each}_dq" if dq else each for each, dq in zip(names, wanted, strict=True)]
+        return [self.rounded[each] if dq else each for each, dq in zip(names, wanted, strict=True)]
 
     def _value(self, name: str) -> Tensor:
         return self.values[name] if name in self.values else torch.from_numpy(np.array(self.graph.constant(name)))
