@@ -51,13 +51,15 @@ def bench(
     on: Sequence[str] = (LOCAL,),
     suite: str | None = None,
     repeats: int = REPEATS,
+    clean: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
     """Measure each artifact of each target (RUN, BUNDLE or MODEL.onnx); return the records as written.
 
     `on`: "local" and ssh://[user@]host[:port]. This machine comes first, alone, then all boards at once. A record goes
-    to `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run. RunError where a
-    target is nothing that can be measured, DeviceError where a measurement fails; BoardsFailed where others did not.
+    to `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run. What was copied to a
+    board stays there, unless `clean`. RunError where a target is nothing that can be measured, DeviceError where a
+    measurement fails; BoardsFailed where others did not.
     """
     _refuse_what_is_not_there(effort, suite, threads, repeats)
     # What is named wrongly is told before anything is timed; a machine named twice is measured once.
@@ -68,7 +70,7 @@ def bench(
     arguments = ["--rounds", str(repeats), "--effort", effort, "--threads", str(threads)]
     names, records = Names(), []
     errors: dict[str, list[KdedgeError]] = {}
-    for place, found in _outcomes(places, work, arguments, names, say):
+    for place, found in _outcomes(places, work, arguments, names, say, clean):
         records += found.records
         if found.errors:
             errors[place] = found.errors
@@ -128,6 +130,7 @@ def _outcomes(
     arguments: Sequence[str],
     names: Names,
     say: Callable[[str], None],
+    clean: bool,
 ) -> Iterator[tuple[str, Outcome]]:
     """Of each machine. Sending files to boards takes a processor, so this machine is not measured meanwhile."""
     if LOCAL in places:
@@ -136,7 +139,8 @@ def _outcomes(
     if boards:
         from kdedge_bench.remote_bench import measure_all
 
-        yield from zip(boards, measure_all(list(boards.values()), targets, arguments, names, say), strict=True)
+        outcomes = measure_all(list(boards.values()), targets, arguments, names, say, clean)
+        yield from zip(boards, outcomes, strict=True)
 
 
 def _here(targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Callable[[str], None]) -> Outcome:

@@ -88,4 +88,6 @@ def _checked(document: Any, target: Target, place: str) -> Record:
     if not target.name and not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", str(name)):
         raise DeviceError(f"{place} told of an artifact named {name!r}; a name such as int8 was expected.")
     record["artifact"]["name"] = name
+    if target.name:
+        record["artifact"]["file"] = target.path.name  # a board knows it by another one
     return record

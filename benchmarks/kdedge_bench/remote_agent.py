@@ -160,9 +160,10 @@ def _arrived(root: Path, sha256: str) -> int:
 def _put(root: Path, request: Request) -> Request:
     """The next piece of each of some files. {have: {sha256: bytes that are here}}: from there the sender goes on."""
     have = {}
+    # Read before anybody is kept waiting: a sender that vanished without a word is noticed only after hours.
+    pieces = [(piece, sys.stdin.buffer.read(piece["count"])) for piece in request["pieces"]]
     with _alone(root):
-        for piece in request["pieces"]:
-            content = sys.stdin.buffer.read(piece["count"])
+        for piece, content in pieces:
             arrived = _arrived(root, piece["sha256"])
             if arrived == piece["offset"] and len(content) == piece["count"]:
                 arrived = _append(root / "incoming" / f"{piece['sha256']}.part", content, piece)
@@ -292,7 +293,11 @@ def _start(root: Path, request: Request) -> Request:
         (folder / "tmp").mkdir(mode=0o700, parents=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # before anybody can look
-            (folder / "job.json").write_text(json.dumps({"bundle": request["bundle"]}), encoding="utf-8")
+            try:
+                (folder / "job.json").write_text(json.dumps({"bundle": request["bundle"]}), encoding="utf-8")
+            except OSError:  # a disk that is full is not left fuller
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             pid = os.fork()
             if pid == 0:
                 try:

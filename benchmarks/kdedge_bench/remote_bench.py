@@ -14,12 +14,31 @@ __all__ = ["measure_all", "measure_remote"]
 
 
 def measure_all(
-    places: Sequence[Place], targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Say
+    places: Sequence[Place],
+    targets: Sequence[Target],
+    arguments: Sequence[str],
+    names: Names,
+    say: Say,
+    clean: bool = False,
 ) -> list[Outcome]:
     """All boards at once, each one's targets in turn. Errors are in the outcomes; Ctrl-C ends the boards' work too."""
+
+    def one(place: Place) -> Outcome:
+        outcome = Outcome()
+        for target in targets:
+            try:
+                outcome.records += measure_remote(
+                    place, target, arguments, names, say, stopped=stopped, errors=outcome.errors, clean=clean
+                )
+            except KdedgeError as error:
+                outcome.errors.append(error)
+                if not outcome.records:  # a board that cannot be reached, or lacks something, does so for every target
+                    break
+        return outcome
+
     stopped = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, len(places))) as pool:
-        work = [pool.submit(_outcome, place, targets, arguments, names, say, stopped) for place in places]
+        work = [pool.submit(one, place) for place in places]
         try:
             wait(work)
         except KeyboardInterrupt:
@@ -29,35 +48,24 @@ def measure_all(
     return [each.result() for each in work]
 
 
-def _outcome(
-    place: Place, targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Say, stopped: threading.Event
-) -> Outcome:
-    outcome = Outcome()
-    for target in targets:
-        try:
-            outcome.records += measure_remote(place, target, arguments, names, say, stopped, outcome.errors)
-        except KdedgeError as error:
-            outcome.errors.append(error)
-            if not outcome.records:  # a board that cannot be reached, or lacks something, does so for every target
-                break
-    return outcome
-
-
 def measure_remote(
     place: Place,
     target: Target,
     arguments: Sequence[str],
     names: Names | None = None,
     say: Say = lambda _: None,
+    *,
     stopped: threading.Event | None = None,
     errors: list[KdedgeError] | None = None,
+    clean: bool = False,
 ) -> list[Record]:
     """The records of one target, written. Artifacts that failed go to `errors`; without it the first one is raised.
 
-    `arguments`: of `run.pyz bench`, but for what is measured.
+    `arguments`: of `run.pyz bench`, but for what is measured. With `clean` the copied bundle is removed afterwards.
     """
     which = [] if target.name else ["--artifact", "all", "--build"]  # engines too: they are made where they run
-    with finished_on(place, target.path, ["bench", *which, *arguments], say=say, stopped=stopped) as document:
+    given = ["bench", *which, *arguments]
+    with finished_on(place, target.path, given, say=say, clean=clean, stopped=stopped) as document:
         records = written(document, target, str(place), names or Names())
     for why in reasons(document, "not_run"):
         say(f"{place.name}: {why}")

@@ -161,7 +161,12 @@ class Link:
         # must not break the connection, over which the board is yet to be stopped.
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env=os.environ | {"SSH_ASKPASS_REQUIRE": "never"},  # a host on the way could open a window
             )
             assert process.stdin is not None
             assert process.stdout is not None

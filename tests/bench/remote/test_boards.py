@@ -9,8 +9,8 @@ import pytest
 
 from kdedge.runs import sha256_file
 from kdedge_bench import bench
-from kdedge_bench.latency import BoardsFailed
-from kdedge_bench.remote import run_remote
+from kdedge_bench.latency import BoardsFailed, target_of
+from kdedge_bench.remote_bench import measure_remote
 
 from ..test_latency import tiny_model
 from .conftest import Board, Boards
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.sshd
 def test_two_boards_at_once(boards: Boards, bundle: Path) -> None:
     two = [boards(), boards()]
     holds = [board.hold() for board in two]
-    call = Call(bundle, [board.address for board in two])
+    call = Call(bundle, [board.address for board in two], clean=True)
     for board in two:
         board.started()  # either is measured while the other one is
     for hold in holds:
@@ -30,6 +30,7 @@ def test_two_boards_at_once(boards: Boards, bundle: Path) -> None:
     assert [record["artifact"]["name"] for record in call.ended().records] == ["fp32", "int8"] * 2
     orin = "nvidia-jetson-orin-nano-developer-kit"
     names = sorted(path.name for path in (bundle.parent / "bench").iterdir())
+    assert not any(board.cache.exists() for board in two)
     assert names == [f"{orin}-2-fp32.json", f"{orin}-2-int8.json", f"{orin}-fp32.json", f"{orin}-int8.json"]
 
 
@@ -69,7 +70,9 @@ def test_ctrl_c_ends_the_work_of_all(boards: Boards, bundle: Path) -> None:
 def test_a_bare_model_with_the_real_program(board: Board, tmp_path: Path) -> None:
     board.python(site=True)
     model = tiny_model(tmp_path / "-my model.onnx")
-    document = run_remote(board.place, model, ["bench", "--seconds", "0.01", "--runs", "5"])
-    assert document["latency_ms"]["compute"]["count"] >= 5
-    assert document["artifact"]["sha256"] == sha256_file(model)
-    assert (board.cache / "bundles").is_dir()
+    arguments = ["--seconds", "0.01", "--runs", "5"]
+    (record,) = measure_remote(board.place, target_of(model, tmp_path / "out"), arguments)
+    assert record["latency_ms"]["compute"]["count"] >= 5
+    assert record["artifact"]["sha256"] == sha256_file(model)
+    assert record["artifact"]["file"] == model.name
+    assert len(list((tmp_path / "out").glob("*--my model.json"))) == 1

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.sshd
 class Call(threading.Thread):
     """A call of `bench` beside the test, which does things to the board meanwhile."""
 
-    def __init__(self, bundle: Path, on: Sequence[str]) -> None:
+    def __init__(self, bundle: Path, on: Sequence[str], clean: bool = False) -> None:
         super().__init__()
-        self._asked = (bundle, on)
+        self._bundle, self._on, self._clean = bundle, on, clean
         self.told: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.error: BaseException | None = None
@@ -32,7 +32,7 @@ class Call(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.records = bench([self._asked[0]], "quick", on=self._asked[1], say=self.told.append)
+            self.records = bench([self._bundle], "quick", on=self._on, clean=self._clean, say=self.told.append)
         except BaseException as error:
             self.error = error
 
