@@ -194,5 +194,7 @@ def _lines(records: Sequence[Dict[str, Any]]) -> str:
             lines.append("{:10} {:.1f} images a second".format(name, record["throughput_ips"]))
         if record["energy_mj_per_inference"] is not None:
             lines.append("{:10} {:.2f} mJ an inference".format(name, record["energy_mj_per_inference"]))
+        if (record["stability"] or {}).get("stable"):
+            lines.append(f"{name:10} stable")
         lines += [f"{name:10} not stable: {why}" for why in (record["stability"] or {"why": []})["why"]]
     return "\n".join(lines)

@@ -129,6 +129,10 @@ def input_pool(subject: Subject, runner: Runner, batch: int) -> Pool:
             f"{subject.model_path} takes an input of shape {runner.input_shape}; "
             "[batch, C, H, W], or [batch, H, W, C] of pixels, with only the batch left open was expected."
         )
+    if isinstance(runner.input_shape[0], int) and runner.input_shape[0] != batch:
+        raise Failure(
+            f"{subject.model_path} takes batches of {runner.input_shape[0]} only; use --batch {runner.input_shape[0]}."
+        )
     bytes_each = int(np.prod(shape)) * (1 if runner.takes_pixels else 4)
     count = max(2, min(-(-POOL // batch), _POOL_BYTES // bytes_each))
     if subject.preprocess is not None and subject.images is not None and len(subject.images):

@@ -14,12 +14,12 @@ BUFFERS = ("auto", "pinned", "zero-copy")
 
 
 class Access(NamedTuple):
-    """How an engine is run: the way to CUDA (`cuda_access.WAYS`), the buffers, and whether as a CUDA graph.
+    """How an engine is run: the way to CUDA (`cuda_access.chosen_way`), the buffers, and whether as a CUDA graph.
 
     `buffers` "auto" is zero-copy where the GPU shares the CPU's memory, else pinned.
     """
 
-    cuda: str = "ctypes"
+    cuda: Optional[str] = None
     buffers: str = "pinned"
     graph: bool = False
 

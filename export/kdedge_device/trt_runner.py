@@ -14,7 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, Union
 
 import numpy as np
 
-from kdedge_device.cuda_access import CudaAccess, open_cuda
+from kdedge_device.cuda_access import CudaAccess, chosen_way, open_cuda
 from kdedge_device.failures import Failure
 from kdedge_device.trt import Here, Log, load_tensorrt, new_log
 from kdedge_device.trt_cache import read_engine
@@ -82,7 +82,7 @@ class TrtRunner:
     def __enter__(self) -> "TrtRunner":
         self._here = load_tensorrt() if self._here is None else self._here
         content, self.side = read_engine(self.model_path, self._here, self.expected)
-        cuda = open_cuda(self.access.cuda, 0, self._here.library)
+        cuda = open_cuda(chosen_way(self.access.cuda), 0, self._here.library)
         cuda.__enter__()
         self._cuda = cuda
         try:

@@ -160,3 +160,18 @@ def test_sixty_four_different_samples_go_round(bundle: Path, tmp_path: Path) -> 
     bare = open_subject(str(tmp_path / "bare.onnx"))
     with runner_of(bare) as runner:
         assert input_pool(bare, runner, 1)[1:] == (POOL, "random numbers")
+    (tmp_path / "two.onnx").write_bytes(linear_model(batch=2))
+    with pytest.raises(Failure, match=r"takes batches of 2 only; use --batch 2"):
+        bench(open_subject(str(tmp_path / "two.onnx")), SHORT, "custom")
+    assert bench(open_subject(str(tmp_path / "two.onnx")), SHORT, "custom", batch=2)["conditions"]["batch"] == 2
+
+
+def test_offline_tells_throughput_and_no_latency(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = run(capsys, bundle, "--offline", "--seconds", 0, "--runs", 100, "--warm-up", 0)
+    told = found["conditions"]["offline"]
+    assert (code, told["samples"], told["batch_ms"]["count"]) == (0, 112, 7), "16 images a call"
+    assert found["throughput_ips"] == 112 / told["seconds"]
+    assert set(found["latency_ms"].values()) == {None}
+    assert found["early_stopping_p90_ms"] is None
+    assert program.main(["bench", str(bundle), "--offline", "--seconds", "0", "--runs", "8", "--batch", "4"]) == 0
+    assert "images a second" in capsys.readouterr().out
