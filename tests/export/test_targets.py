@@ -127,6 +127,8 @@ def test_fp32_is_always_compared_with(tmp_path: Path) -> None:
 def test_an_unknown_name_says_which_there_are(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"no target 'jetson-orin-nona'.*Did you mean 'jetson-orin-nano'\?"):
         load("jetson-orin-nona")
+    with pytest.raises(ExportError, match=r"'jetson-nano': the last JetPack for that board is 4.*from JetPack 5 on"):
+        load("jetson-nano")
     for path, why in (("no/such.yaml", "No such file"), (f"{tmp_path}/", "Is a directory")):
         with pytest.raises(ExportError, match=f"cannot be read: {why}"):
             load(path)

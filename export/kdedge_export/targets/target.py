@@ -24,6 +24,7 @@ Precision = Literal["int8", "fp16", "fp32"]
 Runtime = Literal["tensorrt", "onnxruntime"]
 
 TAKEN = ("onnxruntime-cpu", "tensorrt")  # what gate.json calls this machine, and any TensorRT
+TOO_OLD = ("jetson-nano", "jetson-tx1", "jetson-tx2")
 FORMS = {
     "onnxruntime": {ARTIFACTS[name].file: name for name in ("int8", "fp16", "fp32")},
     "tensorrt": {ARTIFACTS[name].file: name for name in ("trt", "trt-fp16", "fp16", "fp32")},
@@ -165,6 +166,11 @@ def _found(name_or_path: str) -> tuple[str, str]:
     for name, file in _shipped():
         if name == name_or_path:
             return f"target {name}", file.read_text(encoding="utf-8")
+    if name_or_path in TOO_OLD:
+        raise ExportError(
+            f"There is no target '{name_or_path}': the last JetPack for that board is 4, with TensorRT 8.2 and Python 3.6, "
+            "and bundles run from JetPack 5 on."
+        )
     hint = did_you_mean(name_or_path, names())
     raise ExportError(
         f"There is no target '{name_or_path}'; there are {', '.join(names())}, and any path to a .yaml file.{hint}"
