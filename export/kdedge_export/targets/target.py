@@ -168,8 +168,8 @@ def _found(name_or_path: str) -> tuple[str, str]:
             return f"target {name}", file.read_text(encoding="utf-8")
     if name_or_path in TOO_OLD:
         raise ExportError(
-            f"There is no target '{name_or_path}': the last JetPack for that board is 4, with TensorRT 8.2 and Python 3.6, "
-            "and bundles run from JetPack 5 on."
+            f"There is no target '{name_or_path}': the last JetPack for that board is 4, with TensorRT 8.2 and "
+            "Python 3.6, and bundles run from JetPack 5 on."
         )
     hint = did_you_mean(name_or_path, names())
     raise ExportError(
