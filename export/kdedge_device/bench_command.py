@@ -112,6 +112,8 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     tensorrt = options.runtime == "tensorrt"
     batch = 1 if options.batch is None and not options.offline else options.batch
     subject = open_subject(work.path, options.artifact, batch or 1, tensorrt, options.engines)
+    if not tensorrt and not subject.model_path.endswith(".engine") and _engines_beside(subject.model_path):
+        _say("There are engines, too: --runtime tensorrt measures one of them, --artifact all every one that fits.")
     access = Access(chosen_way(options.cuda), options.buffers, not options.no_cuda_graph)
     if options.offline:
         document = offline(subject, work.effort, work.name, options.threads, batch or 0, access)
@@ -124,6 +126,10 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     asked = "off" if options.times else options.trtexec
     done.record["cross_check"] = cross_check(subject, done.record, work.effort, asked, _say)
     return done.record, _lines([done.record]), 0
+
+
+def _engines_beside(path: str) -> bool:
+    return any(name.endswith(".engine") for name in os.listdir(os.path.dirname(path) or "."))
 
 
 def _passed_on(options: argparse.Namespace, effort: Effort) -> List[str]:

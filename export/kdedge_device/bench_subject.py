@@ -3,6 +3,7 @@
 A pool of 64 different samples goes round, so that no cache is flattered by one input that is always the same.
 """
 
+import importlib.util
 import os
 from io import BytesIO
 from typing import Any, Dict, List, NamedTuple, Optional, Union
@@ -15,7 +16,7 @@ from kdedge_device.manifest import Bundle
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import Here, load_tensorrt
-from kdedge_device.trt_bundle import ENGINES, open_engine, open_precision, source_artifact
+from kdedge_device.trt_bundle import ENGINES, has_engines, open_engine, open_precision, source_artifact
 from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
 
@@ -59,11 +60,14 @@ def open_subject(
 ) -> Subject:
     """A bundle folder (its shipped artifact, or the one named) or a model file, with the bundle around it if any.
 
-    `tensorrt`: `artifact` names a precision, whose engine for this machine is taken, from the folder `engines` first.
+    `tensorrt`: `artifact` names a precision, whose engine for this machine is taken, from the folder `engines` first;
+    without one the first that is there of INT8, FP16 and FP32. So is done too where there are engines and nothing was
+    named, but ONNX Runtime is not installed.
     """
     if os.path.isdir(path):
         bundle = Bundle(path)
-        if tensorrt:
+        alone = artifact is None and has_engines(bundle) and importlib.util.find_spec("onnxruntime") is None
+        if tensorrt or alone:
             return _engine(bundle, artifact, batch, engines)
         return _from_bundle(bundle, bundle.artifact(artifact), batch)
     if artifact is not None or tensorrt:
@@ -89,13 +93,19 @@ def _from_bundle(bundle: Bundle, name: str, batch: int) -> Subject:
     return _built(bundle, open_engine(bundle, name, here, batch=batch), here, name)
 
 
-def _engine(bundle: Bundle, precision: Optional[str], batch: int, folder: Optional[str]) -> Subject:
-    wanted = ENGINES.get("int8" if precision is None else precision)
-    if wanted is None:
-        raise Failure(f"There is no engine '{precision}'; --artifact takes one of {', '.join(ENGINES)}.")
+def _engine(bundle: Bundle, named: Optional[str], batch: int, folder: Optional[str]) -> Subject:
+    if named is not None and named not in ENGINES:
+        raise Failure(f"There is no engine '{named}'; --artifact takes one of {', '.join(ENGINES)}.")
     here = load_tensorrt()
-    name = source_artifact(bundle, wanted, here) if wanted == "int8" else wanted
-    return _built(bundle, open_precision(bundle, wanted, here, batch=batch, folder=folder), here, name)
+    reasons = []
+    for precision in ("int8", "fp16", "fp32") if named is None else (ENGINES[named],):
+        try:
+            runner = open_precision(bundle, precision, here, batch=batch, folder=folder)
+            name = source_artifact(bundle, precision, here) if precision == "int8" else precision
+            return _built(bundle, runner, here, name)
+        except Failure as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _built(bundle: Bundle, runner: TrtRunner, here: Here, name: str) -> Subject:

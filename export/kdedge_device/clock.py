@@ -54,7 +54,7 @@ EFFORTS = {
 
 
 class WarmUp(NamedTuple):
-    """What preceded a measurement. `steady`: its last three parts took the same; None where it was too short to tell."""
+    """What preceded a measurement. `steady`: its last three parts took the same; None where it was too short."""
 
     seconds: float
     runs: int

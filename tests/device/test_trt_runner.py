@@ -202,6 +202,15 @@ def test_engines_are_timed_with_and_without_copies(
         assert found["throughput_ips"] == pytest.approx(1e3 / found["latency_ms"]["with_copies"]["mean"])
     with pytest.raises(Failure, match=r"refused an input of shape \(2, 1, 4, 4\)"):
         bench(open_subject(path), effort, "custom", batch=2)
+    with pytest.raises(Failure, match=r"There is no engine 'int3'; --artifact takes one of trt, trt-fp16, int8, fp16"):
+        open_subject(str(trt_bundle_folder), "int3", tensorrt=True)
+    assert open_subject(str(trt_bundle_folder), tensorrt=True).name == "trt-fp16"
+    assert open_subject(str(trt_bundle_folder)).name == "fp32", "the shipped one"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert open_subject(str(trt_bundle_folder)).model_path == path, "where there is no ONNX Runtime for that"
+    monkeypatch.undo()
+    for module in ("bench_subject", "trt_bundle", "trt_runner"):
+        monkeypatch.setattr(f"kdedge_device.{module}.load_tensorrt", lambda: here)
     big = built(trt_bundle_folder, here, "fp16", batch=(8, 8, 8))["engine"]
     with pytest.raises(Failure, match=r"computes 8 images a call, also for 1\. Measure it with --batch 8"):
         bench(open_subject(big), effort, "custom")
