@@ -53,7 +53,7 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
     default=1.0,
     show_default=True,
     metavar="POINTS",
-    help="Ship INT8 only if it disagrees with FP32 on at most this many of 100 images.",
+    help="Ship INT8 only if it is expected to lose at most this much accuracy, in points of 100.",
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For the latency of the gate."

@@ -52,6 +52,11 @@ from kdedge_export.trt.fp16 import overflowing, write_fp16
 __all__ = ["CPU", "TENSORRT", "Options", "export_file", "export_run"]
 
 CPU, TENSORRT = "onnxruntime-cpu", "tensorrt"
+TENSORRT_FILES: tuple[tuple[str, Literal["int8", "fp16"]], ...] = (
+    ("trt", "int8"),
+    ("trt-fp16", "int8"),
+    ("fp16", "fp16"),
+)
 GOLDEN_IMAGES = 8
 PROVED_IMAGES = 500  # files for TensorRT are emulated, ten times as slowly as a CPU's file runs
 LAYER_IMAGES = 4
@@ -112,7 +117,7 @@ class _Export:
         self.subject, self.options, self.out, self.say = subject, options, out, say
         self.preprocess, self.images = subject.preprocess, subject.images
         self.qat = qat_config(options.settings, options.qat_steps)
-        self.raced: tuple[tuple[tuple[str, ...], bytes], Race] | None = None
+        self.raced: dict[str, tuple[bytes, Race]] = {}  # by file; the content that was timed
 
     def whole(self) -> dict[str, Any]:
         """Everything; an interrupted calibration is kept to be gone on with, one that failed is not."""
@@ -253,28 +258,36 @@ class _Export:
 
     def _speed(self, model: onnx.ModelProto) -> Speedup:
         self.files.write("int8", model)
-        return self._race(("fp32", "int8")).speedups["int8"]
+        return self._race("int8").speedups["int8"]
 
-    def _race(self, names: tuple[str, ...]) -> Race:
-        """The files in turn; kept, since the one that the search ends with is most often the last that it measured."""
-        key = (names, self.files.path(names[-1]).read_bytes())
-        if self.raced is None or self.raced[0] != key:
-            self.say(f"Measuring {' and '.join(name.upper() for name in names)} in turn")
-            self.raced = key, race(names, lambda name: measure_alone(self.files.path(name), self.options.threads))
-        return self.raced[1]
+    def _race(self, name: str) -> Race:
+        """A file against FP32; kept, since the one that the search ends with is most often the last that it timed."""
+        content = self.files.path(name).read_bytes()
+        if name not in self.raced or self.raced[name][0] != content:
+            self.say(f"Measuring FP32 and {name.upper()} in turn")
+            both = race(("fp32", name), lambda each: measure_alone(self.files.path(each), self.options.threads))
+            self.raced[name] = content, both
+        return self.raced[name][1]
+
+    def _timed(self) -> dict[str, tuple[dict[str, Any], list[float]]]:
+        """By file: its record, and the medians of its rounds. FP32's is that of the first race."""
+        found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+        for _, raced in self.raced.values():
+            for name, record in raced.records.items():
+                found.setdefault(name, (record, raced.rounds_ms[name]))
+        return found
 
     def _decisions(self, quantized: Quantized | None) -> list[Decision]:
         """What ships on this machine's CPU, and what is known of TensorRT's files before they were timed."""
         budget, here = self.options.max_drop_points, []
         names = tuple(name for name in ("int8", "fp16") if name in self.files.names and self._asked(name))
-        speedups = self._race(("fp32", *names)).speedups if names else {}
         for name in names:
             found = quantized.searched.agreement if quantized and name == "int8" else self._agreement(name)
-            here.append(Candidate(name, name, found, speedups[name]))
+            here.append(Candidate(name, name, found, self._race(name).speedups[name]))
         known = {each.name: each.agreement for each in here}
         decisions = [judge(CPU, here, budget)]
         if quantized:
-            decisions.append(judge(TENSORRT, self._untimed([("trt", "int8"), ("fp16", "fp16")], known), budget))
+            decisions.append(judge(TENSORRT, self._untimed(TENSORRT_FILES, known), budget))
         for target in self.options.targets:
             wanted = target.candidates(self.files.names)
             timed = [each for each in here if (each.name, each.precision) in wanted] if self._is_here(target) else []
@@ -368,14 +381,14 @@ class _Export:
         for target in self.options.targets:
             gate["targets"][target.name]["target"] = target.settings()
         if self.raced:
-            kept, raced = ("conditions", "repeats", "started_at"), self.raced[1]
+            kept = ("conditions", "repeats", "started_at")
             gate["targets"][CPU]["latency"] = {
                 name: {
                     "compute_ms": record["latency_ms"]["compute"],
-                    "rounds_ms": raced.rounds_ms[name],
+                    "rounds_ms": rounds_ms,
                     **{key: record[key] for key in kept},
                 }
-                for name, record in raced.records.items()
+                for name, (record, rounds_ms) in self._timed().items()
             }
         write_json(self.folder / "gate.json", gate)
         write_json(self.folder / "proof.json", proof.to_json())
@@ -433,10 +446,11 @@ class _Export:
         self, decision: Decision, gate: dict[str, Any], test: Logits, proof: Proof, engines: dict[str, Any] | None
     ) -> dict[str, Any]:
         artifacts: dict[str, dict[str, Any]] = {}
+        timed = self._timed()
         for name, value in self._accuracy(test).items():
             artifacts[name] = {"accuracy": value, "bytes": self.files.path(name).stat().st_size}
-            if self.raced and name in self.raced[1].records:
-                compute = self.raced[1].records[name]["latency_ms"]["compute"]
+            if name in timed:
+                compute = timed[name][0]["latency_ms"]["compute"]
                 artifacts[name] |= {f"latency_ms_{key}": compute[key] for key in ("p50", "p90")}
         return {
             "artifacts": artifacts,
