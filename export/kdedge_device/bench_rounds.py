@@ -14,16 +14,25 @@ import tempfile
 import uuid
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
-from kdedge_device import failures
 from kdedge_device.children import child
 from kdedge_device.clock import early_stopping_p90, summarize, unstable
-from kdedge_device.failures import Failure
+from kdedge_device.failures import (
+    BudgetFailure,
+    CorruptFailure,
+    DeviceFailure,
+    Failure,
+    RuntimeFailure,
+    VersionFailure,
+)
 
 __all__ = ["Job", "Told", "in_turn", "new_session", "one_round", "pooled"]
 
 Record = Dict[str, Any]
 Times = Dict[str, Optional[List[int]]]
 _PARTS = ("compute", "with_copies", "end_to_end")
+_CLASSES: Dict[int, Type[Failure]] = {
+    each.exit_code: each for each in (BudgetFailure, VersionFailure, DeviceFailure, CorruptFailure, RuntimeFailure)
+}
 
 
 class Job(NamedTuple):
@@ -94,9 +103,8 @@ def one_round(job: Job) -> Told:
 
 
 def _failure(job: Job, document: Dict[str, Any], done: "subprocess.CompletedProcess[bytes]") -> Failure:
-    kind: Type[Failure] = getattr(failures, str(document.get("class")), Failure)
     if "error" in document:
-        return kind(str(document["error"]))
+        return _CLASSES.get(done.returncode, Failure)(str(document["error"]))
     last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
     return Failure(f"The measurement of {job.name} ended with code {done.returncode}: {last[0]}")
 
