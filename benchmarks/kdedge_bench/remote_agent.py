@@ -191,37 +191,40 @@ def _append(part: Path, content: bytes, piece: Request) -> int:
 def _place(root: Path, request: Request) -> Request:
     """Give the files their names in the bundle's folder; engines made there stay. {busy: job} while it is measured."""
     folder, files = root / "bundles" / _plain(request["bundle"]), request["files"]
+    arrived = {name: root / "incoming" / _plain(sha256) for name, (sha256, _) in files.items()}
     with _alone(root):
-        if _stamp(folder) == files:
+        if _stamp(folder) == files and not any(path.exists() for path in arrived.values()):
             return {}
         for job in (root / "jobs").iterdir():
             if _held(job / "lock") and _json(job / "job.json").get("bundle") == request["bundle"]:
                 return {"busy": job.name}
         folder.mkdir(mode=0o700, exist_ok=True)
-        (folder / STAMP).unlink() if (folder / STAMP).exists() else None
-        for name, (sha256, _) in files.items():
-            arrived = root / "incoming" / _plain(sha256)
-            if arrived.exists():
-                _link(arrived, folder / f"{_plain(name)}.part")
+        _remove(folder / STAMP)
+        for name, path in arrived.items():
+            if path.exists():
+                _link(path, folder / f"{_plain(name)}.part")
                 (folder / f"{name}.part").replace(folder / name)
         for path in folder.iterdir():
-            if path.name not in files and ".engine" not in path.name:
+            if path.name not in files and ".engine" not in path.name and not path.is_dir():
                 path.unlink()
-        for sha256, _ in files.values():
-            with contextlib.suppress(FileNotFoundError):
-                (root / "incoming" / sha256).unlink()
+        for path in arrived.values():
+            _remove(path)
         (folder / STAMP).write_text(json.dumps(files), encoding="utf-8")
     return {}
 
 
 def _link(old: Path, new: Path) -> None:
     """A second name, since two files of a bundle may be equal, and a copy could fill the disk."""
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
+    _remove(new)
     try:
         os.link(old, new)
     except OSError:  # a file system without
         shutil.copyfile(old, new)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
 
 
 def _stamp(folder: Path) -> Request:
@@ -344,9 +347,10 @@ def _kill(folder: Path) -> None:
 
 
 def _wait(root: Path, request: Request) -> Request:
-    """Until the job has ended, without a look at the clock that would disturb it: {state, exit_code, stdout, stderr}.
+    """Until the job has ended and its lock is free: {state, exit_code, stdout, stderr}.
 
-    New lines of its standard error are answers of their own, {progress}. Ends as well where nobody listens any more.
+    It sleeps meanwhile, in this one process, so as not to disturb what is measured. New lines of the job's standard
+    error are answers of their own, {progress}. Ends as well where nobody listens any more.
     """
     folder = root / "jobs" / _plain(request["job"])
     ended, told = os.pipe()
@@ -399,14 +403,15 @@ def _stop(root: Path, request: Request) -> Request:
 
 def _forget(root: Path, request: Request) -> Request:
     """A job's folder goes; with `clean` the bundle's too, and what is left of the root where nothing else is in it."""
+    job = root / "jobs" / _plain(request["job"])
     with _alone(root):
-        shutil.rmtree(root / "jobs" / _plain(request["job"]), ignore_errors=True)
+        if not _held(job / "lock"):  # another call may have begun it again
+            shutil.rmtree(job, ignore_errors=True)
         if request["clean"] or not request["kept"]:
             shutil.rmtree(root / "bundles" / _plain(request["bundle"]), ignore_errors=True)
             for sha256, _ in request["files"].values():
                 for end in ("", ".part"):
-                    with contextlib.suppress(FileNotFoundError):
-                        (root / "incoming" / f"{_plain(sha256)}{end}").unlink()
+                    _remove(root / "incoming" / f"{_plain(sha256)}{end}")
             if not any(any((root / part).iterdir()) for part in ("bundles", "incoming", "jobs")):
                 shutil.rmtree(root, ignore_errors=True)
     return {}

@@ -132,6 +132,9 @@ class Board:
     def measured(self) -> int:
         return sum(not call.startswith("info") for call in self.calls())
 
+    def connections(self) -> int:
+        return (self.folder / "sshd.log").read_text().count("Accepted publickey")
+
     def started(self) -> None:
         _until(lambda: (self.home / "begun").exists())
 

@@ -61,6 +61,7 @@ def test_records_come_back_and_only_changes_travel(board: Board, bundle: Path) -
     assert any("sending 4 of 4 files" in line for line in told)
     assert any("measuring fp32" in line for line in told)
     assert nothing_is_left(board)
+    assert board.connections() == 1
     told.clear()
     write_bundle(bundle, model=b"other" * 1000)
     bench([bundle], "quick", on=[board.address], say=told.append)
@@ -71,10 +72,16 @@ def test_records_come_back_and_only_changes_travel(board: Board, bundle: Path) -
         assert (copy / path.name).read_bytes() == path.read_bytes()
     told.clear()
     (copy / "int8-87-1030.engine").touch()
+    (copy / "of-the-user").mkdir()
+    (copy / "model.onnx").write_bytes(b"damaged")
+    bench([bundle], "quick", on=[board.address], say=told.append)
+    assert any("sending 1 of 4 files" in line for line in told)
+    assert (copy / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+    assert (copy / "int8-87-1030.engine").exists()
+    told.clear()
     bench([bundle], "quick", on=[board.address], say=told.append)
     assert any("all 4 files are there" in line for line in told)
-    assert (copy / "int8-87-1030.engine").exists()
-    assert board.measured() == 3
+    assert board.measured() == 4
 
 
 def test_a_call_of_another_command(board: Board, bundle: Path, tmp_path: Path) -> None:
