@@ -82,10 +82,14 @@ def finished_on(
 
 def _document(ended: Document) -> Document | None:
     try:
-        document = json.loads(ended.get("stdout") or "")
-    except ValueError:
+        document = json.loads(ended.get("stdout") or "", parse_constant=_refuse)
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON, and a record could not be written with it")
 
 
 @dataclass

@@ -203,7 +203,10 @@ class Link:
             found += piece
             if len(found) > MOST_BYTES:
                 raise DeviceError(f"{self.place.name} answers more than {MOST_BYTES >> 20} MiB. That is no kdedge.")
-            found, replies = _replies(found, f"\nkdedge-{request['mark']} ".encode())
+            try:
+                found, replies = _replies(found, f"\nkdedge-{request['mark']} ".encode())
+            except (ValueError, RecursionError) as error:
+                raise DeviceError(f"{self.place.name} answers what is no JSON ({shown(str(error))}).") from None
             for reply in replies:
                 if "progress" not in reply:
                     return reply

@@ -100,6 +100,19 @@ def test_nothing_but_python(board: Board, bundle: Path) -> None:
     assert not list((board.cache / "jobs").iterdir())
 
 
+NONSENSE = (
+    "import json, sys\nsent = sys.stdin.buffer\nsent.read(int(sent.readline()))\n"
+    "print('\\nkdedge-%s 3\\n{{{' % json.loads(sent.readline())['mark'])\nsys.exit()\n"
+)
+
+
+def test_a_board_that_answers_nonsense(board: Board, bundle: Path) -> None:
+    board.python(NONSENSE)
+    assert "answers what is no JSON" in refused(board, bundle)
+    board.python("print('x' * (1 << 20))\nimport sys\nsys.exit(3)")
+    assert "answers, but not as a board should (exit code 3)" in refused(board, bundle)
+
+
 def test_an_environment_for_kdedge_is_used(board: Board, bundle: Path) -> None:
     own = board.home / ".kdedge" / "venv" / "bin" / "python3"
     own.parent.mkdir(parents=True)
@@ -169,6 +182,7 @@ def test_a_home_that_is_read_only(boards: Boards, bundle: Path) -> None:
             2,
             "fp32 is not run: No runt",
         ),
+        ({"stdout": '{"records": [NaN]}'}, DeviceError, 1, "ended with code 0 and no result"),
         ({"document": {"records": [{"schema": 1}]}}, DeviceError, 2, "has no 'artifact'"),
         ({"document": {"records": [record("../../x")]}}, DeviceError, 2, "'../../x'; a name such as int8 was"),
         (
