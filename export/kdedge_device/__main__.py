@@ -19,7 +19,6 @@ from kdedge_device.failures import Failure, RuntimeFailure
 __all__ = ["SCHEMA", "main"]
 
 SCHEMA = 1  # of every document that has none of its own
-_ENGINES = {"trt": "int8", "int8": "int8", "fp16": "fp16", "fp32": "fp32"}  # what --artifact names -> its precision
 _BUG = 70  # as sysexits.h has it; Python's own 1 would say that a check failed
 _Answer = Tuple[Dict[str, Any], str, int]
 
@@ -87,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--threads", type=int, default=1, help="threads inside an operator (default 1)")
     runtime = _Parser(add_help=False)
     runtime.add_argument(
-        "--runtime", choices=("onnxruntime", "tensorrt"), help="tensorrt: the engine that `build` made of the artifact"
+        "--runtime",
+        choices=("onnxruntime", "tensorrt"),
+        help="tensorrt: an engine that `build` made, by precision (default: what the artifact is for)",
     )
 
     def add(name: str, command: Callable[[argparse.Namespace], _Answer], text: str, *more: Any) -> Any:
@@ -156,13 +157,13 @@ def _check(options: argparse.Namespace) -> _Answer:
 
 def _build(options: argparse.Namespace) -> _Answer:
     from kdedge_device.trt_build import BuildOptions
-    from kdedge_device.trt_bundle import build_for_bundle
+    from kdedge_device.trt_bundle import ENGINES, build_for_bundle
 
     options.bundle = options.model or options.bundle
     wanted = options.artifact or "trt"
-    if wanted not in _ENGINES:
-        raise Failure(f"There is no engine '{wanted}'; --artifact takes one of {', '.join(_ENGINES)}.")
-    choice = BuildOptions(_ENGINES[wanted], (options.batch,) * 3, options.workspace_mib)
+    if wanted not in ENGINES:
+        raise Failure(f"There is no engine '{wanted}'; --artifact takes one of {', '.join(ENGINES)}.")
+    choice = BuildOptions(ENGINES[wanted], (options.batch,) * 3, options.workspace_mib)
     document = build_for_bundle(_bundle(options), choice, options.engines, options.rebuild)
     report = document["side"]["report"]
     layers = report.get("layers", {})

@@ -3,6 +3,7 @@
 N images, H x W x C each, K classes.
 """
 
+import importlib.util
 import os
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -13,7 +14,9 @@ from kdedge_device.failures import BudgetFailure, CorruptFailure, DeviceFailure,
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 from kdedge_device.runners import OrtRunner
-from kdedge_device.trt_bundle import has_engines, open_engine
+from kdedge_device.trt import load_tensorrt
+from kdedge_device.trt_build import BuildOptions
+from kdedge_device.trt_bundle import ENGINES, find_engine, has_engines, open_engine, open_precision
 from kdedge_device.trt_runner import TrtRunner
 
 __all__ = ["check", "evaluate", "input_of", "logits_of", "open_runner", "predict"]
@@ -38,17 +41,33 @@ def open_runner(
 ) -> Runner:
     """A runner of an artifact, the shipped one unless named: ONNX Runtime, or the engine built from it on this machine.
 
-    `runtime` "tensorrt" takes the engine also of an artifact that ONNX Runtime can run. RuntimeFailure where the
-    runtime, or the engine, is not here.
+    `runtime` "tensorrt" takes an engine also of what ONNX Runtime can run, by precision: int8, fp16 or fp32, the first
+    that is here unless named. So does a machine that has engines and no ONNX Runtime. RuntimeFailure where the runtime,
+    or the engine, is not here.
     """
+    only_engines = artifact is None and has_engines(bundle) and importlib.util.find_spec(OrtRunner.runtime) is None
+    if runtime == TrtRunner.runtime or (runtime is None and only_engines):
+        return _open_precision(bundle, artifact)
     name = bundle.artifact(artifact)
-    if runtime == TrtRunner.runtime or (_runtime(bundle, name) == TrtRunner.runtime and has_engines(bundle)):
+    if _runtime(bundle, name) == TrtRunner.runtime and runtime is None and has_engines(bundle):
         return open_engine(bundle, name)
     why = _not_run_here(bundle, name)
     if why:
         runnable = ", ".join(sorted(each for each in bundle.artifacts if not _not_run_here(bundle, each)))
         raise RuntimeFailure(f"The artifact '{name}' cannot be run by ONNX Runtime: {why}. It runs: {runnable}.")
     return OrtRunner(bundle.model_path(name), threads)
+
+
+def _open_precision(bundle: Bundle, artifact: Optional[str]) -> TrtRunner:
+    if artifact is not None and artifact not in ENGINES:
+        raise Failure(f"There is no engine '{artifact}'; --artifact takes one of {', '.join(ENGINES)}.")
+    here = load_tensorrt()
+    if artifact is not None:
+        return open_precision(bundle, ENGINES[artifact], here)
+    for precision in ("int8", "fp16"):
+        if find_engine(bundle, BuildOptions(precision), here) is not None:
+            return open_precision(bundle, precision, here)
+    return open_precision(bundle, "fp32", here)
 
 
 def _runtime(bundle: Bundle, name: str) -> str:
@@ -126,16 +145,16 @@ def evaluate(
     None is the bundle's own eval.npz. {artifact, sha256, runtime, version, data, data_sha256, accuracy, images,
     correct, per_class: {class: [correct, images]}, unreadable: [{path, error}]}; `data_sha256` is null for a folder.
     """
-    name = bundle.artifact(artifact)
     source = _shard(bundle) if data is None else data
     unreadable: List[Dict[str, str]] = []
     counts = {cls: [0, 0] for cls in bundle.classes}
-    with open_runner(bundle, name, threads, runtime) as runner:
+    with open_runner(bundle, artifact, threads, runtime) as runner:
         for images, labels in _batches(_labelled(bundle, source, unreadable)):
             hits = _checked(bundle, runner, images).argmax(1) == labels
             for label, hit in zip(labels, hits):
                 counts[bundle.classes[label]][0] += int(hit)
                 counts[bundle.classes[label]][1] += 1
+        name = artifact or (runner.precision if isinstance(runner, TrtRunner) else bundle.shipped)
         ran = {"sha256": sha256_file(runner.model_path), "runtime": runner.runtime, "version": runner.version}
     correct = sum(pair[0] for pair in counts.values())
     total = sum(pair[1] for pair in counts.values())

@@ -99,7 +99,7 @@ def test_every_command_on_every_version(version: str, run: Run, trt_bundle_folde
     np.savez(tmp_path / "eval.npz", images=images, labels=np.array([0, 1]))
     artifact = "trt" if int(version.split(".")[0]) < 11 else "trt-fp16"
     named = ["--artifact", artifact]
-    before, built, checked, scored, answered, fp32 = run(
+    before, built, checked, scored, answered, fp32, _, half, best = run(
         version,
         ["check"],
         ["build"],
@@ -107,6 +107,9 @@ def test_every_command_on_every_version(version: str, run: Run, trt_bundle_folde
         ["eval", "--data", tmp_path / "eval.npz", *named],
         ["predict", tmp_path / "eval.npz", *named],
         ["predict", tmp_path / "eval.npz", "--artifact", "fp32", "--runtime", "tensorrt"],
+        ["build", "--artifact", "fp16"],
+        ["eval", "--data", tmp_path / "eval.npz", "--artifact", "fp16", "--runtime", "tensorrt"],
+        ["eval", "--data", tmp_path / "eval.npz", "--runtime", "tensorrt"],
     )
     assert before[0] == 0
     assert artifact in before[1]["not_run"], "ONNX Runtime proves the rest where nothing was built yet"
@@ -118,6 +121,22 @@ def test_every_command_on_every_version(version: str, run: Run, trt_bundle_folde
     assert [each["class"] for each in answered[1]["predictions"]] == ["dark", "bright"]
     assert (fp32[0], fp32[1]["class"]) == (6, "RuntimeFailure"), "of FP32 there is no engine"
     assert "run.pyz build --artifact fp32" in fp32[1]["error"]
+    assert (half[1]["artifact"], half[1]["runtime"], half[1]["accuracy"]) == ("fp16", "tensorrt", 1.0)
+    assert best[1]["artifact"] == "int8", "the first of int8, fp16 and fp32 that is here"
+
+
+def test_a_board_without_onnx_runtime_takes_its_engines(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", np.full((4, 4), 255, np.uint8))
+    np.savez(tmp_path / "data.npz", images=np.full((1, 4, 4), 255, np.uint8), labels=np.array([1]))
+    ((built, _),) = run(NEW, ["build"])
+    assert built == 0
+    # The fake TensorRT itself runs on ONNX Runtime: only run.pyz is not to find it.
+    hide = "import importlib.util as u; find = u.find_spec; "
+    hide += "u.find_spec = lambda name, *rest: None if name == 'onnxruntime' else find(name, *rest)"
+    (tmp_path / "site" / "sitecustomize.py").write_text(hide)
+    (answered, scored) = run(NEW, ["predict", tmp_path / "image.npy"], ["eval", "--data", tmp_path / "data.npz"])
+    assert (answered[0], answered[1]["predictions"][0]["class"]) == (0, "bright")
+    assert (scored[0], scored[1]["artifact"], scored[1]["runtime"]) == (0, "int8", "tensorrt")
 
 
 def test_an_engine_from_elsewhere_is_never_deserialized(run: Run, trt_bundle_folder: Path, tmp_path: Path) -> None:
