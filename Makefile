@@ -1,11 +1,13 @@
 # make demo   train, export INT8, measure and report on the embedded digits; about five minutes on 2 CPU cores
 # make test   everything the project checks of itself
-# Both set up .venv first, once. PYTHON=/path/to/python3.12 chooses the interpreter; ARGS="-k cli" goes to pytest.
+# make arm64, make interpreters   what test leaves out, because it downloads: a bundle on emulated arm64, and under every
+#                                 CPython 3.8 to 3.13 of this machine; RECORD=FILE writes down what was seen
+# All set up .venv first, once. PYTHON=/path/to/python3.12 chooses the interpreter; ARGS="-k cli" goes to pytest.
 #
 # Names are relative and quoted throughout, and the programs of .venv are called as `python -m ...`: the checkout may lie
 # in a folder with a space in its name, which neither a make target nor the first line of a script survives.
 
-.PHONY: demo test setup lock clean
+.PHONY: demo test arm64 interpreters setup lock clean
 .DEFAULT_GOAL := setup
 
 PY := .venv/bin/python
@@ -28,6 +30,13 @@ test: $(STAMP)
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PY) -m pytest $(ARGS)
+
+# Downloads go to ~/.cache/kdedge/proofs. BUNDLE=FOLDER takes a bundle of yours.
+arm64: $(STAMP)
+	BUNDLE="$(BUNDLE)" RECORD="$(RECORD)" $(PY) -m tests.device.arm64.prove
+
+interpreters: $(STAMP)
+	BUNDLE="$(BUNDLE)" RECORD="$(RECORD)" $(PY) -m tests.device.prove_interpreters
 
 setup: $(STAMP)
 

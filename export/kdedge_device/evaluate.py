@@ -3,25 +3,21 @@
 N images, H x W x C each, K classes.
 """
 
-import importlib.util
 import os
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from kdedge_device.arrays import read_npz
+from kdedge_device.choose_runner import Runner, open_runner, runtime_of, why_not_onnxruntime
 from kdedge_device.failures import BudgetFailure, CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
-from kdedge_device.runners import OrtRunner
-from kdedge_device.trt import load_tensorrt
-from kdedge_device.trt_build import BuildOptions
-from kdedge_device.trt_bundle import ENGINES, find_engine, has_engines, open_engine, open_precision
+from kdedge_device.trt_bundle import has_engines
 from kdedge_device.trt_runner import TrtRunner
 
-__all__ = ["check", "evaluate", "input_of", "logits_of", "open_runner", "predict"]
+__all__ = ["check", "evaluate", "input_of", "logits_of", "predict"]
 
-Runner = Union[OrtRunner, TrtRunner]
 BATCH = 32
 
 
@@ -34,54 +30,6 @@ def logits_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, A
 def input_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """What `runner` takes for uint8 [N, H, W, C]: those, or float32 [N, C, H, W], as its file says."""
     return images if runner.takes_pixels else preprocess.normalize(images)
-
-
-def open_runner(
-    bundle: Bundle, artifact: Optional[str] = None, threads: int = 1, runtime: Optional[str] = None
-) -> Runner:
-    """A runner of an artifact, the shipped one unless named: ONNX Runtime, or the engine built from it on this machine.
-
-    `runtime` "tensorrt" takes an engine also of what ONNX Runtime can run, by precision: int8, fp16 or fp32, the first
-    that is here unless named. So does a machine that has engines and no ONNX Runtime. RuntimeFailure where the runtime,
-    or the engine, is not here.
-    """
-    only_engines = artifact is None and has_engines(bundle) and importlib.util.find_spec(OrtRunner.runtime) is None
-    if runtime == TrtRunner.runtime or (runtime is None and only_engines):
-        return _open_precision(bundle, artifact)
-    name = bundle.artifact(artifact)
-    if _runtime(bundle, name) == TrtRunner.runtime and runtime is None and has_engines(bundle):
-        return open_engine(bundle, name)
-    why = _not_run_here(bundle, name)
-    if why:
-        runnable = ", ".join(sorted(each for each in bundle.artifacts if not _not_run_here(bundle, each)))
-        raise RuntimeFailure(f"The artifact '{name}' cannot be run by ONNX Runtime: {why}. It runs: {runnable}.")
-    return OrtRunner(bundle.model_path(name), threads)
-
-
-def _open_precision(bundle: Bundle, artifact: Optional[str]) -> TrtRunner:
-    if artifact is not None and artifact not in ENGINES:
-        raise Failure(f"There is no engine '{artifact}'; --artifact takes one of {', '.join(ENGINES)}.")
-    here = load_tensorrt()
-    if artifact is not None:
-        return open_precision(bundle, ENGINES[artifact], here)
-    for precision in ("int8", "fp16"):
-        if find_engine(bundle, BuildOptions(precision), here) is not None:
-            return open_precision(bundle, precision, here)
-    return open_precision(bundle, "fp32", here)
-
-
-def _runtime(bundle: Bundle, name: str) -> str:
-    return str(bundle.artifacts[name].get("runtime", OrtRunner.runtime))
-
-
-def _not_run_here(bundle: Bundle, name: str) -> str:
-    """Why an artifact is not for ONNX Runtime; empty where it is. A TensorRT file would load, and be slow or wrong."""
-    runtime = _runtime(bundle, name)
-    if runtime == OrtRunner.runtime:
-        return ""
-    if runtime == TrtRunner.runtime:
-        return "it needs TensorRT and an engine, which `python run.pyz build` makes"
-    return f"it needs {runtime}"
 
 
 def softmax(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
@@ -281,8 +229,8 @@ def _golden_logits(
     bundle: Bundle, name: str, images: "np.ndarray[Any, Any]", threads: int
 ) -> "Tuple[Optional[np.ndarray[Any, Any]], str]":
     """The logits of an artifact; or None, and why it cannot be run on this machine, which is no fault of the bundle."""
-    engine = _runtime(bundle, name) == TrtRunner.runtime
-    why = _not_run_here(bundle, name)
+    engine = runtime_of(bundle, name) == TrtRunner.runtime
+    why = why_not_onnxruntime(bundle, name)
     if why and not (engine and has_engines(bundle)):
         return None, why
     try:
