@@ -15,6 +15,8 @@ __all__ = ["LearnedSpans", "round_between", "round_bias", "round_u8", "round_wei
 
 _INT32_MAX = 2**31 - 512
 _SMALLEST_SCALE = 1e-8
+_MEMORY = 0.9  # of the running size of gradients: some ten steps
+_NO_GRADIENT = 1e-20
 
 
 def round_u8(x: Tensor, u8: U8) -> Tensor:
@@ -97,45 +99,69 @@ def _through(value: Tensor, x: Tensor) -> Tensor:
     return x + (value - x).detach()
 
 
+class _Steady(torch.autograd.Function):
+    """`x`, its gradient divided by its own running root mean square and multiplied by `step`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean_square: Tensor, seen: Tensor, step: float) -> Tensor:
+        ctx.state, ctx.step = (mean_square, seen), step  # not saved for the backward pass: that pass moves them on
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        mean_square, seen = ctx.state
+        mean_square.mul_(_MEMORY).addcmul_(gradients[0], gradients[0], value=1 - _MEMORY)
+        seen += 1
+        size = (mean_square / (1 - _MEMORY**seen)).sqrt() + _NO_GRADIENT
+        return gradients[0] / size * ctx.step, None, None, None
+
+
 @final
 class LearnedSpans(nn.Module):
     """The ends of ranges as parameters, each inside the limits of its tensor.
 
-    They are kept in code widths (end / 255): of a range that starts at 0 that is LSQ's step size, so that its gradient
-    scale, 1 / sqrt(values of an image x 255), gives them steps like those of the weights (section 2.2).
+    They are kept in widths of the range they start with, and their gradients are divided by their own running size, as
+    Adam does it (arXiv 1412.6980). LSQ's gradient scale (section 2.2) was tried before: it leaves the size of a step to
+    the loss, and a student with large logits lost all its ranges at a rate that others learn too little with.
     """
 
-    def __init__(self, spans: Mapping[str, Span], limits: Mapping[str, Span], same: Mapping[str, str]) -> None:
-        """`limits`: what each end may not pass (infinite: nothing). `same`: tensor -> the tensor whose span it has."""
+    def __init__(
+        self, spans: Mapping[str, Span], limits: Mapping[str, Span], same: Mapping[str, str], step: float
+    ) -> None:
+        """`limits`: what each end may not pass (infinite: nothing). `same`: tensor -> the tensor whose span it has.
+
+        `step`: how many widths an end moves at a learning rate of 1, where its gradient stays as it is.
+        """
         super().__init__()
-        self._same, self.names = dict(same), list(spans)
-        ends_T2 = torch.tensor([spans[name] for name in self.names], dtype=torch.float32) / LEVELS
-        self.lows_T, self.highs_T = (nn.Parameter(each.clone()) for each in ends_T2.unbind(1))
+        self._same, self._step, self.names = dict(same), step, list(spans)
+        ends_2T = torch.tensor([spans[name] for name in self.names], dtype=torch.float32).T
+        self.register_buffer("widths_T", (ends_2T[1] - ends_2T[0]).clamp(min=_SMALLEST_SCALE), persistent=False)
+        self.ends_2T = nn.Parameter(ends_2T / self.get_buffer("widths_T"))
+        self.register_buffer("mean_square_2T", torch.zeros_like(ends_2T))
+        self.register_buffer("seen", torch.zeros(()))
         self._limits = [limits[name] for name in self.names]  # no buffer: the loop's guard takes infinite ones for lost
         self._index = {name: place for place, name in enumerate(self.names)}
 
     def __contains__(self, name: str) -> bool:
         return self._same.get(name, name) in self._index
 
-    def round(self, name: str, x: Tensor) -> Tensor:
-        place = self._index[self._same.get(name, name)]
-        share = (x[0].numel() * LEVELS) ** -0.5
-        return round_between(x, *self._ends(place, share))
+    def ends(self) -> Tensor:
+        """[2, T] as they are now, for one pass: their gradients meet here, so that each is divided once."""
+        state = self.get_buffer("mean_square_2T"), self.get_buffer("seen")
+        steady: Tensor = _Steady.apply(self.ends_2T, *state, self._step)
+        return steady * self.get_buffer("widths_T")
+
+    def round(self, name: str, x: Tensor, ends_2T: Tensor) -> Tensor:
+        return round_between(x, *self._limited(self._index[self._same.get(name, name)], ends_2T))
 
     def spans(self) -> dict[str, Span]:
         """As they are now, of the tensors that have another's span too."""
-        found: dict[str, Span] = {}
-        for name, place in self._index.items():
-            low, high = self._ends(place)
-            found[name] = (low.detach().item(), high.detach().item())
+        with torch.no_grad():
+            ends_2T = self.ends()
+            limited = {name: self._limited(place, ends_2T) for name, place in self._index.items()}
+        found = {name: (low.item(), high.item()) for name, (low, high) in limited.items()}
         return found | {name: found[source] for name, source in self._same.items()}
 
-    def _ends(self, place: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    def _limited(self, place: int, ends_2T: Tensor) -> tuple[Tensor, Tensor]:
         floor, ceiling = self._limits[place]
-        low, high = (_slowly(ends_T[place], share) * LEVELS for ends_T in (self.lows_T, self.highs_T))
-        return low.clamp(floor, 0.0), high.clamp(0.0, ceiling)
-
-
-def _slowly(parameter: Tensor, share: float) -> Tensor:
-    """The parameter, with `share` of its gradient."""
-    return _through(parameter.detach(), parameter * share)
+        return ends_2T[0, place].clamp(floor, 0.0), ends_2T[1, place].clamp(0.0, ceiling)

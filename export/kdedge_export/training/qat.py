@@ -42,7 +42,7 @@ from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.engine import EnginePlan, available_cores, pick_device
 from kdedge.train.loop import fit
 from kdedge.train.metrics import MetricsLog
-from kdedge.train.optim import OptimConfig
+from kdedge.train.optim import OptimConfig, learning_rate
 from kdedge_export.cpu.plan import Plan
 from kdedge_export.graph import Graph, prune
 from kdedge_export.table import RangeTable
@@ -52,6 +52,7 @@ from kdedge_export.training.torch_graph import TorchGraph
 __all__ = ["QATConfig", "RoundedHead", "qat_config", "require_teacher", "rounded_network", "run_qat"]
 
 Say = Callable[[str], None]
+SPAN_REACH = 1.0  # widths that the end of a range can travel; by chance it goes a tenth of that in a hundred steps
 SLOWEST = 3e-4  # below, a hundred steps change nothing: starting weights were tuned with less
 
 
@@ -118,9 +119,10 @@ def _take(head: nn.Linear, weight_KF: Tensor, bias_K: Tensor | None) -> None:
         head.bias = nn.Parameter(bias_K)
 
 
-def rounded_network(model: onnx.ModelProto, plan: Plan, table: RangeTable, learn_spans: bool = False) -> Network:
+def rounded_network(model: onnx.ModelProto, plan: Plan, table: RangeTable, span_step: float | None = None) -> Network:
     """The float `model`, whose last node is a Gemm, with the roundings of `plan` and `table`, as backbone and head.
 
+    With `span_step` the ranges are learned (`LearnedSpans`).
     ExportError where it ends otherwise, or in an operator that torch_ops does not know.
     """
     graph = Graph(model)
@@ -135,7 +137,7 @@ def rounded_network(model: onnx.ModelProto, plan: Plan, table: RangeTable, learn
     features = onnx.helper.make_tensor_value_info(last.input[0], onnx.TensorProto.FLOAT, None)
     body.graph.output[0].CopyFrom(features)
     prune(body, [node for node in body.graph.node if node.name != last.name])
-    backbone = TorchGraph(body, plan, table, learn_spans=learn_spans)
+    backbone = TorchGraph(body, plan, table, span_step=span_step)
     bias = graph.constant(last.input[2]) if _has_bias(last) else None
     weight_KF, bias_K = torch.from_numpy(weight.copy()), None if bias is None else torch.from_numpy(bias.copy())
     if last.name in plan.layers:
@@ -183,10 +185,10 @@ def run_qat(
     device = pick_device(recipe.engine.device)
     pool, names = _pool(run, recipe, student, device)
     teacher = student if config.teacher == "student" else load_model(run.teacher_path)
-    network = rounded_network(model, plan, table, config.learn_spans)
-    method = DistilledQAT(network, config.method, live_teacher(teacher, pool, device)).to(device)
     optim = _optim(recipe, config, pool)
     assert optim.total_steps is not None
+    network = rounded_network(model, plan, table, _span_step(optim) if config.learn_spans else None)
+    method = DistilledQAT(network, config.method, live_teacher(teacher, pool, device)).to(device)
     batches = Batches(
         pool,
         recipe.views,
@@ -198,6 +200,8 @@ def run_qat(
     inner = StageNotes(run).plan("inner") or EnginePlan()
     # In bf16 there are fewer digits than codes.
     engine_plan = inner.model_copy(update={"precision": "fp32", "threads": available_cores()})
+    if config.learn_spans:  # their gradients are divided by their size once a step, not once a part of its images
+        engine_plan = engine_plan.model_copy(update={"parts": 1})
     folder = run.path / "qat-checkpoint"
     asked = _fingerprint(run, model, plan, table, config)
     say(f"QAT: {optim.total_steps} steps on {len(pool.unlabeled)} images ({device})")
@@ -251,6 +255,13 @@ def _optim(recipe: Recipe, config: QATConfig, pool: Pool) -> OptimConfig:
         ema_decay=config.ema_decay,
         batch_norm_momentum=0.0,
     )
+
+
+def _span_step(optim: OptimConfig) -> float:
+    """Such that an end that is pushed one way all the time travels SPAN_REACH widths, whatever the learning rate."""
+    total, peak, momentum = optim.total_steps or 0, optim.learning_rate or 0.0, optim.momentum or 0.0
+    rates = sum(learning_rate(step, total, peak, 0) for step in range(total))
+    return SPAN_REACH * (1 - momentum) / rates
 
 
 def _fingerprint(run: Run, model: onnx.ModelProto, plan: Plan, table: RangeTable, config: QATConfig) -> str:

@@ -53,8 +53,8 @@ class TorchGraph(nn.Module):
 
     Weights and biases of Conv and Gemm are parameters; everything else, batch normalisation too, stays as it is. With
     `plan` and `table` the tensors and weights of the plan are rounded; `float_tensors` and `float_layers` say which are
-    not, and may be set between two passes. With `learn_spans` the ranges are parameters too, but those that follow from
-    the graph. ExportError for an operator that is not known.
+    not, and may be set between two passes. With `span_step`, that of `LearnedSpans`, the ranges are parameters too, but
+    those that follow from the graph. ExportError for an operator that is not known.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TorchGraph(nn.Module):
         plan: Plan | None = None,
         table: RangeTable | None = None,
         *,
-        learn_spans: bool = False,
+        span_step: float | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.table = plan or _UNROUNDED, table or RangeTable({})
@@ -87,7 +87,7 @@ class TorchGraph(nn.Module):
                 scales = torch.from_numpy(np.asarray(self.table.weight_scales[step.name], np.float32))
                 self.register_buffer(f"_scales_{index}", scales, persistent=False)
 
-        self._learned = self._learnable(graph) if learn_spans else None
+        self._learned = None if span_step is None else self._learnable(graph, span_step)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -111,12 +111,13 @@ class TorchGraph(nn.Module):
         wanted = set(names)
         values: dict[str, Tensor] = {self._input: x_NCHW, **self.weights}
         values |= {name: self.get_buffer(f"_constant_{i}") for i, name in enumerate(self._constant_names)}
-        self._round(self._input, values)
+        ends_2T = None if self._learned is None else self._learned.ends()
+        self._round(self._input, values, ends_2T)
         found = {name: values[name] for name in wanted & set(values)}
         for index, step in enumerate(self._steps):
             self._make(index, step, values)
             for name in step.outputs:
-                self._round(name, values)
+                self._round(name, values, ends_2T)
             found |= {name: values[name] for name in step.made if name in wanted}
             for name in step.drop:
                 del values[name]
@@ -173,25 +174,25 @@ class TorchGraph(nn.Module):
             drops.setdefault(place, []).append(name)
         return [replace(each, drop=tuple(drops.get(place, ()))) for place, each in enumerate(steps)]
 
-    def _learnable(self, graph: Graph) -> LearnedSpans:
+    def _learnable(self, graph: Graph, step: float) -> LearnedSpans:
         plan, spans = self.plan, self.table.spans
         chosen = [name for name in plan.tensors if name not in plan.known]
         limits = {name: plan.limits(graph, name) for name in chosen}
         same = {name: source for name, source in plan.same_scale.items() if source not in plan.known}
-        return LearnedSpans({name: spans[name] for name in chosen if name not in plan.same_scale}, limits, same)
+        return LearnedSpans({name: spans[name] for name in chosen if name not in plan.same_scale}, limits, same, step)
 
     def _u8(self, tensor: str) -> U8:
         tensor = self.plan.same_scale.get(tensor, tensor)
         return U8.over(self.plan.known[tensor]) if tensor in self.plan.known else self.table.u8(tensor)
 
-    def _round(self, tensor: str, values: dict[str, Tensor]) -> None:
+    def _round(self, tensor: str, values: dict[str, Tensor], ends_2T: Tensor | None) -> None:
         if tensor not in self._rounded:
             return
         value, name = values[tensor], self._rounded[tensor]
         if tensor in self.float_tensors:
             values[name] = value
-        elif self._learned is not None and tensor in self._learned:
-            values[name] = self._learned.round(tensor, value)
+        elif self._learned is not None and ends_2T is not None and tensor in self._learned:
+            values[name] = self._learned.round(tensor, value, ends_2T)
         else:
             values[name] = round_u8(value, self._u8(tensor))
 
