@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     if options.power_mode and not options.set_clocks:
         raise Failure("--power-mode changes the board's power mode, which needs --set-clocks, too.")
     chosen_way(options.cuda)
+    _refuse_trtexec(options)
     every = options.artifact == "all"
     rounds = options.rounds if options.rounds is not None else _ROUNDS if every else 1
     if rounds < 1:
@@ -67,6 +68,14 @@ def run(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
         if every:
             return _all(options, work)
         return _rounds(options, work) if rounds > 1 else _one(options, work)
+
+
+def _refuse_trtexec(options: argparse.Namespace) -> None:
+    """Before anything is measured, not after."""
+    if options.trtexec is not None:
+        from kdedge_device.trt_exec import find_trtexec
+
+        find_trtexec(options.trtexec)
 
 
 def _effort(options: argparse.Namespace, rounds: int) -> Tuple[Effort, str]:
@@ -106,7 +115,6 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     from kdedge_device.bench import measure
     from kdedge_device.bench_offline import offline
     from kdedge_device.bench_subject import open_subject
-    from kdedge_device.trt_exec import cross_check
     from kdedge_device.trt_launch import Access
 
     tensorrt = options.runtime == "tensorrt"
@@ -117,15 +125,25 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     access = Access(chosen_way(options.cuda), options.buffers, not options.no_cuda_graph)
     if options.offline:
         document = offline(subject, work.effort, work.name, options.threads, batch or 0, access)
+        _cross_check(options, work, document)
         return document, _lines([document]), 0
     done = measure(subject, work.effort, work.name, options.threads, batch, access)
-    if options.times:
+    if options.times:  # a round of several: between them another program would heat the machine
         with open(options.times, "w", encoding="utf-8") as file:
             json.dump(done.times_ns, file)
-    # Between the rounds of several another program would heat the machine.
-    asked = "off" if options.times else options.trtexec
-    done.record["cross_check"] = cross_check(subject, done.record, work.effort, asked, _say)
+    else:
+        _cross_check(options, work, done.record)
     return done.record, _lines([done.record]), 0
+
+
+def _cross_check(options: argparse.Namespace, work: _Work, record: Dict[str, Any]) -> None:
+    """Adds it to the record: null where it is not of an engine, or there is no trtexec."""
+    from kdedge_device.trt_exec import cross_check
+
+    folders = [options.engines, work.path if os.path.isdir(work.path) else os.path.dirname(work.path)]
+    paths = [os.path.join(folder, record["artifact"]["file"]) for folder in folders if folder is not None]
+    path = next((path for path in paths if os.path.isfile(path)), "")
+    record["cross_check"] = cross_check(path, record, work.effort, options.trtexec, _say)
 
 
 def _engines_beside(path: str) -> bool:
@@ -151,6 +169,7 @@ def _rounds(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], s
     records, failed, _ = _measured([Job(name, words)], work)
     for error in failed.values():
         raise error
+    _cross_check(options, work, records[0])
     return records[0], _lines(records), 0
 
 
@@ -174,6 +193,8 @@ def _all(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     bundle = Bundle(work.path)
     jobs, not_run = field(bundle, _passed_on(options, work.effort), options.batch or 1, options.engines, options.build)
     records, failed, session = _measured(jobs, work)
+    for record in records:
+        _cross_check(options, work, record)
     document = {
         "schema": 1,
         "session": session,

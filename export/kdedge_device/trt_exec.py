@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from kdedge_device.bench_subject import Subject
 from kdedge_device.clock import Effort, summarize
 from kdedge_device.failures import CorruptFailure, Failure, RuntimeFailure
 from kdedge_device.strict_json import read_json
@@ -39,20 +38,23 @@ class Wanted(NamedTuple):
 
 
 def cross_check(
-    subject: Subject, record: Dict[str, Any], effort: Effort, asked: Optional[str], log: Callable[[str], None]
+    engine: str, record: Dict[str, Any], effort: Effort, asked: Optional[str], log: Callable[[str], None]
 ) -> Optional[Dict[str, Any]]:
     """{tool, version, flags, compute, with_copies, ratio_p50} beside our record; {tool, error} where it fails.
 
-    None where the subject is no engine, there is no trtexec, or the measurement is a short one and nobody `asked`.
+    None where `engine` is none, no latency was measured, there is no trtexec, or it is a short measurement and nobody
+    `asked`.
     """
     path = find_trtexec(asked)
-    if path is None or not subject.model_path.endswith(".engine") or (asked is None and effort.seconds < _SHORTEST_S):
+    if path is None or not engine.endswith(".engine") or record["latency_ms"]["compute"] is None:
+        return None
+    if asked is None and effort.seconds < _SHORTEST_S:
         return None
     conditions = record["conditions"]
     dynamic = not isinstance(conditions["input_declared"][0], int)
     shape = "x".join(str(size) for size in conditions["input_shape"])
     wanted = Wanted(
-        subject.model_path,
+        engine,
         math.ceil(effort.warm_up_seconds * 1e3),
         max(1, math.ceil(min(effort.seconds, _LONGEST_S))),
         bool(conditions["cuda_graph"]),

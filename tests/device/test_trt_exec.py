@@ -108,7 +108,7 @@ def test_the_cross_check_beside_our_record(
     subject = an_engine(trt_bundle_folder, world, monkeypatch, version)
     record = bench(subject, Effort(0.0, 5, 0.1), "custom", access=Access(graph=True))
     path, said = str(program(tmp_path, number)), []  # type: ignore[var-annotated]
-    found = cross_check(subject, record, Effort(2.5, 5, 0.1), path, said.append)
+    found = cross_check(subject.model_path, record, Effort(2.5, 5, 0.1), path, said.append)
     assert found is not None
     assert found["version"] == {8503: "8.5.3", 100300: "10.3.0", 110000: "11.0.0"}[number]
     assert found["compute"]["count"] == 100, "the queries of the warm-up are left out"
@@ -131,15 +131,19 @@ def test_a_cross_check_that_fails_says_so_and_spoils_nothing(
     effort, log = Effort(0.0, 5, 0.0), lambda text: None
     ended = program(tmp_path, 8503)
     ended.write_text(ended.read_text().replace("v8503", "v110000"))  # takes none of the flags of 11
-    told = cross_check(subject, record, effort, str(ended), log)
+    told = cross_check(subject.model_path, record, effort, str(ended), log)
     assert told == {"tool": "trtexec", "error": "trtexec failed: [E] Unknown option: --includeDataTransfers."}
     (tmp_path / "trtexec").write_text("#!/bin/sh\necho hello")
-    told = cross_check(subject, record, effort, str(tmp_path / "trtexec"), log)
+    told = cross_check(subject.model_path, record, effort, str(tmp_path / "trtexec"), log)
     assert "does not tell its version" in (told or {})["error"]
-    assert cross_check(subject, record, effort, "off", log) is None
+    assert cross_check(subject.model_path, record, effort, "off", log) is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cross_check(subject, record, effort, None, log) is None, "a short measurement is not cross-checked unasked"
-    assert cross_check(subject._replace(model_path="model.onnx"), record, effort, str(ended), log) is None
+    assert cross_check(subject.model_path, record, effort, None, log) is None, (
+        "a short measurement is not cross-checked unasked"
+    )
+    assert cross_check("model.onnx", record, effort, str(ended), log) is None
+    unasked = cross_check(subject.model_path, {**record, "latency_ms": {"compute": None}}, effort, str(ended), log)
+    assert unasked is None, "throughput has nothing to compare with"
     with pytest.raises(Failure, match=r"--trtexec .*absent is no program"):
         find_trtexec(str(tmp_path / "absent"))
     assert find_trtexec() == str(tmp_path / "trtexec")
