@@ -14,7 +14,7 @@ __all__ = ["PACKAGES", "Found", "look_for"]
 
 PACKAGES = {"numpy": "numpy", "pillow": "PIL", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
 _ANSWER = "kdedge version: "
-_ASK = "import importlib; print({!r} + str(importlib.import_module({!r}).__version__))"
+_ASK = "import importlib; print({!r} + str(importlib.import_module({!r}).__version__), flush=True)"
 
 
 class Found(NamedTuple):

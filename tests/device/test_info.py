@@ -1,0 +1,116 @@
+"""`run.pyz info` answers whatever is missing, broken or too old, and its reasons say what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdedge_device
+from kdedge_device import __main__ as program
+from kdedge_device import board, info
+from kdedge_device.cuda_probe import Probe
+from kdedge_device.packages import Found, look_for
+
+from .conftest import write_manifest
+
+ROOT = Path(kdedge_device.__file__).parents[1]
+HERE = {name: Found("1.0", "") for name in ("numpy", "pillow", "onnxruntime", "tensorrt")}
+NO_GPU = Probe((), "No CUDA driver can be loaded.")
+
+
+def told(monkeypatch: pytest.MonkeyPatch, path: object = None, **changes: Found) -> dict[str, Any]:
+    """The document of a machine that has all packages but for `changes`, and no GPU."""
+    monkeypatch.setattr(info, "look_for", lambda: {**HERE, **changes})
+    monkeypatch.setattr(info, "probe", lambda: NO_GPU)
+    document, text, _ = info.info(None if path is None else str(path))
+    assert json.loads(json.dumps(document, allow_nan=False)) == json.loads(json.dumps(document))
+    assert "can run:" in text
+    return document
+
+
+def test_what_a_whole_machine_can(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = told(monkeypatch, bundle)
+    assert document["can"] == {
+        "check": None,
+        "build": "No CUDA driver can be loaded.",
+        "bench": None,
+        "eval": None,
+        "predict": None,
+    }
+    assert document["runtimes"]["cuda_driver"] is None
+    assert document["manifest"]["shipped"] == "fp32"
+    assert set(document["board"]) == set(board.Board._fields)
+
+
+def test_reasons_name_everything_that_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Found(None, "it is not installed")
+    can = told(monkeypatch, bundle, numpy=absent, onnxruntime=absent, tensorrt=absent)["can"]
+    assert can["check"].endswith("Install: pip install numpy onnxruntime")
+    assert can["build"].endswith("sudo apt install nvidia-jetpack")
+    can = told(monkeypatch, bundle, onnxruntime=absent)["can"]
+    assert can["check"] is None, "TensorRT is a runtime, too"
+    illegal = Found(None, "importing it crashed (SIGILL)")
+    can = told(monkeypatch, bundle, onnxruntime=illegal, tensorrt=absent)["can"]
+    assert can["bench"].endswith("Install: pip install 'onnxruntime<1.21'")
+
+
+def test_bundles_that_are_absent_or_bad(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = told(monkeypatch)
+    assert (document["bundle"], document["manifest"], "error" in document) == (None, None, False)
+    assert document["can"]["bench"] is None, "of a file"
+    assert "--bundle FOLDER" in document["can"]["predict"]
+    document = told(monkeypatch, tmp_path)
+    assert document["exit_code"] == 2
+    assert document["can"]["check"] == document["error"]
+    write_manifest(bundle, schema=9)
+    assert program.main(["info", "--bundle", str(bundle)]) == 3
+    assert "schema 9" in capsys.readouterr().out, "with all the rest"
+
+
+def test_a_jetson_of_jetpack_4_can_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = board.identify()._replace(model="Jetson Nano", family="nano", l4t="32.7.1", jetpack="4.6")
+    monkeypatch.setattr(board, "identify", lambda: old)
+    assert all("JetPack 5 or newer is needed" in why for why in told(monkeypatch, bundle)["can"].values())
+    assert program.main(["check", "--bundle", str(bundle)]) == 3
+
+
+def test_packages_are_imported_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is fine, one is another machine's, one cannot be imported, one crashes as it ends, one is not there."""
+    contents = {
+        "fine": "print('hello')\n__version__ = '1.2'",
+        "illegal": "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+        "broken": "raise ImportError('libnothing.so.1: cannot open shared object file')",
+        "late": "import atexit, os; __version__ = '3'; atexit.register(os.abort)",
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = look_for({name: name for name in (*contents, "nowhere_to_be_found")})
+    assert found["fine"] == Found("1.2", "")
+    assert found["illegal"] == Found(None, "importing it crashed (SIGILL)")
+    assert found["broken"].reason.startswith("it cannot be imported (ImportError: libnothing.so.1")
+    assert found["late"] == Found("3", ""), "some runtimes crash when the process ends"
+    assert found["nowhere_to_be_found"] == Found(None, "it is not installed")
+    assert look_for({"slow": "fine"}, timeout_seconds=0.0)["slow"].reason == "importing it did not end in 0 seconds"
+
+
+def test_without_numpy_everything_else_is_told_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for command, code in ((["check"], 6), (["eval"], 6), (["bench", "x.onnx"], 6), (["info"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "kdedge_device", *command, "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        document = json.loads(done.stdout)
+        assert done.returncode == code, done.stderr
+        assert "pip install numpy" in (document["error"] if code else document["can"]["check"])
