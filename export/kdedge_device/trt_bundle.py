@@ -73,7 +73,16 @@ def _place(bundle: Bundle, mark: Dict[str, Any], folder: Optional[str]) -> str:
 
 def has_engines(bundle: Bundle) -> bool:
     """Whether any lies in the bundle, for whatever machine. Looking for the right one needs TensorRT."""
-    return any(name.endswith(".engine") for name in os.listdir(bundle.path))
+    return bool(_engines_in(bundle.path))
+
+
+def _engines_in(folder: str) -> List[str]:
+    """Paths, in order; none where the folder cannot be read."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [os.path.join(folder, name) for name in names if name.endswith(".engine")]
 
 
 def find_engine(
@@ -91,9 +100,8 @@ def find_engine(
         path = _place(bundle, exact, place)
         if os.path.lexists(path):
             return path, exact
-        for name in sorted(os.listdir(place)) if os.path.isdir(place) else []:
-            path = os.path.join(place, name)
-            built = _options_of(path) if name.endswith(".engine") else None
+        for path in _engines_in(place):
+            built = _options_of(path)
             if built is None or built["precision"] != options.precision:
                 continue
             mark = fingerprint(here, str(bundle.artifacts[artifact]["sha256"]), built)

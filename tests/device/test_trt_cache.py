@@ -1,6 +1,7 @@
 """Which engine is kept, and that none from elsewhere ever reaches TensorRT."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, Versi
 from kdedge_device.manifest import Bundle
 from kdedge_device.trt import Here
 from kdedge_device.trt_build import BuildOptions
-from kdedge_device.trt_bundle import build_for_bundle
-from kdedge_device.trt_cache import read_engine
+from kdedge_device.trt_bundle import build_for_bundle, find_engine
+from kdedge_device.trt_cache import read_engine, write_atomically
 from kdedge_device.trt_runner import TrtRunner
 
 from .fake_tensorrt import World
@@ -118,22 +119,32 @@ def test_side_files_that_are_none(
 def test_no_side_file_ends_in_a_traceback(trt_bundle_folder: Path, world: World) -> None:
     """Every value of a good one replaced by every kind of JSON: read, or refused with a sentence."""
     here = machine("10.3.0", world)
-    path = built(trt_bundle_folder, here)["engine"]
+    path = str(Path(built(trt_bundle_folder, here)["engine"]).rename(trt_bundle_folder / "other.engine"))
+    (side_file,) = trt_bundle_folder.glob("*.engine.json")
+    side_file.rename(f"{path}.json")
     good = json.loads(Path(f"{path}.json").read_text())
+    bundle, found = Bundle(trt_bundle_folder), []
+    assert find_engine(bundle, BuildOptions(), here)
     places = [(key,) for key in good] + [("fingerprint", key) for key in good["fingerprint"]]
+    places += [("fingerprint", "options", key) for key in good["fingerprint"]["options"]]
     read, told = 0, []
     for place in places:
         for value in (None, True, 0, -1, 1e99, "", "x", [], {}, {"precision": 3}):
             side = json.loads(json.dumps(good))
-            inner = side if len(place) == 1 else side[place[0]]
+            inner = side
+            for key in place[:-1]:
+                inner = inner[key]
             inner[place[-1]] = value
             Path(f"{path}.json").write_text(json.dumps(side))
+            found.append(find_engine(bundle, BuildOptions(), here) is not None)
             try:
                 read_engine(path, here)
                 read += 1
             except Failure as error:
                 told.append(str(error))
     assert all(text.endswith("--rebuild") for text in told)
+    assert any(found)
+    assert not all(found), "what is of another machine, model or precision is not taken"
     assert read >= 10, "what does not matter for loading (the report, the options) may be anything of its kind"
 
 
@@ -158,3 +169,22 @@ def test_a_folder_that_cannot_be_written(trt_bundle_folder: Path, tmp_path: Path
             here=machine(NEW, world),
             timing_folder="",
         )
+
+
+def test_links_are_neither_read_nor_written_through(trt_bundle_folder: Path, tmp_path: Path, world: World) -> None:
+    here = machine("10.3.0", world)
+    path = Path(built(trt_bundle_folder, here)["engine"])
+    side = Path(f"{path}.json")
+    for file in (path, side):
+        moved = file.rename(tmp_path / file.name)
+        file.symlink_to(moved)
+        with pytest.raises(CorruptFailure, match=r"is a link; a plain file was expected"), TrtRunner(path, here):
+            pass
+        file.unlink()
+        moved.rename(file)
+    (tmp_path / "victim").write_text("kept")
+    planted = tmp_path / f"new.{os.getpid()}.part"
+    planted.symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_atomically(str(tmp_path / "new"), b"x")
+    assert (tmp_path / "victim").read_text() == "kept"
