@@ -47,7 +47,7 @@ def openvino_emulator(content: bytes, threads: int = 1) -> Run | None:
         compiled = core.compile_model(core.read_model(content), "CPU", options)
     except Exception as error:  # of OpenVINO, RuntimeErrors and others; of a broken installation, whatever it raises
         raise ExportError(
-            f"OpenVINO cannot run the file for TensorRT: {' '.join(str(error).split())[:200]}. "
+            f"OpenVINO cannot run the file for TensorRT: {' '.join(str(error).split())[:200].rstrip('.')}. "
             "It is a second opinion; install another version of openvino, or remove it."
         ) from None
     return lambda images: _in_batches(images, lambda batch: np.asarray(compiled(batch)[0]))

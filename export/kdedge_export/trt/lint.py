@@ -68,8 +68,8 @@ def rule_2_activations(view: View) -> Iterator[str]:
             yield f"{name}: a computed tensor has {scale.size} scales"
     for node in view.kind("QuantizeLinear"):
         zero = view.graph.constant(node.input[2]) if len(node.input) > 2 else None
-        scale = view.scales.get(node.input[0])
-        if zero is not None and scale is not None and zero.shape != scale.shape:
+        own = view.scales.get(node.input[0])
+        if zero is not None and own is not None and zero.shape != own.shape:
             yield f"{node.name}: its scale and zero point differ in shape"
 
 
