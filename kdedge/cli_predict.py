@@ -49,7 +49,7 @@ def predict(model: Path, images: tuple[str, ...]) -> Reply:
     An image that cannot be read is reported and the others are predicted; the exit code is then 2.
     """
     with _open_model(model) as opened:
-        rows = [_predict_one(opened, path) for path in images]
+        rows = [row for path in images for row in _predict_each(opened, path)]
     failed = sum("error" in row for row in rows)
     lines = [_prediction_line(row) for row in rows if "error" not in row]
     for row in rows:
@@ -91,18 +91,18 @@ def _class_rows(document: dict[str, Any]) -> Iterator[tuple[str, int, float | No
         yield entry["class"], entry["images"], entry["accuracy"]
 
 
-def _predict_one(model: Model, path: str) -> dict[str, Any]:
-    """{image, class, prob, top} or {image, error}."""
+def _predict_each(model: Model, path: str) -> Iterator[dict[str, Any]]:
+    """{image, class, prob, top} of the image in a file, of each in an array file; {image, error} of an unreadable one."""
     from kdedge_device.preprocess import ImageUnreadable
 
     try:
-        pixels = model.preprocess.decode(path)
+        for name, pixels in model.preprocess.each(path):
+            probs = _softmax(model.logits(pixels[None]))[0]
+            order = probs.argsort()[::-1][:TOP]
+            top = [{"class": model.classes[k], "prob": round(float(probs[k]), 6)} for k in order]
+            yield {"image": name, **top[0], "top": top}
     except ImageUnreadable as error:
-        return {"image": path, "error": str(error)}
-    probs = _softmax(model.logits(pixels[None]))[0]
-    order = probs.argsort()[::-1][:TOP]
-    top = [{"class": model.classes[k], "prob": round(float(probs[k]), 6)} for k in order]
-    return {"image": path, **top[0], "top": top}
+        yield {"image": path, "error": str(error)}
 
 
 def _prediction_line(row: dict[str, Any]) -> tuple[str, str, str, str]:
