@@ -86,7 +86,7 @@ def _one(options: argparse.Namespace, seed: int, extra: Sequence[str]) -> dict[s
     resume = ["--resume"] if (out / "manifest.json").is_file() else []
     _kdedge("train-recipe", options.recipe, *flags, "--seed", str(seed), "--out", str(out), *extra, *resume)
     if not (out / "bundle" / "manifest.json").is_file():
-        _kdedge("export", str(out), "--int8")
+        _kdedge("export", str(out), "--int8", "--max-drop", f"{options.max_drop:g}")
     result, exported = read_json(out / "result.json"), read_json(out / "bundle" / "manifest.json")
     gate = read_json(out / "bundle" / "gate.json")
     rows = {key: result[key]["test_accuracy"] for key in COLUMNS[:3] if result[key]}
@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     flags.add_argument("--runs", type=Path, help="where the runs go; runs/seeds-NAME unless given")
     flags.add_argument("--out", type=Path, required=True, help="the record")
+    flags.add_argument("--max-drop", type=float, default=1.0, help="of the export, in points")
     flags.add_argument("--title", help="what the README calls the row; the name of the data unless given")
     return flags
 

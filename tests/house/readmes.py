@@ -55,13 +55,14 @@ def tiny(command: str) -> str:
     if command.startswith("kdedge train-recipe"):
         return re.sub(r"^(kdedge train-recipe) (?!-)(?!\S*\.yaml)\S+", r"\1 tiny", command)
     if command.startswith("python -m kdedge_bench.seeds"):
-        return re.sub(r"--seeds( \d+)+", "--seeds 0", re.sub(r"--recipe \S+", "--recipe tiny", command))
+        shrunk = re.sub(r"--seeds( \d+)+", "--seeds 0", re.sub(r"--recipe \S+", "--recipe tiny", command))
+        return shrunk + " --max-drop 100"  # a tiny student would have its layers weighed one by one
     if command.startswith("kdedge verdict"):
         shrunk = re.sub(r"--seeds \d+", "--seeds 1", re.sub(r"^(kdedge verdict) \S+", r"\1 tiny", command))
         return shrunk + " --rows kd-fixmatch,fixmatch"
     if command.startswith("kdedge bench"):
         return re.sub(r" --effort \S+", "", command) + " --effort quick"
-    if command.startswith("kdedge export"):  # a tiny student would have its layers weighed one by one
+    if command.startswith("kdedge export"):  # the same
         command += " --max-drop 100"
     return command.replace("runs/mobilenet-", "runs/tiny-")
 
