@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from kdedge_device.trt import load_tensorrt
 from kdedge_device.trt_build import BuildOptions
 from kdedge_device.trt_launch import Access
 from kdedge_device.trt_runner import TrtRunner
+from kdedge_device.watch import Watch
 
+from . import boards
 from .conftest import linear_model, write_manifest
 from .fake_cuda_modules import TABLE, make_pycuda
 from .fake_tensorrt import VERSIONS, World, make, pack, unpack
@@ -316,3 +319,26 @@ def test_an_engine_of_another_model_is_refused_also_without_that_model(trt_bundl
     Path(f"{path}.json").rename(f"{renamed}.json")
     with pytest.raises(RuntimeFailure, match=r"no engine of 'trt' for this machine\. Those that are here were built"):
         trt_bundle.open_engine(Bundle(trt_bundle_folder), "trt", here)
+
+
+def test_a_record_tells_the_state_of_the_board(
+    trt_bundle_folder: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the watch tells of a board is in the record; what energy is by value, is shown where it is computed."""
+    here = machine("10.3.0", world)
+    monkeypatch.setattr("kdedge_device.trt_runner.load_tensorrt", lambda: here)
+    monkeypatch.setattr("kdedge_device.bench._SHORTEST_FOR_ENERGY_S", 0.1)
+    monkeypatch.setattr("kdedge_device.bench.Watch", partial(Watch, idle_s=0.05))
+    subject = open_subject(built(trt_bundle_folder, here)["engine"])
+    board = str(boards.orin_nano(tmp_path / "root"))
+    found = bench(subject, Effort(0.1, 5, 0.0), "custom", root=board)
+    conditions = found["conditions"]
+    assert conditions["power_mode"] == {"id": 2, "name": "MAXN_SUPER"}
+    assert conditions["clocks_mhz"]["after"]["gpu"]["cur"] == 1020
+    assert conditions["board"]["jetpack"] == "6.2"
+    assert found["energy_source"]["source"].startswith("power rails")
+    assert found["flags"]["throttled"] is False
+    assert found["flags"]["unstable"] is not found["stability"]["stable"]
+    short = bench(subject, Effort(0.0, 5, 0.0), "custom", root=board)
+    assert (short["energy_mj_per_inference"], short["energy_source"]) == (None, None), "too short to read a rail"
+    json.dumps(found, allow_nan=False)
