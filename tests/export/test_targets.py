@@ -138,3 +138,9 @@ def test_an_unknown_name_says_which_there_are(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("")
     with pytest.raises(ExportError, match=r"a\.yaml is empty"):
         load(str(tmp_path / "a.yaml"))
+
+
+def test_the_page_on_jetsons_names_each() -> None:
+    page = (FOLDER.parents[1] / "JETSON.md").read_text(encoding="utf-8")
+    listed = page.partition("[Targets](kdedge_export/targets): ")[2].partition(", or the path")[0]
+    assert sorted(name.strip("`") for name in listed.replace("\n", " ").split(", ")) == SHIPPED
