@@ -27,7 +27,7 @@ from kdedge_device.record import load_average, now, record
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
-from kdedge_device.watch import Watch
+from kdedge_device.watch import IDLE_S, Watch
 
 __all__ = ["Begun", "Measured", "Ran", "bench", "measure", "open_subject", "ran_on", "told", "watched"]
 
@@ -62,8 +62,9 @@ def measure(
     batch: int = 1,
     access: Access = PLAIN,
     root: str = "/",
+    idle_s: float = IDLE_S,
 ) -> Measured:
-    """`root` is where the machine's state is read from.
+    """`root` is where the machine's state is read from; its power at rest is measured for `idle_s` before all else.
 
     The part that is one query as a program makes it (with copies, where there are any) gets all of the effort, and
     energy, clocks and the verdict are of it; the others get at most the standard one.
@@ -77,7 +78,7 @@ def measure(
         pool = input_pool(subject, runner, batch)
         parts = _parts(subject, runner, pool, batch)
         headline = "with_copies" if "with_copies" in parts else "compute"
-        with watched(runner, effort, root) as watch:
+        with watched(runner, effort, root, idle_s) as watch:
             for part, timed in parts.items():
                 if part == headline:
                     warm = warm_up(timed, effort)
@@ -145,8 +146,8 @@ def told(
     )
 
 
-def watched(runner: Runner, effort: Effort, root: str) -> Watch:
-    return Watch(root, energy=effort.seconds >= _SHORTEST_FOR_ENERGY_S, uses_gpu=isinstance(runner, TrtRunner))
+def watched(runner: Runner, effort: Effort, root: str, idle_s: float) -> Watch:
+    return Watch(root, effort.seconds >= _SHORTEST_FOR_ENERGY_S, isinstance(runner, TrtRunner), idle_s)
 
 
 def _capped(effort: Effort) -> Effort:

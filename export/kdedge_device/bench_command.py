@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set-clocks", action="store_true", help="hold the clocks of a Jetson meanwhile (root); given back after")
     add("--power-mode", metavar="NAME", help="with --set-clocks: measure in this power mode")
     add("--trtexec", metavar="PATH", help="cross-check an engine with this trtexec; 'off' for never")
-    add("--times", metavar="FILE", help=argparse.SUPPRESS)  # every time, for the process that started this one
+    # For the processes of rounds: where to note every time, and that power at rest is known from an earlier round.
+    add("--times", metavar="FILE", help=argparse.SUPPRESS)
+    add("--idle", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
 
 
 class _Work(NamedTuple):
@@ -104,10 +106,12 @@ def _say(text: str) -> None:
 
 
 def _clocks(options: argparse.Namespace) -> Any:
-    if not options.set_clocks:
-        return contextlib.nullcontext()
-    from kdedge_device.set_clocks import locked
+    from kdedge_device.set_clocks import leftover, locked
 
+    if not options.set_clocks:
+        if not options.times:
+            _say(leftover() or "")
+        return contextlib.nullcontext()
     return locked("/", _say, options.power_mode)
 
 
@@ -116,6 +120,7 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     from kdedge_device.bench_offline import offline
     from kdedge_device.bench_subject import open_subject
     from kdedge_device.trt_launch import Access
+    from kdedge_device.watch import IDLE_S
 
     tensorrt = options.runtime == "tensorrt"
     batch = 1 if options.batch is None and not options.offline else options.batch
@@ -123,11 +128,12 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
     if not tensorrt and not subject.model_path.endswith(".engine") and _engines_beside(subject.model_path):
         _say("There are engines, too: --runtime tensorrt measures one of them, --artifact all every one that fits.")
     access = Access(chosen_way(options.cuda), options.buffers, not options.no_cuda_graph)
+    idle_s = IDLE_S if options.idle is None else max(0.0, options.idle)
     if options.offline:
-        document = offline(subject, work.effort, work.name, options.threads, batch or 0, access)
+        document = offline(subject, work.effort, work.name, options.threads, batch or 0, access, "/", idle_s)
         _cross_check(options, work, document)
         return document, _lines([document]), 0
-    done = measure(subject, work.effort, work.name, options.threads, batch, access)
+    done = measure(subject, work.effort, work.name, options.threads, batch, access, "/", idle_s)
     if options.times:  # a round of several: between them another program would heat the machine
         with open(options.times, "w", encoding="utf-8") as file:
             json.dump(done.times_ns, file)
@@ -174,10 +180,16 @@ def _rounds(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], s
 
 
 def _measured(jobs: Sequence[Any], work: _Work) -> Tuple[List[Dict[str, Any]], Dict[str, Failure], str]:
-    from kdedge_device.bench_rounds import in_turn, new_session, one_round, pooled
+    from kdedge_device.bench_rounds import Job, Told, in_turn, new_session, one_round, pooled
 
-    session = new_session(now())
-    told, failed = in_turn(jobs, work.rounds, one_round, _say)
+    session, begun = new_session(now()), set()
+
+    def measure(job: Job) -> Told:
+        later = ["--idle", "0"] if job.name in begun else []
+        begun.add(job.name)
+        return one_round(job._replace(arguments=[*job.arguments, *later]))
+
+    told, failed = in_turn(jobs, work.rounds, measure, _say)
     records = [pooled(each, session) for each in told.values()]
     for record in records:
         record["conditions"]["effort"] = work.name

@@ -10,6 +10,7 @@ from kdedge_device.failures import Failure
 from kdedge_device.record import load_average, now
 from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
+from kdedge_device.watch import IDLE_S
 
 __all__ = ["BATCH", "MLPERF_SAMPLES", "offline"]
 
@@ -25,6 +26,7 @@ def offline(
     batch: int = 0,
     access: Access = PLAIN,
     root: str = "/",
+    idle_s: float = IDLE_S,
 ) -> Dict[str, Any]:
     """The record, with throughput_ips and no latency. `batch` 0: the one the file is made for, else BATCH.
 
@@ -38,7 +40,7 @@ def offline(
         pool = input_pool(subject, runner, batch)
         timed = stopwatch(lambda i: runner.run(pool.batches[i % len(pool.batches)]))
         by_batch = effort._replace(runs=-(-effort.runs // batch))
-        with watched(runner, effort, root) as watch:
+        with watched(runner, effort, root, idle_s) as watch:
             warm = warm_up(timed, by_batch)
             watch.mark_start()
             start = time.perf_counter_ns()

@@ -5,13 +5,13 @@ Another process turns that into a sentence. Python 3.8, standard library.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
+from kdedge_device.children import child
 from kdedge_device.cuda import Cuda
 from kdedge_device.cuda_driver import LIBRARY, CudaFailure, Driver, Gpu
 
@@ -32,10 +32,7 @@ class Probe:
 
 def probe(library: str = LIBRARY, timeout_seconds: float = 60.0) -> Probe:
     """Never raises: whatever is wrong with the driver is the answer's `reason`."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # a folder, or run.pyz itself
-    paths = [root] + [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
-    command = [sys.executable, "-m", "kdedge_device.cuda_probe", library]
+    command, environment = child("cuda_probe", library)
     try:
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout_seconds

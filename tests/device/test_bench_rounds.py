@@ -123,6 +123,7 @@ def test_all_of_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str], monke
     assert (code, set(found["not_run"]), found["failed"]) == (0, {"trt", "trt-fp16"}, {"fp16": "fp16 is slow."})
     assert [each["artifact"]["name"] for each in found["records"]] == ["fp32"]
     assert [each[0] for each in seen] == ["fp32", "fp16", "fp32"]
+    assert ["--idle" in each for each in seen] == [False, False, True], "power at rest is measured once"
     assert seen[0][1:7] == ["--seconds", "0.5", "--runs", "7", "--warm-up", "0.3"], "each round's, as it was asked for"
     assert {each["session"] for each in found["records"]} == {found["session"]}
     seen.clear()

@@ -3,14 +3,13 @@
 import json
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kdedge_device import trt_bundle
-from kdedge_device.bench import bench, open_subject
+from kdedge_device.bench import bench, measure, open_subject
 from kdedge_device.bench_offline import offline
 from kdedge_device.clock import Effort
 from kdedge_device.evaluate import check, evaluate
@@ -21,7 +20,6 @@ from kdedge_device.trt import load_tensorrt
 from kdedge_device.trt_build import BuildOptions
 from kdedge_device.trt_launch import Access
 from kdedge_device.trt_runner import TrtRunner
-from kdedge_device.watch import Watch
 
 from . import boards
 from .conftest import linear_model, write_manifest
@@ -328,10 +326,9 @@ def test_a_record_tells_the_state_of_the_board(
     here = machine("10.3.0", world)
     monkeypatch.setattr("kdedge_device.trt_runner.load_tensorrt", lambda: here)
     monkeypatch.setattr("kdedge_device.bench._SHORTEST_FOR_ENERGY_S", 0.1)
-    monkeypatch.setattr("kdedge_device.bench.Watch", partial(Watch, idle_s=0.05))
     subject = open_subject(built(trt_bundle_folder, here)["engine"])
     board = str(boards.orin_nano(tmp_path / "root"))
-    found = bench(subject, Effort(0.1, 5, 0.0), "custom", root=board)
+    found = measure(subject, Effort(0.1, 5, 0.0), "custom", root=board, idle_s=0.05).record
     conditions = found["conditions"]
     assert conditions["power_mode"] == {"id": 2, "name": "MAXN_SUPER"}
     assert conditions["clocks_mhz"]["after"]["gpu"]["cur"] == 1020
