@@ -24,6 +24,7 @@ NAMES = {
 WAYS = {
     "calibrated": "calibrated, a way for each tensor",
     "calibrated, mse": "calibrated, least squares for all",
+    "calibrated, by images": "calibrated, each image alike",
     "cured": "with the cures that helped",
     "trained": "trained (QAT)",
 }

@@ -94,6 +94,8 @@ def export_run(
     Raises RunError, DataError, ExportError; a bundle is complete or absent.
     """
     say = display or (lambda sentence: None)
+    if options.qat:
+        require_teacher(run, qat_config(options.settings, options.qat_steps))
     subject = run_subject(run, calibrate, say)
     return _Export(subject, options, run.bundle_path if out is None else out, say).whole()
 
@@ -147,8 +149,6 @@ class _Export:
 
     def _check_first(self) -> None:
         """What would fail at the end fails now, before anything is calibrated or trained."""
-        if self.options.qat and self.subject.run is not None:
-            require_teacher(self.subject.run, self.qat)
         if self.options.tensorrt:
             require_tensorrt()
         if self.options.with_eval:
