@@ -1,29 +1,22 @@
 """`kdedge bench`: the latency of every artifact, one record a file; here, and on boards that ssh reaches.
 
 The device's own program measures in either place: a process for each measurement, because two sessions in one share
-thread pools and caches, and the artifacts of a target in turn, because a machine that gets hot slows down whatever
-runs then.
+thread pools and caches, and the artifacts in turn, because a machine that gets hot slows down whatever runs then.
 """
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import kdedge_device
-from kdedge.errors import BundleError, DeviceError, KdedgeError, RunError
+from kdedge.errors import DeviceError, KdedgeError, RunError
 from kdedge.runs import Run, read_json
-from kdedge_bench.measured import Names, Outcome, Target, reasons, unmeasured, written
+from kdedge_bench.here import LOCAL, measure_here
+from kdedge_bench.measured import Names, Target
 from kdedge_bench.records import Record
 from kdedge_bench.remote_place import Place
 from kdedge_device.clock import EFFORTS
 
 __all__ = ["BoardsFailed", "bench", "target_of"]
 
-LOCAL = "local"
 REPEATS = 6
 
 
@@ -64,20 +57,37 @@ def bench(
     _refuse_what_is_not_there(effort, suite, threads, repeats)
     # What is named wrongly is told before anything is timed; a machine named twice is measured once.
     places = {text: None if text == LOCAL else Place.parse(text) for text in on}
-    work = [target_of(target, out) for target in targets]
-    if not work:
-        raise RunError("Nothing to measure was named. Expected a run folder, a bundle or a .onnx file.")
-    arguments = ["--rounds", str(repeats), "--effort", effort, "--threads", str(threads)]
-    names, records = Names(), []
+    work = list(dict.fromkeys(target_of(target, out) for target in targets))
+    _refuse_one_name_for_two(work)
+    records: list[Record] = []
     errors: dict[str, list[KdedgeError]] = {}
-    for place, found in _outcomes(places, work, arguments, names, say, clean):
-        records += found.records
-        if found.errors:
-            errors[place] = found.errors
+    names = Names()
+    # Sending files to boards takes a processor, so this machine is not measured meanwhile.
+    outcomes = {LOCAL: measure_here(work, effort, repeats, threads, names, say)} if LOCAL in places else {}
+    boards = {text: place for text, place in places.items() if place}
+    if boards:
+        from kdedge_bench.remote_bench import measure_all
+
+        arguments = ["--rounds", str(repeats), "--effort", effort, "--threads", str(threads)]
+        found = measure_all(list(boards.values()), work, arguments, names, say, clean)
+        outcomes |= dict(zip(boards, found, strict=True))
+    for place, outcome in outcomes.items():
+        records += outcome.records
+        if outcome.errors:
+            errors[place] = outcome.errors
     if errors:
-        alone = [error for each in errors.values() for error in each]
-        raise alone[0] if len(alone) == 1 and not records else BoardsFailed(len(places), records, errors)
+        if len(places) == 1 and not records:
+            raise _one_error(next(iter(errors.values())))
+        raise BoardsFailed(len(places), records, errors)
     return records
+
+
+def _one_error(errors: Sequence[KdedgeError]) -> KdedgeError:
+    """Of the one machine that was asked for, and measured nothing."""
+    told = list(dict.fromkeys(str(error) for error in errors))
+    error = type(errors[0])(" ".join(told))
+    error.exit_code = errors[0].exit_code
+    return error
 
 
 def _refuse_what_is_not_there(effort: str, suite: str | None, threads: int, repeats: int) -> None:
@@ -90,6 +100,19 @@ def _refuse_what_is_not_there(effort: str, suite: str | None, threads: int, repe
     for count, what in ((threads, "threads"), (repeats, "repeats")):
         if count < 1:
             raise DeviceError(f"{count} {what} were asked for; expected at least 1.")
+
+
+def _refuse_one_name_for_two(work: Sequence[Target]) -> None:
+    if not work:
+        raise RunError("Nothing to measure was named. Expected a run folder, a bundle or a .onnx file.")
+    taken: dict[tuple[Path, str | None], Target] = {}
+    for target in work:
+        other = taken.setdefault((target.out, target.name), target)
+        if other is not target:
+            raise RunError(
+                f"The records of {other.path} and {target.path} would have the same names in {target.out}. "
+                "Leave out --out, or measure one at a time."
+            )
 
 
 def target_of(path: Path, out: Path | None = None) -> Target:
@@ -122,62 +145,3 @@ def _records_of(folder: Path) -> Path:
     if folder.name == run.bundle_path.name and run.manifest_path.is_file():
         return run.bench_path
     return folder / "bench"
-
-
-def _outcomes(
-    places: Mapping[str, Place | None],
-    targets: Sequence[Target],
-    arguments: Sequence[str],
-    names: Names,
-    say: Callable[[str], None],
-    clean: bool,
-) -> Iterator[tuple[str, Outcome]]:
-    """Of each machine. Sending files to boards takes a processor, so this machine is not measured meanwhile."""
-    if LOCAL in places:
-        yield LOCAL, _here(targets, arguments, names, say)
-    boards = {text: place for text, place in places.items() if place}
-    if boards:
-        from kdedge_bench.remote_bench import measure_all
-
-        outcomes = measure_all(list(boards.values()), targets, arguments, names, say, clean)
-        yield from zip(boards, outcomes, strict=True)
-
-
-def _here(targets: Sequence[Target], arguments: Sequence[str], names: Names, say: Callable[[str], None]) -> Outcome:
-    outcome = Outcome()
-    for target in targets:
-        try:
-            document = _run(target, arguments)
-            outcome.records += written(document, target, LOCAL, names)
-            outcome.errors += unmeasured(document, LOCAL)
-            for why in reasons(document, "not_run"):
-                say(why)
-        except KdedgeError as error:
-            outcome.errors.append(error)
-    return outcome
-
-
-def _run(target: Target, arguments: Sequence[str]) -> dict[str, Any]:
-    """What `kdedge_device bench` tells of a target, or its failure as our error."""
-    which = [] if target.name else ["--artifact", "all"]
-    command = [sys.executable, "-m", "kdedge_device", "bench", str(target.path), *which, *arguments, "--json"]
-    # The child gets the kdedge_device that this process uses, wherever it was imported from.
-    source = str(Path(kdedge_device.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
-        )
-    except OSError as error:
-        raise DeviceError(f"The measurement of {target.path} cannot be started: {error}.") from error
-    try:
-        document = json.loads(done.stdout)
-    except ValueError:
-        document = {}
-    document = document if isinstance(document, dict) else {}
-    if done.returncode == 0 and document:
-        return document
-    told = document.get("error") or " ".join(reasons(document, "failed", "not_run"))
-    what = told or f"it ended with code {done.returncode}. {' '.join(done.stderr.split())[-400:]}".strip()
-    kind: type[KdedgeError] = BundleError if done.returncode == 5 else DeviceError
-    raise kind(f"The measurement of {target.path} failed: {what}")

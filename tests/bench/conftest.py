@@ -158,10 +158,11 @@ def _write_bundle(path: Path, names: list[str], hits: dict[str, int], images: in
         (bundle / file).write_bytes(artifact.encode() * (size // 4))
         content = (bundle / file).read_bytes()
         artifacts[artifact] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
-                               "accuracy": hits[artifact] / images}  # fmt: skip
+                               "accuracy": hits[artifact] / images, "precision": artifact,
+                               "runtime": "onnxruntime", "golden_tolerance": 0.1}  # fmt: skip
     write(bundle / "manifest.json", {
         "schema": 1, "artifacts": artifacts, "classes": names, "files": {}, "shipped": "int8",
-        "input": {"name": "input", "shape": [None, 1, 8, 8], "dtype": "float32", "layout": "NCHW"},
+        "input": {"name": "input", "shape": ["batch", 1, 8, 8], "dtype": "float32", "layout": "NCHW"},
         "preprocess": {"height": 8, "width": 8, "channels": 1, "resize": "short-side-crop",
                        "mean": [0.3], "std": [0.38]},
         "provenance": {"run": path.name},

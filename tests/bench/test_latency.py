@@ -1,6 +1,7 @@
 """One child a target: a real one on a small model, and the plan and the failures without waiting."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def tiny_model(path: Path) -> Path:
 
 def test_a_real_measurement(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "my.onnx")
-    (record,) = bench([model], "quick", tmp_path / "out", threads=1)
+    (record,) = bench([model], "quick", tmp_path / "out", threads=1, repeats=1)
     (path,) = (tmp_path / "out").iterdir()
     assert path.name == file_name(record, "my")
     assert json.loads(path.read_text()) == record
@@ -50,22 +51,21 @@ def test_a_real_measurement(tmp_path: Path) -> None:
 
 
 class Children:
-    """Stands for subprocess.run: keeps the commands, answers with a record of each artifact."""
+    """Stands for subprocess.run: keeps the commands, answers with a record of the artifact asked for."""
 
-    def __init__(self, template: Path, returncode: int = 0, stdout: str | None = None, **told: Any) -> None:
-        self.template, self.returncode, self.stdout, self.told = template, returncode, stdout, told
+    def __init__(self, template: Path, returncode: int = 0, stdout: str | None = None, fails: str = "") -> None:
+        self.template, self.returncode, self.stdout, self.fails = template, returncode, stdout, fails
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+    def __call__(self, command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
         self.commands.append(command)
-        records = []
-        for artifact in ("fp32", "int8"):
-            record = json.loads(self.template.read_text())
-            record["artifact"] |= {"precision": artifact, "name": artifact}
-            records.append(record)
-        document = {"schema": 1, "records": records, "failed": {}} | self.told
-        stdout = json.dumps(document) if self.stdout is None else self.stdout
-        return subprocess.CompletedProcess(command, self.returncode, stdout, "a reason\n on two lines")
+        record = json.loads(self.template.read_text())
+        artifact = command[command.index("--artifact") + 1] if "--artifact" in command else None
+        record["artifact"] |= {"precision": artifact, "name": artifact}
+        record["conditions"]["headline"] = "compute"
+        stdout = json.dumps(record) if self.stdout is None else self.stdout
+        code = 6 if self.fails and artifact == self.fails else self.returncode
+        return subprocess.CompletedProcess(command, code, stdout.encode(), b"a reason\non two lines")
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def children(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     def start(**answer: Any) -> tuple[Path, Children]:
         run = make_run()
         stand_in = Children(run / "bench" / "example-cpu-int8.json", **answer)
-        monkeypatch.setattr("kdedge_bench.latency.subprocess.run", stand_in)
+        monkeypatch.setattr("kdedge_device.bench_rounds.subprocess.run", stand_in)
         return run, stand_in
 
     return start
 
 
-def test_each_target_has_its_own_process_and_each_artifact_a_record(
+def test_all_artifacts_of_all_targets_take_turns(
     children: Callable[..., tuple[Path, Children]], tmp_path: Path
 ) -> None:
     run, seen = children()
@@ -87,23 +87,32 @@ def test_each_target_has_its_own_process_and_each_artifact_a_record(
         path.unlink()
     model = tmp_path / "a.onnx"
     model.touch()
-    records = bench([run, model], "standard", threads=2, repeats=3)
-    assert [record["artifact"]["name"] for record in records] == ["fp32", "int8", "a", "a"]
-    arguments = ["--rounds", "3", "--effort", "standard", "--threads", "2", "--json"]
-    assert [command[1:] for command in seen.commands] == [
-        ["-m", "kdedge_device", "bench", str(run / "bundle"), "--artifact", "all", *arguments],
-        ["-m", "kdedge_device", "bench", str(model), *arguments],
-    ]
+    told: list[str] = []
+    records = bench([run, model, run], "standard", threads=2, repeats=2, say=told.append)
+    assert [record["artifact"]["name"] for record in records] == ["fp32", "int8", "a"]
+    bundle = str(run / "bundle")
+    measured = [command[4 : 4 + (3 if command[4] == bundle else 1)] for command in seen.commands]
+    turns = [[bundle, "--artifact", "fp32"], [bundle, "--artifact", "int8"], [str(model)]]
+    assert measured == turns + turns[::-1]
+    words = ["--seconds", "30.0", "--runs", "1000", "--warm-up", "5.0", "--threads", "2", "--json"]
+    assert all(" ".join(words) in " ".join(command) for command in seen.commands)
+    assert len({record["session"] for record in records}) == 1
+    assert {record["conditions"]["effort"] for record in records} == {"standard"}
+    assert all(record["repeats"] == 2 for record in records)
+    assert told[0].startswith("round 1 of 2, tiny-digits-40-s0 fp32: p90 ")
     names = sorted(path.name for path in (run / "bench").iterdir())
     assert names == ["example-2-0-ghz-fp32.json", "example-2-0-ghz-int8.json", "example-cpu-int8.json"]
+    with pytest.raises(RunError, match="would have the same names"):
+        bench([run, shutil.copytree(run, tmp_path / "copy")], out=tmp_path / "out")
 
 
 def test_artifacts_that_fail_leave_the_others(children: Callable[..., tuple[Path, Children]]) -> None:
-    run, _ = children(failed={"trt": "No engine fits."})
-    with pytest.raises(BoardsFailed, match="local: trt was not measured: No engine fits") as caught:
-        bench([run])
-    assert len(caught.value.records) == 2
-    assert caught.value.exit_code == 1
+    run, seen = children(fails="int8")
+    with pytest.raises(BoardsFailed, match="local: The measurement of int8 ended with code 6") as caught:
+        bench([run], repeats=3)
+    assert [record["artifact"]["name"] for record in caught.value.records] == ["fp32"]
+    assert len(seen.commands) == 4
+    assert caught.value.exit_code == 2
     assert (run / "bench" / "example-2-0-ghz-fp32.json").exists()
 
 
@@ -134,12 +143,11 @@ def test_measured_latencies_reach_the_summary(children: Callable[..., tuple[Path
             6,
             '{"error": "ONNX Runtime cannot be loaded."}',
             DeviceError,
-            "bundle failed: ONNX Runtime cannot be loaded.",
+            "of fp32 failed: ONNX Runtime cannot be loaded. The measurement of int8 failed: ONNX",
         ),
-        (5, '{"error": "It was altered."}', BundleError, "failed: It was altered."),
-        (-9, "", DeviceError, "it ended with code -9. a reason on two lines"),
-        (0, "[]", DeviceError, "it ended with code 0"),
-        (0, '{"records": [{}]}', DeviceError, "is no measurement record"),
+        (5, '{"error": "It was altered.", "class": "CorruptFailure"}', BundleError, "failed: It was altered."),
+        (-9, "", DeviceError, "The measurement of fp32 ended with code -9: on two lines"),
+        (0, "[]", DeviceError, "of fp32 ended with code 0"),
     ],
 )
 def test_failures_are_told(
