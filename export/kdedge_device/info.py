@@ -12,6 +12,7 @@ from kdedge_device.failures import Failure, VersionFailure
 from kdedge_device.manifest import read_manifest
 from kdedge_device.packages import Found, look_for
 from kdedge_device.record import machine
+from kdedge_device.watch import snapshot
 
 __all__ = ["info"]
 
@@ -21,8 +22,8 @@ _WITH_BUNDLE = ("check", "build", "eval", "predict")
 def info(path: Optional[str]) -> Tuple[Dict[str, Any], str, int]:
     """The document, the text for people and the exit code, which tells of the bundle at `path`; None: there is none.
 
-    {python, machine, board, runtimes: {package: version or null}, problems: {package: why not}, can: {command: null or
-    why not}, bundle, manifest}, and where the bundle cannot be read also {error, class, exit_code}.
+    {python, machine, board, state, runtimes: {package: version or null}, problems: {package: why not}, can: {command:
+    null or why not}, bundle, manifest}, and where the bundle cannot be read also {error, class, exit_code}.
     """
     here, found, gpu = board.identify(), look_for(), probe()
     manifest, failure = _manifest(path)
@@ -32,6 +33,7 @@ def info(path: Optional[str]) -> Tuple[Dict[str, Any], str, int]:
         "python": platform.python_version(),
         "machine": machine(),
         "board": here._asdict(),
+        "state": snapshot(),
         "runtimes": runtimes,
         "problems": _problems(found, gpu),
         "can": _can(here, found, gpu, path, failure),
@@ -115,6 +117,8 @@ def _text(document: Dict[str, Any]) -> str:
     lines = ["{}, Python {}".format(here["model"] or document["machine"]["name"], document["python"])]
     if here["l4t"]:
         lines.append("JetPack {jetpack} (L4T {l4t}), CUDA {cuda}, TensorRT {tensorrt}".format(**here))
+    state = _state_line(document["state"])
+    lines.extend([state] if state else [])
     for name, version in document["runtimes"].items():
         lines.append("{:12} {}".format(name, version or "-  " + document["problems"].get(name, "")))
     lines.extend(_bundle_lines(document))
@@ -122,6 +126,18 @@ def _text(document: Dict[str, Any]) -> str:
     for reason in sorted({why for why in document["can"].values() if why}):
         lines.append("not {}: {}".format(", ".join(n for n, why in document["can"].items() if why == reason), reason))
     return "\n".join(lines)
+
+
+def _state_line(state: Dict[str, Any]) -> str:
+    """What a latency of now would depend on, as far as this machine tells: not much on a PC."""
+    mode, clocks, degrees = state["power_mode"], (state["clocks_mhz"] or {}).get("gpu"), state["temperatures_c"]
+    parts = ["power mode {} ({})".format(mode["name"] or "of no name", mode["id"])] if mode else []
+    if clocks and clocks["cur"] and clocks["max"]:
+        parts.append("GPU {cur:.0f} of {max:.0f} MHz".format(**clocks))
+    if degrees:
+        parts.append(f"{max(degrees.values()):.0f} degrees")
+    told = ", ".join(parts)
+    return "\n".join(line for line in (told, state["clocks_left_held"]) if line)
 
 
 def _bundle_lines(document: Dict[str, Any]) -> List[str]:

@@ -11,10 +11,11 @@ import pytest
 
 import kdedge_device
 from kdedge_device import __main__ as program
-from kdedge_device import board, info
+from kdedge_device import board, info, watch
 from kdedge_device.cuda_probe import Probe
 from kdedge_device.packages import Found, look_for
 
+from . import boards
 from .conftest import write_manifest
 
 ROOT = Path(kdedge_device.__file__).parents[1]
@@ -78,6 +79,19 @@ def test_a_jetson_of_jetpack_4_can_nothing(bundle: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(board, "identify", lambda: old)
     assert all("JetPack 5 or newer is needed" in why for why in told(monkeypatch, bundle)["can"].values())
     assert program.main(["check", "--bundle", str(bundle)]) == 3
+
+
+@pytest.mark.parametrize("name", sorted(boards.ALL))
+def test_the_state_of_every_board(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(boards.ALL[name](tmp_path))
+    monkeypatch.setattr(info, "snapshot", lambda: watch.snapshot(root))
+    state = told(monkeypatch)["state"]
+    assert state["power_mode"] == watch.snapshot(root)["power_mode"]
+    text = info.info(None)[1]
+    if state["power_mode"]:
+        assert "power mode {name} ({id})".format(**state["power_mode"]) in text
+    if state["temperatures_c"]:
+        assert f"{max(state['temperatures_c'].values()):.0f} degrees" in text
 
 
 def test_packages_are_imported_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
