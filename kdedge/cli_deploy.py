@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kdedge.cli_common import Reply, columns, command_output, finished_run, note
-from kdedge.errors import ExportError
+from kdedge.errors import ExportError, KdedgeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,14 +112,16 @@ def export(
 
 
 def _place(on: str | None, asked: dict[str, Any]) -> "Place | None":
-    """Read before anything is exported: a name that cannot be would be a pity afterwards."""
+    """Reached before anything is exported: a board that does not answer would be a pity afterwards."""
     if on in (None, "local"):
         return None
     if not (asked["int8"] or asked["fp16"]):
         raise ExportError("--on decides between FP32 and smaller files; ask for one with --int8 or --fp16.")
-    from kdedge_bench.remote import Place
+    from kdedge_bench.remote import Place, reach
 
-    return Place.parse(str(on))
+    place = Place.parse(str(on))
+    reach(place, note)
+    return place
 
 
 def _decided_there(
@@ -132,7 +134,11 @@ def _decided_there(
     def run(arguments: "Sequence[str]") -> dict[str, Any]:
         return run_remote(place, bundle, arguments, say=note)
 
-    name, entry = decide_there(bundle, run, targets, say=note)
+    try:
+        name, entry = decide_there(bundle, run, targets, say=note)
+    except KdedgeError:
+        note(f"The bundle is written: {bundle}. Only what ships on {place.name} is not decided.")
+        raise
     top = {key: entry[key] for key in ("shipped", "speedup", "drop_points", "why")}
     return {**document, **top, "targets": {**document["targets"], name: entry}}
 
