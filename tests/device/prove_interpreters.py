@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kdedge_device.record import now
+
 from .interpreters import SUPPORTED, found
 from .road import Wrong, cache, compare, make_bundle, run_pyz, say, walk
 
@@ -28,7 +30,7 @@ PINS = {
 
 
 def main() -> int:
-    bundle, interpreters = make_bundle(), found()
+    started_at, bundle, interpreters = now(), make_bundle(), found()
     here = walk(run_pyz([sys.executable], bundle, dict(os.environ)), bundle)
     results: dict[str, Any] = {}
     for version in SUPPORTED:
@@ -42,7 +44,13 @@ def main() -> int:
             results[version] = {"wrong": str(error)}
         say(f"{version}: {results[version].get('wrong') or told(results[version])}")
     if os.environ.get("RECORD"):
-        document = {"schema": 1, "what": "run.pyz under each CPython", "pins": PINS, "interpreters": results}
+        document = {
+            "schema": 1,
+            "what": "run.pyz under each CPython",
+            "started_at": started_at,
+            "pins": PINS,
+            "interpreters": results,
+        }
         Path(os.environ["RECORD"]).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 1 if not results or any("wrong" in each for each in results.values()) else 0
 

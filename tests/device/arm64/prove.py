@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kdedge_device.record import now
+
 from ..road import ROOT, Wrong, cache, compare, make_bundle, run_pyz, say, walk
 from .userland import CPU, PACKAGES, WHEELS, Userland, build
 
@@ -47,6 +49,7 @@ def main() -> int:
 
 
 def prove(land: Userland, bundle: Path, folder: Path) -> dict[str, Any]:
+    started_at = now()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     here = walk(run_pyz([sys.executable], bundle, environment), bundle)
     say("Running the bundle on arm64")
@@ -57,6 +60,7 @@ def prove(land: Userland, bundle: Path, folder: Path) -> dict[str, Any]:
     return {
         "schema": 1,
         "what": "run.pyz on emulated arm64 (no time in it means anything)",
+        "started_at": started_at,
         "emulator": {"qemu": _qemu(), "cpu": CPU, "on": platform.machine()},
         "here": {key: here[key] for key in ("python", "architecture", "runtimes")},
         "there": {key: there[key] for key in ("python", "architecture", "runtimes")},
