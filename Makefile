@@ -2,7 +2,8 @@
 # make test   everything the project checks of itself
 # make arm64, make interpreters   what test leaves out, because it downloads: a bundle on emulated arm64, and under every
 #                                 CPython 3.8 to 3.13 of this machine; RECORD=FILE writes down what was seen
-# All set up .venv first, once. PYTHON=/path/to/python3.12 chooses the interpreter; ARGS="-k cli" goes to pytest.
+# All set up .venv first, once. PYTHON=/path/to/python3.12 chooses the interpreter; ARGS="-k cli" goes to pytest, which
+# tests in two processes, each file in one of them (WORKERS=0: in one).
 #
 # Names are relative and quoted throughout, and the programs of .venv are called as `python -m ...`: the checkout may lie
 # in a folder with a space in its name, which neither a make target nor the first line of a script survives.
@@ -11,6 +12,7 @@
 .DEFAULT_GOAL := setup
 
 PY := .venv/bin/python
+WORKERS := 2
 # Written last, so that an interrupted set-up is repaired by the next run (.venv/installing says that one was begun).
 # Holds the folder, because .venv and the editable install name it: a checkout that was moved is set up again.
 STAMP := .venv/installed
@@ -29,7 +31,7 @@ test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Downloads go to ~/.cache/kdedge/proofs. BUNDLE=FOLDER takes a bundle of yours.
 arm64: $(STAMP)
