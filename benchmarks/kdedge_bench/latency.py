@@ -10,7 +10,7 @@ from pathlib import Path
 from kdedge.errors import DeviceError, KdedgeError, RunError
 from kdedge.runs import Run, read_json
 from kdedge_bench.here import LOCAL, measure_here
-from kdedge_bench.measured import Names, Target
+from kdedge_bench.measured import Names, Outcome, Target
 from kdedge_bench.records import Record
 from kdedge_bench.remote_place import Place
 from kdedge_device.clock import EFFORTS
@@ -49,8 +49,8 @@ def bench(
 ) -> list[Record]:
     """Measure each artifact of each target (RUN, BUNDLE or MODEL.onnx); return the records as written.
 
-    `on`: "local" and ssh://[user@]host[:port]. This machine comes first, alone, then all boards at once. A record goes
-    to `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run. What was copied to a
+    `on`: "local" and ssh://[user@]host[:port]. All boards at once, and then this machine, alone. A record goes to
+    `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run. What was copied to a
     board stays there, unless `clean`. RunError where a target is nothing that can be measured, DeviceError where a
     measurement fails; BoardsFailed where others did not.
     """
@@ -62,15 +62,19 @@ def bench(
     records: list[Record] = []
     errors: dict[str, list[KdedgeError]] = {}
     names = Names()
-    # Sending files to boards takes a processor, so this machine is not measured meanwhile.
-    outcomes = {LOCAL: measure_here(work, effort, repeats, threads, names, say)} if LOCAL in places else {}
+    outcomes: dict[str, Outcome] = {}
     boards = {text: place for text, place in places.items() if place}
     if boards:
         from kdedge_bench.remote_bench import measure_all
 
         arguments = ["--rounds", str(repeats), "--effort", effort, "--threads", str(threads)]
-        found = measure_all(list(boards.values()), work, arguments, names, say, clean)
+        others = len(places) > 1
+        found = measure_all(
+            list(boards.values()), work, arguments, names, say, lambda error: say(str(error)) if others else None, clean
+        )
         outcomes |= dict(zip(boards, found, strict=True))
+    if LOCAL in places:  # alone, since sending files to boards takes a processor, and last: a wrong name is told soon
+        outcomes[LOCAL] = measure_here(work, effort, repeats, threads, names, say)
     for place, outcome in outcomes.items():
         records += outcome.records
         if outcome.errors:

@@ -20,12 +20,18 @@ from kdedge_bench.remote_parcel import Parcel, pack
 from kdedge_bench.remote_place import Place
 from kdedge_bench.remote_told import failed, lacking
 
-__all__ = ["ConnectionLost", "Place", "finished_on", "run_remote"]
+__all__ = ["ConnectionLost", "Place", "finished_on", "reach", "run_remote"]
 
 PIECE_BYTES = 4 << 20
 NO_RUNTIME = 6  # the exit code of run.pyz
 DAY_S = 86_400.0  # a result that nobody fetched is taken for this call's only when it is younger
 Document = dict[str, Any]
+
+
+def reach(place: Place, say: Say = lambda _: None) -> None:
+    """Log in and find a Python and a folder for files there, in a second; DeviceError where anything is amiss."""
+    with Link(place, say) as link:
+        link.ask("look", bundle="none", files={}, job="none")
 
 
 def run_remote(

@@ -1,7 +1,7 @@
 """Records from boards: each artifact of each target is measured there, by run.pyz, and written here."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from kdedge.errors import KdedgeError
@@ -19,9 +19,13 @@ def measure_all(
     arguments: Sequence[str],
     names: Names,
     say: Say,
+    failed: Callable[[KdedgeError], None] = lambda _: None,
     clean: bool = False,
 ) -> list[Outcome]:
-    """All boards at once, each one's targets in turn. Errors are in the outcomes; Ctrl-C ends the boards' work too."""
+    """All boards at once, each one's targets in turn. Errors are in the outcomes; Ctrl-C ends the boards' work too.
+
+    `failed` is told of an error at once, while other machines still measure.
+    """
 
     def one(place: Place) -> Outcome:
         outcome = Outcome()
@@ -32,6 +36,7 @@ def measure_all(
                 )
             except KdedgeError as error:
                 outcome.errors.append(error)
+                failed(error)
                 if not outcome.records:  # a board that cannot be reached, or lacks something, does so for every target
                     break
         return outcome

@@ -36,8 +36,10 @@ def test_two_boards_at_once(boards: Boards, bundle: Path) -> None:
 
 def test_one_of_two_fails(boards: Boards, bundle: Path) -> None:
     good, unknown = boards(), boards(known=False)
+    told: list[str] = []
     with pytest.raises(BoardsFailed, match="1 of 2 machines did not measure everything; 2 records") as caught:
-        bench([bundle], "quick", on=[unknown.address, good.address])
+        bench([bundle], "quick", on=[unknown.address, good.address], say=told.append)
+    assert sum("The host key of" in line for line in told) == 1
     assert len(caught.value.records) == len(list((bundle.parent / "bench").iterdir())) == 2
     assert list(caught.value.failures) == [unknown.address]
     assert "host key" in caught.value.failures[unknown.address]

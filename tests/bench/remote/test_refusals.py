@@ -12,7 +12,7 @@ import pytest
 
 from kdedge.errors import BudgetFailed, BundleError, DeviceError, KdedgeError, RunError
 from kdedge_bench import bench
-from kdedge_bench.remote import run_remote
+from kdedge_bench.remote import reach, run_remote
 
 from .conftest import Board, Boards, able, record, write_bundle
 
@@ -58,7 +58,14 @@ def test_a_key_that_is_not_accepted(board: Board, bundle: Path) -> None:
 
 
 def test_a_board_that_is_off(boards: Boards, bundle: Path) -> None:
-    assert "cannot be reached: ssh: connect to host 127.0.0.1" in refused(boards(start=False), bundle)
+    off = boards(start=False)
+    assert "cannot be reached: ssh: connect to host 127.0.0.1" in refused(off, bundle)
+    with pytest.raises(DeviceError, match="cannot be reached"):
+        reach(off.place)
+    off.start()
+    reach(off.place)
+    assert off.connections() == 1
+    assert off.calls() == []
 
 
 def test_no_ssh(board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
