@@ -11,10 +11,10 @@ from kdedge_device.clock import EFFORTS, Effort
 from kdedge_device.cuda_access import WAYS, chosen_way
 from kdedge_device.failures import Failure
 from kdedge_device.record import now
+from kdedge_device.trt_launch import BUFFERS
 
 __all__ = ["add_arguments", "run"]
 
-_BUFFERS = ("auto", "pinned", "zero-copy")
 _ROUNDS = 6  # of --artifact all; fewer cannot tell two files apart
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engines", metavar="FOLDER", help="where engines are looked for before the bundle")
     add("--build", action="store_true", help="with --artifact all: build the engines that are missing first")
     add("--cuda", choices=WAYS, help="how CUDA is reached (default ctypes, or what KDEDGE_CUDA says)")
-    add("--buffers", choices=_BUFFERS, default="auto", help="auto: zero-copy where GPU and CPU share memory")
+    add("--buffers", choices=BUFFERS, default="auto", help="auto: zero-copy where GPU and CPU share memory")
     add("--no-cuda-graph", action="store_true", help="launch an engine call by call")
     add("--set-clocks", action="store_true", help="hold the clocks of a Jetson meanwhile (root); given back after")
     add("--power-mode", metavar="NAME", help="with --set-clocks: measure in this power mode")
@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     chosen_way(options.cuda)
     _refuse_trtexec(options)
     every = options.artifact == "all"
+    if options.build and not every:
+        raise Failure("--build goes with --artifact all; build one engine with: python run.pyz build")
     rounds = options.rounds if options.rounds is not None else _ROUNDS if every else 1
     if rounds < 1:
         raise Failure(f"{rounds} rounds were asked for; at least 1 is needed.")

@@ -1,4 +1,4 @@
-"""CUDA through pycuda, for machines that use it anyway: the primary context, pushed here and popped here.
+"""CUDA through pycuda, for machines that use it anyway: the primary context, pushed here and detached here.
 
 Never pycuda.autoinit: it makes a context of its own at import, which TensorRT does not use, and pops it when the
 program ends. pycuda has no CUDA graphs; `capture` says so. Its objects free themselves when nothing holds them, so
@@ -6,6 +6,7 @@ they are held here, by the numbers that stand for them. Python 3.8, numpy.
 """
 
 import ctypes
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
@@ -63,7 +64,12 @@ class Pycuda:
             raise too_many(self._index, count)
         self._device = self._do(driver.Device, self._index)
         context = self._do(self._device.retain_primary_context)
-        self._do(context.push)
+        try:
+            self._do(context.push)
+        except CudaFailure:
+            with suppress(CudaFailure):
+                self._do(context.detach)
+            raise
         self._context = context
         return self
 
@@ -79,8 +85,10 @@ class Pycuda:
         free_all(frees, error)
 
     def _leave(self) -> None:
-        self._context = None  # the last reference: pycuda releases the primary context
-        self._do(self._module.Context.pop)
+        """Takes it off pycuda's stack, and makes the one below current. Left to its destructor (or popped before),
+        pycuda 2026.1 calls cuCtxDetach, which a primary context refuses."""
+        context, self._context = self._context, None
+        self._do(context.detach)
 
     def _do(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         try:

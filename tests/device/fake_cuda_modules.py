@@ -168,14 +168,18 @@ def _pycuda(library: Any) -> dict[str, Any]:
             do("cuCtxSetCurrent", self._handle)
             Context._stack.append(self)
 
-        @staticmethod
-        def pop() -> None:
-            Context._stack.pop()
-            do("cuCtxSetCurrent", Context._stack[-1]._handle if Context._stack else 0)
+        def detach(self) -> None:
+            """As the real one: what lies below becomes current; where there is nothing, it stays itself."""
+            if self in Context._stack:
+                assert Context._stack.pop() is self
+            do("cuDevicePrimaryCtxRelease", self._device)
+            self._handle = None
+            if Context._stack:
+                do("cuCtxSetCurrent", Context._stack[-1]._handle)
 
         def __del__(self) -> None:
-            if hasattr(self, "_handle"):
-                do("cuDevicePrimaryCtxRelease", self._device)
+            if getattr(self, "_handle", None) is not None:
+                raise LogicError("cuCtxDetach failed: a primary context was left to its destructor")
 
     class Device:
         def __init__(self, index: int) -> None:

@@ -132,7 +132,8 @@ def test_all_of_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str], monke
     )
     assert seen[0][1:7] == ["--seconds", "15.0", "--runs", "500", "--warm-up", "2.5"], "an effort is shared"
     monkeypatch.setattr("kdedge_device.bench_rounds.one_round", lambda job: pytest.fail("no round was asked for"))
-    for wrong in (["--rounds", 0], ["--warm-up", -1], ["--runs", 0], ["--seconds", "nan"]):
+    wrongs = [["--rounds", 0], ["--warm-up", -1], ["--runs", 0], ["--seconds", "nan"], ["--build"]]
+    for wrong in (*wrongs, ["--power-mode", "MAXN"]):
         code, document = run(capsys, bundle, *wrong)
         assert (code, "error" in document) == (2, True), wrong
     assert "is a file" in run(capsys, bundle / "model.onnx", "--artifact", "all")[1]["error"]

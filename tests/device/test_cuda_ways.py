@@ -32,6 +32,7 @@ def driver(fake_cuda: Path) -> ctypes.CDLL:
 def way(request: pytest.FixtureRequest, driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Open:
     """Opens CUDA in one way, of one version; in the end nothing may be left on the device."""
     name, version = request.param
+    driver.cuCtxSetCurrent(None)
     install(
         {"pycuda": make_pycuda, "cuda-python": make_cuda_python}[name](version, driver) if version else {}, monkeypatch
     )
@@ -127,7 +128,7 @@ def test_a_capture_that_fails_leaves_a_stream_that_works(way: Open, driver: ctyp
     assert driver.fake_live() == 0
 
 
-@pytest.mark.parametrize("way", LATEST, indirect=True, ids=str)
+@pytest.mark.parametrize("way", [LATEST[0], LATEST[2]], indirect=True, ids=str)  # pycuda cannot make nothing current
 def test_the_context_that_was_current_is_current_again(way: Open, driver: ctypes.CDLL) -> None:
     current = ctypes.c_void_p(1)
     with way():
