@@ -141,39 +141,46 @@ def test_a_board_without_onnx_runtime_takes_its_engines(run: Run, tmp_path: Path
 
 def test_an_engine_from_elsewhere_is_never_deserialized(run: Run, trt_bundle_folder: Path, tmp_path: Path) -> None:
     """Of another GPU, TensorRT or driver, under the name that this machine looks for; altered; and without papers."""
-    bundle = trt_bundle_folder
     ((_, built),) = run(OLD, ["build"])
-    engine, side = Path(built["engine"]), Path(side_path(built["engine"]))
-    content, papers = engine.read_bytes(), json.loads(side.read_text())
+    engine = Path(built["engine"])
+    papers = json.loads(Path(side_path(str(engine))).read_text())
+    image = tmp_path / "image.npy"
+    np.save(image, np.zeros((4, 4), np.uint8))
+    mark = papers["fingerprint"]
+    cases: list[tuple[str | None, int]] = [
+        (json.dumps({**papers, "fingerprint": {**mark, "gpu": "Another GPU"}}), 4),
+        (json.dumps({**papers, "fingerprint": {**mark, "tensorrt": "8.6.0"}}), 3),
+        (json.dumps({**papers, "fingerprint": {**mark, "driver": "1.0"}}), 3),
+        (json.dumps({**papers, "fingerprint": {**mark, "onnx_sha256": "0" * 64}}), 3),
+        (json.dumps({**papers, "fingerprint": {}}), 4),
+        (json.dumps({**papers, "schema": 2}), 3),
+        (json.dumps({**papers, "sha256": "0" * 64}), 5),
+        *((text, 5) for text in ("[" * 100_000, "{", "[]", '{"schema": NaN}', '{"schema": 1, "schema": 1}')),
+        (None, 5),
+    ]
+    copies = []
+    for number, (text, _) in enumerate(cases):
+        copies.append(tmp_path / f"copy{number}")
+        shutil.copytree(trt_bundle_folder, copies[-1])
+        side = copies[-1] / Path(side_path(engine.name))
+        if text is None:
+            side.unlink()
+        else:
+            side.write_text(text)
+    altered = tmp_path / "altered"
+    shutil.copytree(trt_bundle_folder, altered)
+    (altered / engine.name).write_bytes(engine.read_bytes()[:-1] + b"?")
     before = deserialized(tmp_path)
-    commands = (["check"], ["predict", bundle / "image.npy", "--artifact", "trt"])
-    np.save(bundle / "image.npy", np.zeros((4, 4), np.uint8))
-    for changes, code in (
-        ({"fingerprint": {**papers["fingerprint"], "gpu": "Another GPU"}}, 4),
-        ({"fingerprint": {**papers["fingerprint"], "tensorrt": "8.6.0"}}, 3),
-        ({"fingerprint": {**papers["fingerprint"], "driver": "1.0"}}, 3),
-        ({"fingerprint": {**papers["fingerprint"], "onnx_sha256": "0" * 64}}, 3),
-        ({"fingerprint": {}}, 4),
-        ({"schema": 2}, 3),
-        ({"sha256": "0" * 64}, 5),
-    ):
-        side.write_text(json.dumps({**papers, **changes}))
-        checked, answered = run(OLD, *commands)
-        assert answered[0] == code, (changes, answered)
-        assert answered[1]["error"]
-        assert checked[0] in (0, code), checked
-    for text in ("[" * 100_000, "{", "[]", '{"schema": NaN}', '{"schema": 1, "schema": 1}'):
-        side.write_text(text)
-        assert run(OLD, commands[1])[0][0] == 5, text[:30]
-    side.write_text(json.dumps(papers))
-    engine.write_bytes(content[:-1] + b"?")
-    assert run(OLD, commands[1])[0][0] == 5
-    engine.write_bytes(content)
-    side.unlink()
-    assert run(OLD, commands[1])[0][0] == 5
+    wanted = [code for _, code in cases] + [5]
+    commands = [["predict", image, "--artifact", "trt", "--bundle", copy] for copy in (*copies, altered)]
+    answers = run(OLD, *commands)
+    assert [code for code, _ in answers] == wanted
+    assert all(document["error"] for _, document in answers)
+    checks = run(OLD, *(["check", "--bundle", copy] for copy in copies[:2]))
+    assert [code for code, _ in checks] == [0, 0], "the rest of the bundle is as it was"
+    assert all("trt" in document["not_run"] for _, document in checks)
     assert deserialized(tmp_path) == before, "TensorRT was given none of them"
-    side.write_text(json.dumps(papers))
-    assert run(OLD, commands[1])[0][0] == 0
+    assert run(OLD, ["predict", image, "--artifact", "trt"])[0][0] == 0
     assert deserialized(tmp_path) > before
 
 
