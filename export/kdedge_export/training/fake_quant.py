@@ -100,7 +100,7 @@ def _through(value: Tensor, x: Tensor) -> Tensor:
 
 
 class _Steady(torch.autograd.Function):
-    """`x`, its gradient divided by its own running root mean square and multiplied by `step`."""
+    """`x`, its gradient divided by the running size of its largest element and multiplied by `step`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean_square: Tensor, seen: Tensor, step: float) -> Tensor:
@@ -110,7 +110,7 @@ class _Steady(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         mean_square, seen = ctx.state
-        mean_square.mul_(_MEMORY).addcmul_(gradients[0], gradients[0], value=1 - _MEMORY)
+        mean_square.mul_(_MEMORY).add_(gradients[0].abs().max() ** 2, alpha=1 - _MEMORY)
         seen += 1
         size = (mean_square / (1 - _MEMORY**seen)).sqrt() + _NO_GRADIENT
         return gradients[0] / size * ctx.step, None, None, None
@@ -120,9 +120,15 @@ class _Steady(torch.autograd.Function):
 class LearnedSpans(nn.Module):
     """The ends of ranges as parameters, each inside the limits of its tensor.
 
-    They are kept in widths of the range they start with, and their gradients are divided by their own running size, as
-    Adam does it (arXiv 1412.6980). LSQ's gradient scale (section 2.2) was tried before: it leaves the size of a step to
-    the loss, and a student with large logits lost all its ranges at a rate that others learn too little with.
+    They are kept in widths of the range they start with, and their gradients are divided by the running size of the
+    largest of them: the end that matters most takes a whole step, the others their share of it. LSQ's gradient scale
+    (section 2.2) leaves the size of a step to the loss; a student with large logits lost all its ranges at a rate that
+    others learn too little with. To divide each end's gradient by its own size, as Adam does it, turns the noise of the
+    many ends that do not matter into whole steps: the divergence of an EfficientNet-B0 rose fivefold in 20 of them.
+
+    This is careful rather than quick: it refines ranges, and does not repair calibration. Where three of a student's
+    ranges were a third of what they should be, a hundred steps took the divergence from 0.70 to 0.46, with sound ones
+    it is 0.05.
     """
 
     def __init__(
@@ -130,14 +136,14 @@ class LearnedSpans(nn.Module):
     ) -> None:
         """`limits`: what each end may not pass (infinite: nothing). `same`: tensor -> the tensor whose span it has.
 
-        `step`: how many widths an end moves at a learning rate of 1, where its gradient stays as it is.
+        `step`: how many widths the end with the largest gradient moves at a learning rate of 1.
         """
         super().__init__()
         self._same, self._step, self.names = dict(same), step, list(spans)
         ends_2T = torch.tensor([spans[name] for name in self.names], dtype=torch.float32).T
         self.register_buffer("widths_T", (ends_2T[1] - ends_2T[0]).clamp(min=_SMALLEST_SCALE), persistent=False)
         self.ends_2T = nn.Parameter(ends_2T / self.get_buffer("widths_T"))
-        self.register_buffer("mean_square_2T", torch.zeros_like(ends_2T))
+        self.register_buffer("mean_square", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(()))
         self._limits = [limits[name] for name in self.names]  # no buffer: the loop's guard takes infinite ones for lost
         self._index = {name: place for place, name in enumerate(self.names)}
@@ -146,8 +152,8 @@ class LearnedSpans(nn.Module):
         return self._same.get(name, name) in self._index
 
     def ends(self) -> Tensor:
-        """[2, T] as they are now, for one pass: their gradients meet here, so that each is divided once."""
-        state = self.get_buffer("mean_square_2T"), self.get_buffer("seen")
+        """[2, T] as they are now, for one pass: their gradients meet here, to be compared and divided once."""
+        state = self.get_buffer("mean_square"), self.get_buffer("seen")
         steady: Tensor = _Steady.apply(self.ends_2T, *state, self._step)
         return steady * self.get_buffer("widths_T")
 

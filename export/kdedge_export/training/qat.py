@@ -20,8 +20,6 @@ import numpy as np
 import onnx
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional
 
 from kdedge import __version__, recipe_io
 from kdedge.config import Config
@@ -32,7 +30,6 @@ from kdedge.data.store import open_store
 from kdedge.errors import DataError, ExportError
 from kdedge.methods.qat import DistilledQAT, DistilledQATConfig
 from kdedge.models.weights import LoadedModel, load_model
-from kdedge.models.zoo import Network
 from kdedge.recipe import Recipe
 from kdedge.run_pool import make_pool
 from kdedge.run_stages import StageNotes
@@ -44,15 +41,14 @@ from kdedge.train.loop import fit
 from kdedge.train.metrics import MetricsLog
 from kdedge.train.optim import OptimConfig, learning_rate
 from kdedge_export.cpu.plan import Plan
-from kdedge_export.graph import Graph, prune
 from kdedge_export.table import RangeTable
-from kdedge_export.training.fake_quant import round_bias, round_weight
-from kdedge_export.training.torch_graph import TorchGraph
+from kdedge_export.training.rate import kept, sound_rate
+from kdedge_export.training.rounded import rounded_network, trained_model
 
-__all__ = ["QATConfig", "RoundedHead", "qat_config", "require_teacher", "rounded_network", "run_qat"]
+__all__ = ["QATConfig", "qat_config", "require_teacher", "run_qat"]
 
 Say = Callable[[str], None]
-SPAN_REACH = 1.0  # widths that the end of a range can travel; by chance it goes a tenth of that in a hundred steps
+SPAN_REACH = 1.0  # widths that the end of a range can travel
 SLOWEST = 3e-4  # below, a hundred steps change nothing: starting weights were tuned with less
 
 
@@ -62,7 +58,8 @@ class QATConfig(Config):
     method: DistilledQATConfig = DistilledQATConfig()
     teacher: Literal["student", "teacher"] = "student"  # the student in FP32, or the run's outer network
     total_steps: Annotated[int, Field(gt=0)] | None = None  # null: a tenth of the student's, 100 or more
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # null: a tenth of the student's, at least SLOWEST
+    # null: a tenth of the student's, at least SLOWEST, or less where that proves too much
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     learn_spans: bool = False
@@ -90,87 +87,6 @@ def require_teacher(run: Run, config: QATConfig) -> None:
         )
 
 
-@final
-class RoundedHead(nn.Linear):
-    """The last layer, its weight and bias in the roundings of the INT8 file. Its input is rounded already.
-
-    Without a bias it learns none: the file has no place for it.
-    """
-
-    scales_K: Tensor
-
-    def __init__(self, weight_KF: Tensor, bias_K: Tensor | None, scales_K: Tensor, input_scale: float) -> None:
-        super().__init__(weight_KF.shape[1], weight_KF.shape[0], bias=bias_K is not None)
-        _take(self, weight_KF, bias_K)
-        self.register_buffer("scales_K", scales_K, persistent=False)
-        self._input_scale = input_scale
-
-    def forward(self, x_BF: Tensor) -> Tensor:
-        bias_K: Tensor | None = self.bias
-        scales_K = self.scales_K
-        if bias_K is not None:
-            bias_K, scales_K = round_bias(bias_K, scales_K, self._input_scale)
-        return functional.linear(x_BF, round_weight(self.weight, scales_K), bias_K)
-
-
-def _take(head: nn.Linear, weight_KF: Tensor, bias_K: Tensor | None) -> None:
-    head.weight = nn.Parameter(weight_KF)
-    if bias_K is not None:
-        head.bias = nn.Parameter(bias_K)
-
-
-def rounded_network(model: onnx.ModelProto, plan: Plan, table: RangeTable, span_step: float | None = None) -> Network:
-    """The float `model`, whose last node is a Gemm, with the roundings of `plan` and `table`, as backbone and head.
-
-    With `span_step` the ranges are learned (`LearnedSpans`).
-    ExportError where it ends otherwise, or in an operator that torch_ops does not know.
-    """
-    graph = Graph(model)
-    last = graph.producer[graph.outputs[0]]
-    weight = graph.constant(last.input[1]) if last.op_type == "Gemm" else None
-    if weight is None:
-        raise ExportError(
-            f"The model ends in a {last.op_type}; QAT expects a linear layer there. Export without --qat."
-        )
-    body = onnx.ModelProto()
-    body.CopyFrom(model)
-    features = onnx.helper.make_tensor_value_info(last.input[0], onnx.TensorProto.FLOAT, None)
-    body.graph.output[0].CopyFrom(features)
-    prune(body, [node for node in body.graph.node if node.name != last.name])
-    backbone = TorchGraph(body, plan, table, span_step=span_step)
-    bias = graph.constant(last.input[2]) if _has_bias(last) else None
-    weight_KF, bias_K = torch.from_numpy(weight.copy()), None if bias is None else torch.from_numpy(bias.copy())
-    if last.name in plan.layers:
-        scales_K = torch.from_numpy(np.asarray(table.weight_scales[last.name], np.float32))
-        return Network(backbone, RoundedHead(weight_KF, bias_K, scales_K, table.u8(last.input[0]).scale))
-    head = nn.Linear(weight_KF.shape[1], weight_KF.shape[0], bias=bias_K is not None)
-    _take(head, weight_KF, bias_K)
-    return Network(backbone, head)
-
-
-def _has_bias(gemm: onnx.NodeProto) -> bool:
-    return len(gemm.input) > 2 and bool(gemm.input[2])
-
-
-def _trained(network: Network, model: onnx.ModelProto, table: RangeTable) -> tuple[onnx.ModelProto, RangeTable]:
-    """The float model and the range table that the network has become.
-
-    A range that was learned is the one for symmetric codes too: what was chosen for them was chosen for other weights,
-    and does not know where the network has learned to clip.
-    """
-    backbone, graph = network.backbone, Graph(model)
-    assert isinstance(backbone, TorchGraph)
-    last = graph.producer[graph.outputs[0]]
-    made = backbone.to_onnx(model)
-    head = {last.input[1]: network.head.weight, **({last.input[2]: network.head.bias} if _has_bias(last) else {})}
-    for place, each in enumerate(made.graph.initializer):
-        if each.name in head:
-            value = head[each.name].detach().cpu().contiguous().numpy()
-            made.graph.initializer[place].CopyFrom(onnx.numpy_helper.from_array(value, each.name))
-    symmetric = {name: span for name, span in table.s8_spans.items() if name not in backbone.spans}
-    return made, replace(table.with_spans(backbone.spans), s8_spans=symmetric)
-
-
 def run_qat(
     run: Run, model: onnx.ModelProto, plan: Plan, table: RangeTable, config: QATConfig, say: Say
 ) -> tuple[onnx.ModelProto, RangeTable]:
@@ -185,10 +101,12 @@ def run_qat(
     device = pick_device(recipe.engine.device)
     pool, names = _pool(run, recipe, student, device)
     teacher = student if config.teacher == "student" else load_model(run.teacher_path)
-    optim = _optim(recipe, config, pool)
-    assert optim.total_steps is not None
-    network = rounded_network(model, plan, table, _span_step(optim) if config.learn_spans else None)
-    method = DistilledQAT(network, config.method, live_teacher(teacher, pool, device)).to(device)
+    asked_of, optim = live_teacher(teacher, pool, device), _optim(recipe, config, pool)
+
+    def method_at(rate: float) -> DistilledQAT:
+        span_step = _span_step(optim, rate) if config.learn_spans else None
+        return DistilledQAT(rounded_network(model, plan, table, span_step), config.method, asked_of).to(device)
+
     batches = Batches(
         pool,
         recipe.views,
@@ -207,10 +125,14 @@ def run_qat(
     say(f"QAT: {optim.total_steps} steps on {len(pool.unlabeled)} images ({device})")
     with Run(folder).lock():
         try:
+            chosen = folder / f"qat-{asked[:12]}.rate.json"
+            rate = config.learning_rate or kept(chosen, lambda: sound_rate(method_at, batches, optim))
+            if rate != optim.learning_rate:
+                say(f"QAT: a learning rate of {optim.learning_rate:g} would undo the calibration; {rate:g} is taken")
             average, _ = fit(
-                method,
+                method_at(rate),
                 batches,
-                optim,
+                optim.model_copy(update={"learning_rate": rate}),
                 recipe.engine,
                 engine_plan,
                 Checkpoints(folder, f"qat-{asked[:12]}"),
@@ -222,7 +144,7 @@ def run_qat(
             shutil.rmtree(folder)
             raise
     shutil.rmtree(folder)
-    return _trained(average, model, table)
+    return trained_model(average, model, table)
 
 
 def _pool(run: Run, recipe: Recipe, student: LoadedModel, device: torch.device) -> tuple[Pool, tuple[str, ...]]:
@@ -257,11 +179,11 @@ def _optim(recipe: Recipe, config: QATConfig, pool: Pool) -> OptimConfig:
     )
 
 
-def _span_step(optim: OptimConfig) -> float:
+def _span_step(optim: OptimConfig, peak: float) -> float:
     """Such that an end that is pushed one way all the time travels SPAN_REACH widths, whatever the learning rate."""
-    total, peak, momentum = optim.total_steps or 0, optim.learning_rate or 0.0, optim.momentum or 0.0
-    rates = sum(learning_rate(step, total, peak, 0) for step in range(total))
-    return SPAN_REACH * (1 - momentum) / rates
+    total = optim.total_steps or 0
+    travelled = sum(learning_rate(step, total, peak, 0) for step in range(total)) / (1 - (optim.momentum or 0.0))
+    return SPAN_REACH / travelled
 
 
 def _fingerprint(run: Run, model: onnx.ModelProto, plan: Plan, table: RangeTable, config: QATConfig) -> str:
