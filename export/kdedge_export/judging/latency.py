@@ -8,7 +8,6 @@ slows down steadily favours either as often as the other.
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +19,8 @@ from typing import Any
 import kdedge_device
 from kdedge.errors import DeviceError
 from kdedge.intervals import signed_rank
-from kdedge_device.clock import unstable
+from kdedge_device.bench_rounds import Told, new_session, pooled
+from kdedge_device.record import now
 
 __all__ = ["LOOKS", "Race", "Speedup", "measure_alone", "race", "speedup"]
 
@@ -88,7 +88,9 @@ def race(
         speedups = {name: speedup(times[names[0]], times[name], confidence) for name in names[1:]}
         if all(each.told for each in speedups.values()):
             break
-    return Race({name: _pooled(each) for name, each in told.items()}, times, speedups)
+    session = new_session(now())
+    records = {name: pooled([Told(each, None) for each in found], session) for name, found in told.items()}
+    return Race(records, times, speedups)
 
 
 def _median_ms(record: Record) -> float:
@@ -102,34 +104,6 @@ def speedup(base_ms: Sequence[float], other_ms: Sequence[float], confidence: flo
     logs = [math.log(base / other) for base, other in zip(base_ms, other_ms, strict=True)]
     value, low, high = (math.exp(each) for each in signed_rank(logs, confidence))
     return Speedup(value, low, high, len(logs))
-
-
-def _pooled(records: Sequence[Record]) -> Record:
-    """One record over all rounds: p50 and p90 are the medians of the rounds' own; p99 is not known."""
-    parts = [record["latency_ms"]["compute"] for record in records]
-    count = sum(part["count"] for part in parts)
-    mean = math.fsum(part["count"] * part["mean"] for part in parts) / count
-    squares = math.fsum(
-        (part["count"] - 1) * (part["std"] or 0.0) ** 2 + part["count"] * (part["mean"] - mean) ** 2 for part in parts
-    )
-    compute: dict[str, Any] = {
-        "p50": statistics.median(part["p50"] for part in parts),
-        "p90": statistics.median(part["p90"] for part in parts),
-        "p99": None,
-        "min": min(part["min"] for part in parts),
-        "max": max(part["max"] for part in parts),
-        "mean": mean,
-        "std": math.sqrt(squares / (count - 1)) if count > 1 else None,
-        "count": count,
-    }
-    first = records[0]
-    return {
-        **first,
-        "latency_ms": {**dict.fromkeys(first["latency_ms"]), "compute": compute},
-        "repeats": len(records),
-        "flags": {**first["flags"], "unstable": unstable(compute)},
-        "throughput_ips": 1e3 * first["conditions"]["batch"] / mean,
-    }
 
 
 def measure_alone(model: Path, threads: int, arguments: Sequence[str] = ONE_ROUND) -> Record:
