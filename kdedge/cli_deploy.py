@@ -180,7 +180,9 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
         )
     seen = f"Agreement: on {document['proof']['images']} images"
     emulated = "; trt files are emulated, their engines are built on the device" if "trt" in proved else ""
-    named = [entry["why"] for entry in document["targets"].values() if "target" in entry]
+    named = [
+        each["why"] for each in document["targets"].values() if "target" in each and each["why"] != document["why"]
+    ]
     return "\n".join([columns(rows), f"{seen}{emulated}.", "", document["why"], *named, f"Bundle: {bundle}"])
 
 
@@ -196,14 +198,12 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
     type=click.Choice(["quick", "standard", "mlperf"]),
     default="standard",
     show_default=True,
-    help="quick: 2 s and 1,000 runs; standard: 60 s and 2,000; mlperf: 600 s.",
+    help="quick: 2 s and 1,000 runs; standard: 60 s and 2,000; mlperf: 600 s, unbroken.",
 )
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
-    default=6,
-    show_default=True,
-    help="Of each file, in turn, within the effort.",
+    help="Of each file, in turn, that share the effort; 6, or 1 of mlperf, unless given.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Inside an operator.")
 @click.option("--out", type=_PATH, metavar="DIR", help="Where the records go; RUN/bench unless given.")

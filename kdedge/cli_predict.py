@@ -92,7 +92,7 @@ def _class_rows(document: dict[str, Any]) -> Iterator[tuple[str, int, float | No
 
 
 def _predict_each(model: Model, path: str) -> Iterator[dict[str, Any]]:
-    """{image, class, prob, top} of the image in a file, of each in an array file; {image, error} of an unreadable one."""
+    """{image, class, prob, top} of the image in a file, of each in an array file; {image, error} where unreadable."""
     from kdedge_device.preprocess import ImageUnreadable
 
     try:

@@ -111,9 +111,10 @@ def _paired(base: Side, new: Side) -> PairedDifference | None:
 def _drop(base: Side, new: Side, paired: PairedDifference | None) -> tuple[float | None, tuple[float, float] | None]:
     """Points lost, and their interval where one can be made: image by image, else by the numbers of images."""
     if paired is not None:
-        return -100 * paired.difference, (-100 * paired.high, -100 * paired.low)
-    if (base.right and new.right) or base.accuracy is None or new.accuracy is None:  # other images are another exam
-        return None, None
+        return 0.0 - 100 * paired.difference, (-100 * paired.high, -100 * paired.low)
+    other = base.exam is not None and new.exam is not None and base.exam != new.exam
+    if other or (base.right and new.right) or base.accuracy is None or new.accuracy is None:
+        return None, None  # other images are another exam
     drop = 100 * (base.accuracy - new.accuracy)
     if not base.images or not new.images:
         return drop, None
@@ -196,8 +197,9 @@ def _latency_line(document: dict[str, Any], why_not: str) -> str:
     ends = f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %, " if interval else ""
     wanted = document["repeats_wanted"]
     more = f"about {wanted} repeats would tell: kdedge bench BASE NEW --repeats {wanted}"
-    hopeless = "the difference is as large as the budget, so no number of repeats would tell"
-    hint = more if wanted else hopeless
+    apart = "measured on two occasions, which may differ by as much; measure in turn: kdedge bench BASE NEW"
+    hopeless = "the difference is as large as the budget, and a thousand repeats would not tell"
+    hint = more if wanted else hopeless if document["in_turn"] else apart
     return f"p90 slower by: {100 * slower:.1f} % ({ends}{repeats})." + _verdict(document, "latency", hint)
 
 

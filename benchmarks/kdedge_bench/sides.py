@@ -1,5 +1,6 @@
 """What `kdedge compare` sets side by side: a run, a bundle that left its run, or a folder of records."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Side:
     accuracy: float | None
     images: int | None
     record: Record | None
+    exam: str | None = None  # the hash of the images it was scored on
     right: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -81,7 +83,9 @@ def _of_run(path: Path, artifact: str | None) -> Side:
     if row is None:
         raise _unknown(path, artifact, rows)
     right = _right_by_id(facts, row.key)
-    return Side(path, facts.name, row.key, row.accuracy, facts.test_images, facts.record(row.key), right)
+    return Side(
+        path, facts.name, row.key, row.accuracy, facts.test_images, facts.record(row.key), _exam(facts.bundle), right
+    )
 
 
 def _of_bundle(path: Path, manifest: dict[str, Any], artifact: str | None) -> Side:
@@ -94,7 +98,7 @@ def _of_bundle(path: Path, manifest: dict[str, Any], artifact: str | None) -> Si
     record = next((each for each in records if each["artifact"].get("sha256") == sha256), None)
     scored = manifest.get("accuracy") or {}
     accuracy = manifest["artifacts"][chosen].get("accuracy")
-    return Side(path, path.name, chosen, accuracy, scored.get("images") or None, record)
+    return Side(path, path.name, chosen, accuracy, scored.get("images") or None, record, _exam(manifest))
 
 
 def _of_records(path: Path, artifact: str | None) -> Side:
@@ -109,7 +113,11 @@ def _of_records(path: Path, artifact: str | None) -> Side:
     if chosen not in named:
         raise _unknown(path, chosen, named)
     scored = named[chosen].get("accuracy") or {}
-    return Side(path, path.name, chosen, scored.get("value"), scored.get("images"), named[chosen])
+    return Side(path, path.name, chosen, scored.get("value"), scored.get("images"), named[chosen], scored.get("sha256"))
+
+
+def _exam(manifest: Mapping[str, Any] | None) -> str | None:
+    return ((manifest or {}).get("accuracy") or {}).get("sha256")
 
 
 def _unknown(path: Path, artifact: str | None, known: Any) -> RunError:

@@ -17,6 +17,9 @@ Verdict = Literal["pass", "fail", "cannot tell"]
 FEWEST_PAIRS, FEWEST_UNPAIRED = 6, 4
 """What signed ranks and rank sums need for 95 %."""
 MOST_REPEATS = 1000
+SESSION_DRIFT = 0.05
+"""By how much a machine may differ from itself on another occasion. The repeats of a session say nothing of that, and
+two equal files measured half an hour apart would be told from each other by it."""
 SURELY = 1.96 / (1.96 + 0.84)
 """An interval just as wide as the way to the budget tells half of the time; so much narrower, four times of five."""
 
@@ -35,9 +38,9 @@ class Slowdown:
 def slowdown(base_ms: Sequence[float], new_ms: Sequence[float], paired: bool) -> Slowdown:
     """From one latency a repeat. `paired`: repeat i of both was measured in turn, in one session.
 
-    Ratios within a pair are free of the machine's drift; unpaired, the interval knows the noise within each session
-    only. Either is made of ranks, so a few wild repeats move it little. ValueError without latencies, or pairs of
-    different number.
+    Ratios within a pair are free of the machine's drift; an unpaired interval knows the noise within each session, and
+    is SESSION_DRIFT wider on either side. Either is made of ranks, so a few wild repeats move it little. ValueError
+    without latencies, or pairs of different number.
     """
     if not base_ms or not new_ms or min(*base_ms, *new_ms) <= 0:
         raise ValueError("Latencies above 0, at least one of each, were expected.")
@@ -51,7 +54,8 @@ def slowdown(base_ms: Sequence[float], new_ms: Sequence[float], paired: bool) ->
     if paired:
         found = signed_rank([after - before for before, after in zip(base, new, strict=True)])
     else:
-        found = rank_sum(new, base)
+        centre, least, most = rank_sum(new, base)
+        found = centre, least - SESSION_DRIFT, most + SESSION_DRIFT
     point, low, high = map(math.expm1, found)
     return Slowdown(point, low, high, count, paired)
 
@@ -66,13 +70,15 @@ def judge(low: float | None, high: float | None, budget: float) -> Verdict:
 
 
 def repeats_wanted(found: Slowdown, budget: float) -> int | None:
-    """How many repeats in all would tell, if the noise stays as it is; None where more than 1,000 would not.
+    """How many repeats in turn would tell, if the noise stays as it is; None where more than 1,000, or none, would.
 
     An interval narrows with the root of the repeats, and it has to leave the budget outside.
     """
     fewest = FEWEST_PAIRS if found.paired else FEWEST_UNPAIRED
     if found.low is None or found.high is None:
         return fewest
+    if not found.paired:
+        return None  # on another occasion the machine is another one; only in turn more of them help
     reach = SURELY * (budget - found.fraction)
     half = found.high - found.fraction if reach > 0 else found.fraction - found.low
     if reach == 0 or half * half * found.repeats > MOST_REPEATS * reach * reach:

@@ -147,7 +147,7 @@ def quantization() -> dict[str, Any]:
         "cures": [cure], "images": {"from": "calibration", "count": 256, "sha256": "7" * 64},
         "sensitivity": [{"layer": f"backbone.layer{place}", "divergence": 0.01 / (place + 1), "nodes": []}
                         for place in range(15)],
-        "fallback": {"held": True, "left_float": ["backbone.layer0"], "why": "1 of 15 layers is in float.", "tries": []},
+        "fallback": {"held": True, "left_float": ["backbone.layer0"], "why": "1 of 15 layers is in float."},
     }  # fmt: skip
 
 

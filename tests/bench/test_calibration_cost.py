@@ -77,7 +77,7 @@ def test_generated_images_differ_and_stay_the_same() -> None:
 
 
 def test_ours_is_what_an_export_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that any INT8 file needs, in the CPU's form (a HardSwish is two integer kernels there), and both choices."""
+    """Every tensor that any INT8 file needs, in the CPU's form (a HardSwish is two kernels there), and both choices."""
     network = helper.make_graph(
         [
             helper.make_node("Conv", ["input", "w"], ["conv"], "conv"),

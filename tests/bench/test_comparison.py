@@ -195,6 +195,12 @@ def test_a_bundle_and_records_that_left_their_run(make_run: MakeRun, tmp_path: P
     assert found["drop_points"] == 0
     assert found["verdicts"]["accuracy"] == "cannot tell"
     assert found["slower_fraction"] == 0
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for folder, exam in ((bundle, "a" * 64), (run / "bundle", "b" * 64)):
+        scored = {"accuracy": {"images": 540, "sha256": exam}}
+        (folder / "manifest.json").write_text(json.dumps(json.loads((folder / "manifest.json").read_text()) | scored))
+    assert compare(bundle, run)["drop_points"] is None, "other test images are another exam"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
     records = tmp_path / "records"
     shutil.copytree(run / "bench", records)
     with pytest.raises(RunError, match=r"has records of fp32, int8. Say which to compare with --artifact NAME"):

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kdedge.intervals import newcombe, rank_sum
+from kdedge.intervals import newcombe, rank_sum, signed_rank
 from kdedge_bench.slowdown import Slowdown, judge, repeats_wanted, slowdown
 
 
@@ -45,6 +45,28 @@ def test_rank_sum_holds_the_truth_as_often_as_it_says() -> None:
     assert 0.935 < hits / 1000 < 0.985
 
 
+@pytest.mark.parametrize("count", [61, 400])
+def test_many_draws_take_the_normal_distribution(count: int) -> None:
+    rng = np.random.default_rng(count)
+    draws = list(rng.normal(1, 1, count))
+    estimate, low, high = signed_rank(draws)
+    half = 1.96 / np.sqrt(count) * np.sqrt(np.pi / 3)  # ranks are 3/pi as efficient as means where noise is normal
+    assert [estimate - low, high - estimate] == pytest.approx([half, half], rel=0.35)
+    _, low, high = rank_sum(draws, [draw - 1 for draw in draws])
+    assert high - low == pytest.approx(2 * np.sqrt(2) * half, rel=0.35)
+
+
+def test_two_sessions_of_one_file_raise_no_alarm() -> None:
+    """3 % of drift between them, half a percent of noise within, and a budget of one percent."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(100):
+        base, new = (np.exp(rng.normal(0, 0.03) + rng.normal(0, 0.005, 6)) for _ in range(2))
+        found = slowdown(list(base), list(new), paired=False)
+        alarms += judge(found.low, found.high, 0.01) == "fail"
+    assert alarms <= 10
+
+
 def test_too_few() -> None:
     with pytest.raises(ValueError, match="3 and 4 values are too few"):
         rank_sum([1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])
@@ -58,7 +80,8 @@ def test_newcombe_as_published() -> None:
 def test_by_value() -> None:
     found = slowdown([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], [1.1, 2.2, 4.4, 8.8, 17.6, 35.2], paired=True)
     assert [found.fraction, found.low, found.high] == pytest.approx([0.1, 0.1, 0.1])
-    assert slowdown([2.0] * 4, [3.0] * 4, paired=False).low == pytest.approx(0.5)
+    apart = slowdown([2.0] * 4, [3.0] * 4, paired=False)
+    assert [apart.low, apart.high] == pytest.approx([1.5 * math.exp(-0.05) - 1, 1.5 * math.exp(0.05) - 1])
     assert slowdown([1.0, 1.0], [1.3, 1.3], paired=True) == Slowdown(pytest.approx(0.3), None, None, 2, True)
     assert slowdown([1.0], [1.3, 1.3, 1.3], paired=False).fraction == pytest.approx(0.3)
     for wrong in (([], [1.0], False), ([1.0], [0.0], False), ([1.0], [1.0, 2.0], True)):
@@ -80,6 +103,7 @@ def test_repeats_wanted() -> None:
     for found in (Slowdown(0.05, -0.03, 0.13, 10, True), Slowdown(0.01, -0.07, 0.09, 10, True)):
         assert repeats_wanted(found, 0.03) == pytest.approx(160 * (2.8 / 1.96) ** 2, abs=1)
     assert repeats_wanted(Slowdown(0.03, -0.03, 0.13, 10, True), 0.03) is None
+    assert repeats_wanted(Slowdown(0.01, -0.07, 0.09, 10, False), 0.03) is None, "only in turn more of them help"
     assert repeats_wanted(Slowdown(0.0301, -0.03, 0.13, 10, True), 0.03) is None
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdedge.intervals import tango, wilson
-from kdedge_export.judging.agreement import temperature
+from kdedge_export.judging.agreement import _loss_interval, temperature
 from kdedge_export.judging.gate import Agreement, Candidate, Decision, agreement, fill_in, gate_document, judge
 from kdedge_export.judging.latency import Speedup
 
@@ -96,6 +96,31 @@ def test_its_interval_covers() -> None:
     assert inside >= 0.9 * 150
 
 
+def test_fewer_changes_are_never_less_sure() -> None:
+    """Of 100 images, near ties: the upper end grows with each change, and none is no proof of a tenth of a point."""
+    highs = []
+    for changed in (0, 1, 3, 10):
+        fp32, other = np.zeros((100, 3), np.float32), np.zeros((100, 3), np.float32)
+        fp32[:, 0], other[:, 0] = 4.0, 4.0
+        fp32[:changed], other[:changed] = (0.01, 0.0, -9.0), (0.0, 0.01, -9.0)
+        interval = agreement(fp32, other, np.zeros(100, np.int64)).drop_interval_points
+        assert interval is not None
+        highs.append(interval[1])
+    assert highs[0] == pytest.approx(100 * wilson(0.0, 100)[1])
+    assert min(highs) > 1.0
+
+
+@pytest.mark.parametrize(("images", "share"), [(200, 0.02), (1000, 0.005), (100, 0.05)])
+def test_its_upper_end_covers_where_few_images_change(images: int, share: float) -> None:
+    """Most changes are near ties and few are dear: so few of them that a sample often has none of the dear ones."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(400):
+        costs = np.where(rng.random(images) < 0.1, 0.9, 0.1 * rng.random(images))[rng.random(images) < share]
+        missed += _loss_interval(costs, images)[1] < share * (0.1 * 0.9 + 0.9 * 0.05)
+    assert missed <= 0.05 * 400
+
+
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0])
 def test_labels_say_how_sharp_fp32_is(sharpness: float) -> None:
     fp32, other, labels = drawn(sharpness, 0.4, 1000, 0)
@@ -103,9 +128,19 @@ def test_labels_say_how_sharp_fp32_is(sharpness: float) -> None:
     right, other_right, same_labels = drawn(1.0, 0.4, 1000, 0)
     plain = agreement(right, other_right, same_labels).drop_points
     assert agreement(fp32, other, labels).drop_points == pytest.approx(plain, rel=0.12)
-    blind = agreement(fp32, other, np.full(1000, -1)).drop_points or 0.0
-    believed = {0.5: 0.0 < blind < 0.7 * (plain or 0.0), 1.0: True, 2.0: blind > 1.3 * (plain or 0.0)}
-    assert believed[sharpness], "without labels FP32 is believed"
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.01])
+def test_without_labels_a_change_costs_at_least_a_tenth(scale: float) -> None:
+    """Small logits, as those of a head without scale, promise that no change costs anything."""
+    fp32, other, labels = drawn(scale, 1.0, 1000, 0)
+    each = agreement(fp32, other, np.full(1000, -1))
+    assert each.disagreement_points is not None
+    assert each.drop_points is not None
+    assert each.drop_points >= 0.1 * each.disagreement_points > 3.0
+    assert not each.within(3.0)
+    few = np.where(np.arange(1000) < 49, labels, -1)
+    assert not agreement(fp32, other, few).within(3.0), "49 labels do not tell either"
 
 
 def test_few_labels_do_not_move_the_temperature_far() -> None:

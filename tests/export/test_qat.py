@@ -223,6 +223,18 @@ def test_what_failed_leaves_no_checkpoint(run: Run, calibrated: Calibrated, monk
     assert not (run.path / "qat-checkpoint").exists()
 
 
+def test_a_disk_that_is_full_costs_no_steps(run: Run, calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object, **named: object) -> None:
+        (run.path / "qat-checkpoint" / "qat.1.safetensors").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(qat, "fit", fails)
+    with pytest.raises(OSError, match="No space left"):
+        run_qat(run, *calibrated, QUICK, lambda _: None)
+    assert (run.path / "qat-checkpoint" / "qat.1.safetensors").exists()
+    shutil.rmtree(run.path / "qat-checkpoint")
+
+
 def test_a_checkpoint_of_anything_else_is_not_gone_on_with(
     run: Run, calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from kdedge.data.batches import Batches, Pool
 from kdedge.data.sources import open_source
 from kdedge.data.splits import Splits
 from kdedge.data.store import open_store
-from kdedge.errors import DataError, ExportError
+from kdedge.errors import DataError, ExportError, RunError
 from kdedge.methods.qat import DistilledQAT, DistilledQATConfig
 from kdedge.models.weights import LoadedModel, load_model
 from kdedge.recipe import Recipe
@@ -93,9 +93,9 @@ def run_qat(
     """Train `model`, the float form of the run's student, under the roundings of `plan` and `table`.
 
     Gives the float model with its new weights and the table to write it with. A second call with the same arguments
-    goes on with a stopped one, from the checkpoints in RUN/qat-checkpoint; they are removed at the end, and where it
-    failed, since it would fail again. Raises RunError where the loss is no longer finite, DataError where the run's
-    images are gone, ExportError as above.
+    goes on with a stopped one, from the checkpoints in RUN/qat-checkpoint. They are removed at the end, and where
+    training lost its way, since it would again; what else fails leaves them. Raises RunError where the loss is no
+    longer finite, DataError where the run's images are gone, ExportError as above.
     """
     recipe, student = recipe_io.load(str(run.recipe_path)), load_model(run.student_path)
     device = pick_device(recipe.engine.device)
@@ -140,7 +140,7 @@ def run_qat(
                 seed=recipe.seed,
                 class_names=names,
             )
-        except Exception:  # but not Ctrl-C
+        except RunError:
             shutil.rmtree(folder)
             raise
     shutil.rmtree(folder)

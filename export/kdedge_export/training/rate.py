@@ -22,7 +22,7 @@ UNSEEN = 4  # batches
 
 
 def sound_rate(make: Callable[[float], Method], batches: Batches, optim: OptimConfig) -> float:
-    """The first of SHARES of the peak rate at which STEPS steps lower the loss on UNSEEN other batches.
+    """The first of SHARES of the peak rate at which STEPS steps lower the loss on UNSEEN other batches of the pool.
 
     The last of them where none does: what it trains is compared with what there was before, and not kept. `make` gives
     a fresh method for a rate.

@@ -45,6 +45,13 @@ def openvino_emulator(content: bytes, threads: int = 1) -> Run | None:
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(content), "CPU", options)
+        entry = compiled.input(0)  # tried once: some kernels are found to be missing only when they are called
+        compiled(
+            np.zeros(
+                [1 if size.is_dynamic else size.get_length() for size in entry.partial_shape],
+                entry.element_type.to_dtype(),
+            )
+        )
     except Exception as error:  # of OpenVINO, RuntimeErrors and others; of a broken installation, whatever it raises
         raise ExportError(
             f"OpenVINO cannot run the file for TensorRT: {' '.join(str(error).split())[:200].rstrip('.')}. "
