@@ -96,8 +96,8 @@ def _fits(bundle: Bundle, precision: str, batch: int, here: Here, folder: Option
 def _build(bundle: Bundle, precision: str, batch: int, where: Sequence[str]) -> Optional[str]:
     """Why it could not be built; None where it is there now."""
     arguments = ["build", bundle.path, "--artifact", precision, "--batch", str(batch), *where, "--json"]
-    command, environment = child("__main__", *arguments)
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    command = child("__main__", *arguments)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     if done.returncode == 0:
         return None
     try:

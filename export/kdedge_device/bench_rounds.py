@@ -83,11 +83,9 @@ def one_round(job: Job) -> Told:
     """Runs `bench` in a process of its own. The Failure that it told, of the same class, where it failed."""
     with tempfile.TemporaryDirectory(prefix="kdedge-") as folder:
         file = os.path.join(folder, "times.json")
-        command, environment = child("__main__", "bench", *job.arguments, "--json", "--times", file)
+        command = child("__main__", "bench", *job.arguments, "--json", "--times", file)
         try:
-            done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
             raise Failure(f"The measurement of {job.name} cannot be started: {error}.") from None
         try:

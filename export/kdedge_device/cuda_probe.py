@@ -32,11 +32,9 @@ class Probe:
 
 def probe(library: str = LIBRARY, timeout_seconds: float = 60.0) -> Probe:
     """Never raises: whatever is wrong with the driver is the answer's `reason`."""
-    command, environment = child("cuda_probe", library)
+    command = child("cuda_probe", library)
     try:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout_seconds
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         return Probe((), f"The CUDA driver did not answer in {timeout_seconds:g} seconds. Restart the machine.")
     except OSError as error:

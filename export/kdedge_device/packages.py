@@ -7,8 +7,9 @@ instruction. Python 3.8, standard library.
 import os
 import signal
 import subprocess
-import sys
 from typing import Any, Dict, NamedTuple, Optional
+
+from kdedge_device.children import python
 
 __all__ = ["PACKAGES", "Found", "look_for"]
 
@@ -33,7 +34,7 @@ def look_for(packages: Dict[str, str] = PACKAGES, timeout_seconds: float = 120.0
 def _start(module: str) -> Any:
     try:
         return subprocess.Popen(
-            [sys.executable, "-c", _ASK.format(_ANSWER, module)],
+            python(_ASK.format(_ANSWER, module)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

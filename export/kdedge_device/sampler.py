@@ -60,11 +60,10 @@ class Sampler:
 
     def start(self) -> bool:
         """Whether it runs. Returns when the first values were read, so that no start-up stands in what follows."""
-        command, environment = child("sampler", self._root, str(os.getpid()))
+        command = child("sampler", self._root, str(os.getpid()))
         try:
             self._process = subprocess.Popen(
                 command,
-                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ _NOTE = f"{_FOLDER}/clocks.json"  # what to undo; the keeper holds a lock on it
 _STORED = f"{_FOLDER}/clocks.stored"  # of jetson_clocks --store
 _BOOT = "/proc/sys/kernel/random/boot_id"
 _SLOW_S = 120.0  # nvpmodel can take half a minute
-_ENVIRONMENT = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH")
+_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH")
 
 
 @contextlib.contextmanager
@@ -44,11 +44,11 @@ def locked(
     Failure: not a Jetson, not root, a mode that does not exist or wants a restart, or another measurement holds them.
     """
     _refuse(root, mode, user())
-    command, environment = child("set_clocks", root, str(os.getpid()), *([mode] if mode else []))
+    command = child("set_clocks", root, str(os.getpid()), *([mode] if mode else []))
     keeper = subprocess.Popen(
         command,
         # Whoever clears up after a measurement knows its processes by marks in their environment; it must outlive them.
-        env={name: environment[name] for name in _ENVIRONMENT if name in environment},
+        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,

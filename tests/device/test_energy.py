@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import kdedge_device
 from kdedge_device.brakes import Brakes
-from kdedge_device.children import child
 from kdedge_device.energy import energy_per_inference, mean_milliwatts, mean_power
 from kdedge_device.meters import CounterMeter, RailMeter, TegrastatsMeter, find_meter
 from kdedge_device.sampler import Sampler, Trace, sample, worth_sampling
@@ -158,9 +158,9 @@ def test_the_sampler_in_its_own_process(tmp_path: Path) -> None:
 
 def test_a_sampler_that_cannot_work_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(str(boards.thor(tmp_path)))
-    monkeypatch.setattr("kdedge_device.sampler.child", lambda *a: ([sys.executable, "-c", "raise SystemExit(1)"], None))
+    monkeypatch.setattr("kdedge_device.sampler.child", lambda *a: [sys.executable, "-c", "raise SystemExit(1)"])
     assert not sampler.start()
-    monkeypatch.setattr("kdedge_device.sampler.child", lambda *a: ([str(tmp_path / "absent")], None))
+    monkeypatch.setattr("kdedge_device.sampler.child", lambda *a: [str(tmp_path / "absent")])
     assert not sampler.start()
     assert sampler.stop() is None
 
@@ -206,7 +206,7 @@ def test_it_ends_also_where_another_child_holds_the_pipe_open(tmp_path: Path) ->
 
 def _killed_parent(tmp_path: Path, more: str, kill: Callable[["subprocess.Popen[str]"], None]) -> None:
     root = boards.orin_nano(tmp_path)
-    package = child("sampler")[1]["PYTHONPATH"].split(os.pathsep)[0]
+    package = str(Path(kdedge_device.__file__).parents[1])
     lines = PARENT.format(package=package, root=str(root), more=more)
     quiet = subprocess.DEVNULL
     command = [sys.executable, "-c", lines]

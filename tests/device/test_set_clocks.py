@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import kdedge_device
 from kdedge_device import set_clocks
-from kdedge_device.children import child
 from kdedge_device.failures import Failure, RuntimeFailure
 from kdedge_device.set_clocks import leftover, locked
 
@@ -162,7 +162,7 @@ with locked({root!r}, lambda text: print(text, flush=True), {mode!r}, user=lambd
 @contextlib.contextmanager
 def measurement(root: Path, mode: str | None = None) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds the clocks, as a measurement would."""
-    package = child("set_clocks")[1]["PYTHONPATH"].split(os.pathsep)[0]
+    package = str(Path(kdedge_device.__file__).parents[1])
     lines = PARENT.format(package=package, root=str(root), mode=mode)
     command, quiet = [sys.executable, "-c", lines], subprocess.DEVNULL
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True, start_new_session=True) as process:

@@ -7,19 +7,17 @@ slows down steadily favours either as often as the other.
 
 import json
 import math
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kdedge_device
 from kdedge.errors import DeviceError
 from kdedge.intervals import signed_rank
 from kdedge_device.bench_rounds import Told, new_session, pooled
+from kdedge_device.children import child
 from kdedge_device.record import now
 
 __all__ = ["LOOKS", "Race", "Speedup", "measure_alone", "race", "speedup"]
@@ -107,21 +105,9 @@ def speedup(base_ms: Sequence[float], other_ms: Sequence[float], confidence: flo
 
 
 def measure_alone(model: Path, threads: int, arguments: Sequence[str] = ONE_ROUND) -> Record:
-    """The record of `python -m kdedge_device bench MODEL`. DeviceError with the child's message where it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "kdedge_device",
-        "bench",
-        str(model),
-        "--threads",
-        str(threads),
-        "--json",
-        *arguments,
-    ]
-    roots = str(Path(kdedge_device.__file__).parent.parent)
-    path = os.pathsep.join(part for part in (roots, os.environ.get("PYTHONPATH", "")) if part)
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    """The record of `bench MODEL` in a process of its own. DeviceError with the child's message where it fails."""
+    command = child("__main__", "bench", str(model), "--threads", str(threads), "--json", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         document = json.loads(done.stdout)
     except ValueError:

@@ -6,16 +6,14 @@ not take the export with it. What is built here fits this machine; a board build
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import kdedge_device
 from kdedge.errors import BundleError, DeviceError, ExportError, KdedgeError, MissingPackage
+from kdedge_device.children import child
 from kdedge_device.trt import INSTALL
 
 __all__ = ["build_here", "require_tensorrt"]
@@ -50,10 +48,8 @@ def require_tensorrt() -> None:
 
 
 def _build(bundle: Path, precision: str) -> dict[str, Any]:
-    root = str(Path(kdedge_device.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "kdedge_device", "build", str(bundle), "--artifact", precision, "--json"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    command = child("__main__", "build", str(bundle), "--artifact", precision, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise DeviceError(
