@@ -139,7 +139,7 @@ def _info(options: argparse.Namespace) -> _Answer:
 
 
 def _check(options: argparse.Namespace) -> _Answer:
-    from kdedge_device.evaluate import check
+    from kdedge_device.check import check
 
     document = check(_bundle(options), options.threads)
     lines = ["{} files unaltered".format(len(document["files"]))]
@@ -152,6 +152,11 @@ def _check(options: argparse.Namespace) -> _Answer:
         )
     for name, why in document["not_run"].items():
         lines.append(f"{name}: not run here, {why}")
+    if not document["golden"]:
+        lines.append(
+            "No answer was compared, since nothing of the bundle can be run here yet. Where TensorRT is, build an "
+            "engine first: python run.pyz build"
+        )
     return document, "\n".join(lines), 0
 
 

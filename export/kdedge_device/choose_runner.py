@@ -11,7 +11,7 @@ from kdedge_device.trt_build import BuildOptions
 from kdedge_device.trt_bundle import ENGINES, find_engine, has_engines, open_engine, open_precision
 from kdedge_device.trt_runner import TrtRunner
 
-__all__ = ["Runner", "open_runner", "runtime_of", "why_not_onnxruntime"]
+__all__ = ["Runner", "only_engines", "open_runner", "runtime_of", "why_not_onnxruntime"]
 
 Runner = Union[OrtRunner, TrtRunner]
 
@@ -25,8 +25,7 @@ def open_runner(
     that is here unless named. So does a machine that has engines and no ONNX Runtime. RuntimeFailure where the runtime,
     or the engine, is not here.
     """
-    only_engines = artifact is None and has_engines(bundle) and importlib.util.find_spec(OrtRunner.runtime) is None
-    if runtime == TrtRunner.runtime or (runtime is None and only_engines):
+    if runtime == TrtRunner.runtime or (runtime is None and artifact is None and only_engines(bundle)):
         return _open_precision(bundle, artifact)
     name = bundle.artifact(artifact)
     if runtime_of(bundle, name) == TrtRunner.runtime and runtime is None and has_engines(bundle):
@@ -36,6 +35,11 @@ def open_runner(
         runnable = ", ".join(sorted(each for each in bundle.artifacts if not why_not_onnxruntime(bundle, each)))
         raise RuntimeFailure(f"The artifact '{name}' cannot be run by ONNX Runtime: {why}. It runs: {runnable}.")
     return OrtRunner(bundle.model_path(name), threads)
+
+
+def only_engines(bundle: Bundle) -> bool:
+    """Whether this machine has engines and no ONNX Runtime, so that what it runs by itself is one of them."""
+    return has_engines(bundle) and importlib.util.find_spec(OrtRunner.runtime) is None
 
 
 def _open_precision(bundle: Bundle, artifact: Optional[str]) -> TrtRunner:

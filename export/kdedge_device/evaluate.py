@@ -1,4 +1,4 @@
-"""What a bundle says of images: predictions, accuracy over labelled ones, and whether it answers as it did at export.
+"""What a bundle says of images: predictions, and accuracy over labelled ones.
 
 N images, H x W x C each, K classes.
 """
@@ -9,21 +9,28 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 
 from kdedge_device.arrays import read_npz
-from kdedge_device.choose_runner import Runner, open_runner, runtime_of, why_not_onnxruntime
-from kdedge_device.failures import BudgetFailure, CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
+from kdedge_device.choose_runner import Runner, open_runner
+from kdedge_device.failures import BudgetFailure, CorruptFailure, Failure
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
-from kdedge_device.trt_bundle import has_engines
 from kdedge_device.trt_runner import TrtRunner
 
-__all__ = ["check", "evaluate", "input_of", "logits_of", "predict"]
+__all__ = ["checked_logits", "evaluate", "images_a_call", "input_of", "logits_of", "predict"]
 
-BATCH = 32
+_BATCH = 32
+_BATCH_BYTES = 128 << 20  # as float32; a manifest may ask for images of 4096 x 4096, and a board has 4 GB
+
+
+def images_a_call(preprocess: Preprocess) -> int:
+    """How many images are computed at once: 32, or as many as fit into 128 MiB of float32, but one at least."""
+    bytes_each = 4 * preprocess.height * preprocess.width * preprocess.channels
+    return max(1, min(_BATCH, _BATCH_BYTES // bytes_each))
 
 
 def logits_of(runner: Runner, preprocess: Preprocess, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """float32 [N, K] of uint8 [N, H, W, C], N above 0, in batches of BATCH."""
-    batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+    """float32 [N, K] of uint8 [N, H, W, C], N above 0, in batches of `images_a_call`."""
+    count = images_a_call(preprocess)
+    batches = (images[i : i + count] for i in range(0, len(images), count))
     return np.concatenate([runner.run(input_of(runner, preprocess, batch)) for batch in batches])
 
 
@@ -53,7 +60,7 @@ def predict(
         for path in paths:
             try:
                 for name, image in bundle.preprocess.each(path):
-                    answers.append(_answer(bundle, name, _checked(bundle, runner, image[None])[0]))
+                    answers.append(_answer(bundle, name, checked_logits(bundle, runner, image[None])[0]))
             except ImageUnreadable as error:
                 answers.append({"path": path, "error": error.reason})
     return answers
@@ -65,7 +72,7 @@ def _answer(bundle: Bundle, path: str, logits: "np.ndarray[Any, Any]") -> Dict[s
     return {"path": path, "class": top[0][0], "probability": top[0][1], "top": top}
 
 
-def _checked(bundle: Bundle, runner: Runner, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def checked_logits(bundle: Bundle, runner: Runner, images: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     """`logits_of`, one finite number a class. A model of other classes than the manifest names is not this bundle's."""
     logits = logits_of(runner, bundle.preprocess, images)
     if logits.shape != (len(images), len(bundle.classes)):
@@ -97,8 +104,8 @@ def evaluate(
     unreadable: List[Dict[str, str]] = []
     counts = {cls: [0, 0] for cls in bundle.classes}
     with open_runner(bundle, artifact, threads, runtime) as runner:
-        for images, labels in _batches(_labelled(bundle, source, unreadable)):
-            hits = _checked(bundle, runner, images).argmax(1) == labels
+        for images, labels in _batches(_labelled(bundle, source, unreadable), images_a_call(bundle.preprocess)):
+            hits = checked_logits(bundle, runner, images).argmax(1) == labels
             for label, hit in zip(labels, hits):
                 counts[bundle.classes[label]][0] += int(hit)
                 counts[bundle.classes[label]][1] += 1
@@ -171,74 +178,15 @@ def _from_arrays(bundle: Bundle, data: str) -> Iterator[Tuple["np.ndarray[Any, A
 
 
 def _batches(
-    pairs: Iterator[Tuple["np.ndarray[Any, Any]", int]],
+    pairs: Iterator[Tuple["np.ndarray[Any, Any]", int]], count: int
 ) -> Iterator[Tuple["np.ndarray[Any, Any]", List[int]]]:
     images: List["np.ndarray[Any, Any]"] = []
     labels: List[int] = []
     for image, label in pairs:
         images.append(image)
         labels.append(label)
-        if len(images) == BATCH:
+        if len(images) == count:
             yield np.stack(images), labels
             images, labels = [], []
     if images:
         yield np.stack(images), labels
-
-
-def check(bundle: Bundle, threads: int = 1) -> Dict[str, Any]:
-    """Hash every file, run the artifacts on the golden images and compare with the logits noted at export.
-
-    {files, engines: {file: state}, golden: {artifact: {max_abs_difference, tolerance, same_class}}, not_run: {artifact:
-    why}}. CorruptFailure where a file is altered, BudgetFailure where a logit is further off than the tolerance of the
-    manifest, RuntimeFailure where nothing can be run here.
-    """
-    files, engines, golden = bundle.verify(), bundle.engines(), bundle.golden()
-    found: Dict[str, Any] = {}
-    not_run: Dict[str, str] = {}
-    for name, entry in sorted(bundle.artifacts.items()):
-        expected = golden.get("logits__" + name)
-        if expected is None:
-            raise CorruptFailure(f"golden.npz of {bundle.path} has no logits of '{name}'. Copy the bundle again.")
-        logits, why = _golden_logits(bundle, name, golden["images"], threads)
-        if logits is None:
-            not_run[name] = why
-            continue
-        found[name] = {
-            "max_abs_difference": float(np.abs(logits - expected).max()),
-            "tolerance": entry["golden_tolerance"],
-            "same_class": float((logits.argmax(1) == expected.argmax(1)).mean()),
-        }
-    if not found:
-        raise RuntimeFailure(
-            "Nothing of the bundle can be run here. {}".format(" ".join(sorted(set(not_run.values()))))
-        )
-    wrong = [name for name, each in found.items() if not each["max_abs_difference"] <= each["tolerance"]]
-    if wrong:
-        raise BudgetFailure(
-            "The golden images give other logits than at export: {}.".format(
-                "; ".join(
-                    "{} differs by {max_abs_difference:.4g}, tolerated are {tolerance:.4g}".format(n, **found[n])
-                    for n in wrong
-                )
-            )
-        )
-    return {"files": files, "engines": engines, "golden": found, "not_run": not_run}
-
-
-def _golden_logits(
-    bundle: Bundle, name: str, images: "np.ndarray[Any, Any]", threads: int
-) -> "Tuple[Optional[np.ndarray[Any, Any]], str]":
-    """The logits of an artifact; or None, and why it cannot be run on this machine, which is no fault of the bundle."""
-    engine = runtime_of(bundle, name) == TrtRunner.runtime
-    why = why_not_onnxruntime(bundle, name)
-    if why and not (engine and has_engines(bundle)):
-        return None, why
-    try:
-        with open_runner(bundle, name, threads) as runner:
-            return _checked(bundle, runner, images), ""
-    except RuntimeFailure as error:
-        return None, str(error)
-    except (VersionFailure, DeviceFailure) as error:
-        if not engine:
-            raise
-        return None, str(error)  # an engine of another machine

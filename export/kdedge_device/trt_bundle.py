@@ -18,6 +18,7 @@ __all__ = [
     "build_for_bundle",
     "engine_path",
     "find_engine",
+    "fitting_engines",
     "has_engines",
     "open_engine",
     "open_precision",
@@ -93,21 +94,34 @@ def find_engine(
     It was built on a machine like this from this bundle's model, in that precision. One of exactly these options comes
     first, then one for that very batch, then one that takes it, then any. It is checked in full when it is opened.
     """
-    artifact = source_artifact(bundle, options.precision, here)
-    exact = _mark(bundle, artifact, options, here)
+    exact = _mark(bundle, source_artifact(bundle, options.precision, here), options, here)
     fits: List[Tuple[int, str, Dict[str, Any]]] = []
     for place in [bundle.path] if folder is None else [folder, bundle.path]:
         path = _place(bundle, exact, place)
         if os.path.lexists(path):
             return path, exact
-        for path in _engines_in(place):
-            built = _options_of(path)
-            if built is None or built["precision"] != options.precision:
-                continue
-            mark = fingerprint(here, str(bundle.artifacts[artifact]["sha256"]), built)
-            if read_side(path)["fingerprint"] == json.loads(json.dumps(mark)):
-                fits.append((_distance(built["batch"], options.batch[1]), path, mark))
+        for path, mark in fitting_engines(bundle, options.precision, here, place).items():
+            fits.append((_distance(mark["options"]["batch"], options.batch[1]), path, mark))
     return min(fits, key=lambda each: each[:2])[1:] if fits else None
+
+
+def fitting_engines(
+    bundle: Bundle, precision: str, here: Here, folder: Optional[str] = None
+) -> Dict[str, Dict[str, Any]]:
+    """{path: fingerprint} of every engine that says it was built of this model, in this precision, on such a machine.
+
+    They lie in `folder`, by default the bundle. Each is checked in full when it is opened.
+    """
+    sha256 = str(bundle.artifacts[source_artifact(bundle, precision, here)]["sha256"])
+    fits: Dict[str, Dict[str, Any]] = {}
+    for path in _engines_in(bundle.path if folder is None else folder):
+        built = _options_of(path)
+        if built is None or built["precision"] != precision:
+            continue
+        mark = fingerprint(here, sha256, built)
+        if read_side(path)["fingerprint"] == json.loads(json.dumps(mark)):
+            fits[path] = mark
+    return fits
 
 
 def _options_of(path: str) -> Optional[Dict[str, Any]]:

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from kdedge_device.bench import bench, open_subject
+from kdedge_device.check import check
 from kdedge_device.clock import Effort
-from kdedge_device.evaluate import check, evaluate, predict
+from kdedge_device.evaluate import evaluate, predict
 from kdedge_device.failures import BudgetFailure, CorruptFailure, Failure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner

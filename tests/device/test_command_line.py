@@ -56,9 +56,16 @@ def test_without_a_runtime_the_code_is_6(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, document = run(capsys, "check", "--bundle", bundle)
+    code, document = run(capsys, "eval", "--data", bundle / "golden.npz", "--bundle", bundle)
     assert code == 6
     assert "pip install onnxruntime" in document["error"]
+    code, document = run(capsys, "check", "--bundle", bundle)
+    assert (code, document["golden"], document["files"]) == (0, {}, ["golden.npz", "model.onnx"]), "the files are whole"
+    assert "pip install onnxruntime" in document["not_run"]["fp32"]
+    assert program.main(["check", "--bundle", str(bundle)]) == 0
+    assert "No answer was compared" in capsys.readouterr().out
+    (bundle / "model.onnx").write_bytes(b"altered")
+    assert run(capsys, "check", "--bundle", bundle)[0] == 5
 
 
 def test_predict_and_eval(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

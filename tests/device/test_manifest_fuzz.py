@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdedge_device.evaluate import check, evaluate, predict
+from kdedge_device.check import check
+from kdedge_device.evaluate import evaluate, predict
 from kdedge_device.failures import BudgetFailure, CorruptFailure, Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.onnx_outside import refuse_outside

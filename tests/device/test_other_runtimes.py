@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdedge_device.check import check
 from kdedge_device.choose_runner import open_runner
-from kdedge_device.evaluate import check, evaluate, predict
+from kdedge_device.evaluate import evaluate, predict
 from kdedge_device.failures import CorruptFailure, RuntimeFailure
 from kdedge_device.manifest import Bundle
 

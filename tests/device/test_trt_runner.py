@@ -11,9 +11,10 @@ import pytest
 from kdedge_device import trt_bundle
 from kdedge_device.bench import bench, measure, open_subject
 from kdedge_device.bench_offline import offline
+from kdedge_device.check import check
 from kdedge_device.clock import Effort
-from kdedge_device.evaluate import check, evaluate
-from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
+from kdedge_device.evaluate import evaluate
+from kdedge_device.failures import BudgetFailure, CorruptFailure, DeviceFailure, Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import load_tensorrt
@@ -151,18 +152,20 @@ def test_the_right_file_for_the_version(trt_bundle_folder: Path, world: World) -
 
 def test_engines_are_checked_and_scored(trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     here = machine("10.3.0", world)
-    monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: here)
+    for module in ("check", "trt_bundle"):
+        monkeypatch.setattr(f"kdedge_device.{module}.load_tensorrt", lambda: here)
     found = Bundle(trt_bundle_folder)
     assert check(found)["not_run"] == dict.fromkeys(("trt", "trt-fp16"), NOT_BUILT), "TensorRT is not even loaded"
-    built(trt_bundle_folder, here)
+    engine = Path(built(trt_bundle_folder, here)["engine"]).name
     document = check(found)
-    assert document["golden"]["trt"]["same_class"] == 1.0
+    assert (document["golden"][engine]["artifact"], document["golden"][engine]["same_class"]) == ("trt", 1.0)
     assert document["not_run"] == {
         "trt-fp16": "The artifact 'trt-fp16' is not for TensorRT 10.3.0, which takes model.trt.onnx."
     }
     images = np.stack([np.full((4, 4), value, np.uint8) for value in range(0, 250, 5)])
     np.savez(trt_bundle_folder / "eval.npz", images=images, labels=np.arange(50) >= 26)
     assert evaluate(found, str(trt_bundle_folder / "eval.npz"), "trt")["accuracy"] == 1.0
+    monkeypatch.setattr("kdedge_device.check.load_tensorrt", lambda: machine("10.7.0", world))
     monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: machine("10.7.0", world))
     assert "There is no engine of 'trt' for this machine" in check(found)["not_run"]["trt"]
     with pytest.raises(RuntimeFailure, match=r"build --artifact int8"):
@@ -173,11 +176,47 @@ def test_an_altered_engine_fails_the_check(
     trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = machine("10.3.0", world)
-    monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: here)
+    monkeypatch.setattr("kdedge_device.check.load_tensorrt", lambda: here)
     path = Path(built(trt_bundle_folder, here)["engine"])
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(CorruptFailure, match=r"its side file says"):
         check(Bundle(trt_bundle_folder))
+
+
+def golden(folder: Path, **shifts: float) -> None:
+    """The golden logits of those artifacts moved, `shifts` in shares of their span."""
+    with np.load(folder / "golden.npz") as arrays:
+        moved = dict(arrays)
+    for name, share in shifts.items():
+        moved[f"logits__{name}"] = moved[f"logits__{name}"] + share * np.ptp(moved[f"logits__{name}"])
+    np.savez(folder / "golden.npz", **moved)
+    artifacts = Bundle(folder).artifacts
+    write_manifest(folder, artifacts={name: {**each, "golden_tolerance": 1e-5} for name, each in artifacts.items()})
+
+
+def test_engines_of_every_precision_are_compared(
+    trt_bundle_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that a gate ships too: each by its own golden logits, with room for TF32 and FP16, but not for more."""
+    here = machine(NEW, world)
+    monkeypatch.setattr("kdedge_device.check.load_tensorrt", lambda: here)
+    monkeypatch.setattr("kdedge_device.trt_bundle.load_tensorrt", lambda: here)
+    files = {Path(built(trt_bundle_folder, here, each)["engine"]).name: each for each in ("fp32", "fp16", "int8")}
+    eight = Path(built(trt_bundle_folder, here, "fp16", batch=(8, 8, 8), workspace_mib=64)["engine"]).name
+    golden(trt_bundle_folder, fp32=0.02, fp16=-0.02)
+    monkeypatch.setattr("kdedge_device.check.why_not_onnxruntime", lambda bundle, name: "not installed")
+    found = check(Bundle(trt_bundle_folder))
+    told = {name: each["artifact"] for name, each in found["golden"].items()}
+    assert told == {name: "trt-fp16" if each == "int8" else each for name, each in files.items()} | {eight: "fp16"}
+    assert all(each["runtime"] == "tensorrt" for each in found["golden"].values())
+    assert set(found["not_run"]) == {"trt"}
+    golden(trt_bundle_folder, fp16=-0.02)
+    with pytest.raises(
+        BudgetFailure, match=r"give other logits than at export: .*fp16.*differs by .*; .*fp16"
+    ) as error:
+        check(Bundle(trt_bundle_folder))
+    assert eight in str(error.value)
+    assert not any(name in str(error.value) for name, each in files.items() if each != "fp16")
 
 
 def test_engines_are_timed_with_and_without_copies(

@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from kdedge.errors import DataError
-from kdedge_device.evaluate import check, evaluate
+from kdedge_device.check import check
+from kdedge_device.evaluate import evaluate
 from kdedge_device.manifest import Bundle
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.bundle import (

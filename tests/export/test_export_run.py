@@ -17,7 +17,8 @@ from PIL import Image
 
 from kdedge.errors import DataError, DeviceError, ExportError
 from kdedge.runs import Run
-from kdedge_device.evaluate import check, logits_of, predict
+from kdedge_device.check import check
+from kdedge_device.evaluate import logits_of, predict
 from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner
 from kdedge_export import export as steps
