@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from kdedge.errors import BundleError, DeviceError, KdedgeError
 from kdedge_bench.measured import Names, Outcome, Target, reasons, written
+from kdedge_device.alone import alone
 from kdedge_device.bench_all import field
-from kdedge_device.bench_rounds import Job, in_turn, new_session, one_round, pooled
-from kdedge_device.clock import EFFORTS
+from kdedge_device.bench_pool import pooled
+from kdedge_device.bench_rounds import Job, in_turn, new_session, one_round
+from kdedge_device.clock import EFFORTS, told_effort
 from kdedge_device.failures import CorruptFailure, Failure
 from kdedge_device.manifest import Bundle
 from kdedge_device.record import now
@@ -44,10 +46,11 @@ def measure_here(
             work[name] = target
             jobs.append(job._replace(name=name))
     session = new_session(now())
-    told, failed = in_turn(jobs, repeats, one_round, say)
+    with alone(say):
+        told, failed = in_turn(jobs, repeats, one_round, say)
     for name, each in told.items():
         record = pooled(each, session)
-        record["conditions"]["effort"] = effort
+        record["conditions"]["effort"] = told_effort(effort, repeats)
         outcome.records += written(record, work[name], LOCAL, names)
     outcome.errors += [_error(name, error) for name, error in failed.items()]
     return outcome

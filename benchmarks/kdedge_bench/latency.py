@@ -13,11 +13,9 @@ from kdedge_bench.here import LOCAL, measure_here
 from kdedge_bench.measured import Names, Outcome, Target
 from kdedge_bench.records import Record
 from kdedge_bench.remote_place import Place
-from kdedge_device.clock import EFFORTS
+from kdedge_device.clock import EFFORTS, usual_rounds
 
 __all__ = ["BoardsFailed", "bench", "target_of"]
-
-REPEATS = 6
 
 
 class BoardsFailed(KdedgeError):
@@ -43,7 +41,7 @@ def bench(
     threads: int = 1,
     on: Sequence[str] = (LOCAL,),
     suite: str | None = None,
-    repeats: int = REPEATS,
+    repeats: int | None = None,
     clean: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Record]:
@@ -51,9 +49,11 @@ def bench(
 
     `on`: "local" and ssh://[user@]host[:port]. All boards at once, and then this machine, alone. A record goes to
     `out`, else to RUN/bench, else to bench/ beside a model file or a bundle that is in no run. What was copied to a
-    board stays there, unless `clean`. RunError where a target is nothing that can be measured, DeviceError where a
+    board stays there, unless `clean`. `repeats` share the effort: 6 unless given, 1 of mlperf, whose rules ask for one
+    unbroken run. RunError where a target is nothing that can be measured, DeviceError where a
     measurement fails; BoardsFailed where others did not.
     """
+    repeats = usual_rounds(effort) if repeats is None else repeats
     _refuse_what_is_not_there(effort, suite, threads, repeats)
     # What is named wrongly is told before anything is timed; a machine named twice is measured once.
     places = {text: None if text == LOCAL else Place.parse(text) for text in on}

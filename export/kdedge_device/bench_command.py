@@ -7,7 +7,8 @@ import os
 import sys
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from kdedge_device.clock import EFFORTS, Effort
+from kdedge_device.alone import alone
+from kdedge_device.clock import EFFORTS, ROUNDS, Effort, told_effort, usual_rounds
 from kdedge_device.cuda_access import WAYS, chosen_way
 from kdedge_device.failures import Failure
 from kdedge_device.record import now
@@ -15,19 +16,17 @@ from kdedge_device.trt_launch import BUFFERS
 
 __all__ = ["add_arguments", "run"]
 
-_ROUNDS = 6  # of --artifact all; fewer cannot tell two files apart
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only `bench` takes; --bundle, --artifact, --threads, --json and --out every command has."""
     add = parser.add_argument
     add("model", nargs="?", help="a bundle folder, or an .onnx or .engine file; --artifact all: the bundle's, in turn")
-    add("--effort", choices=sorted(EFFORTS), default="quick", help="quick 2 s, standard 60 s, mlperf 600 s")
+    add("--effort", choices=sorted(EFFORTS), default="quick", help="quick 2 s, standard 60 s, mlperf 600 s, unbroken")
     add("--seconds", type=float, help="instead of the effort's; of each round")
     add("--runs", type=int, help="instead of the effort's; of each round")
     add("--warm-up", type=float, metavar="SECONDS", help="instead of the effort's")
     add("--batch", type=int, help="images a call (default 1; with --offline what the file is for, else 16)")
-    add("--rounds", type=int, help=f"processes among which the effort is shared (default 1; of all {_ROUNDS})")
+    add("--rounds", type=int, help=f"processes that share the effort (default 1; of all {ROUNDS}, but 1 of mlperf)")
     add("--offline", action="store_true", help="throughput of batch after batch instead of latency")
     add("--runtime", choices=("auto", "tensorrt"), default="auto", help="tensorrt: --artifact names an engine")
     add("--engines", metavar="FOLDER", help="where engines are looked for before the bundle")
@@ -64,11 +63,11 @@ def run(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     every = options.artifact == "all"
     if options.build and not every:
         raise Failure("--build goes with --artifact all; build one engine with: python run.pyz build")
-    rounds = options.rounds if options.rounds is not None else _ROUNDS if every else 1
+    rounds = options.rounds if options.rounds is not None else usual_rounds(options.effort) if every else 1
     if rounds < 1:
         raise Failure(f"{rounds} rounds were asked for; at least 1 is needed.")
     work = _Work(path, *_effort(options, rounds), rounds)
-    with _clocks(options):
+    with alone(_say), _clocks(options):
         if every:
             return _all(options, work)
         return _rounds(options, work) if rounds > 1 else _one(options, work)
@@ -84,8 +83,8 @@ def _refuse_trtexec(options: argparse.Namespace) -> None:
 
 def _effort(options: argparse.Namespace, rounds: int) -> Tuple[Effort, str]:
     """What is asked for explicitly is of each round; an effort is shared among them."""
-    effort, name = EFFORTS[options.effort].split(rounds), options.effort
-    if options.offline and name == "mlperf":
+    effort, name = EFFORTS[options.effort].split(rounds), told_effort(options.effort, rounds)
+    if options.offline and options.effort == "mlperf":
         from kdedge_device.bench_offline import MLPERF_SAMPLES
 
         effort = effort._replace(runs=-(-MLPERF_SAMPLES // rounds))
@@ -182,7 +181,8 @@ def _rounds(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], s
 
 
 def _measured(jobs: Sequence[Any], work: _Work) -> Tuple[List[Dict[str, Any]], Dict[str, Failure], str]:
-    from kdedge_device.bench_rounds import Job, Told, in_turn, new_session, one_round, pooled
+    from kdedge_device.bench_pool import pooled
+    from kdedge_device.bench_rounds import Job, Told, in_turn, new_session, one_round
 
     session, begun = new_session(now()), set()
 

@@ -12,6 +12,7 @@ from kdedge_device.failures import Failure
 
 __all__ = [
     "EFFORTS",
+    "MAX_VARIATION",
     "Effort",
     "WarmUp",
     "collect",
@@ -19,12 +20,16 @@ __all__ = [
     "percentile",
     "stopwatch",
     "summarize",
-    "unstable",
+    "told_effort",
+    "usual_rounds",
+    "variation",
     "warm_up",
 ]
 
 P99_RUNS = 1000  # fewer runs leave fewer than ten times above the 99th percentile: that number would be noise
 FEWEST_QUERIES = 64  # MLPerf's least for its estimate of p90
+MAX_VARIATION = 0.025  # standard deviation by mean, of times that are called stable
+MAX_TAIL = 1.5  # and their p99 by p50
 STEADY = 0.02  # medians this close are called equal
 _WINDOWS = 5  # of the warm-up; the last three are compared
 
@@ -51,6 +56,20 @@ EFFORTS = {
     "standard": Effort(60.0, 2000, 10.0),
     "mlperf": Effort(600.0, 2000, 10.0),  # the rules of MLPerf's single stream; what it gives is no MLPerf result
 }
+
+ROUNDS = 6  # of files that are compared; fewer cannot tell two apart
+
+
+def usual_rounds(effort: str) -> int:
+    """Among how many processes an effort is shared. MLPerf's rules ask for one run without a break."""
+    return 1 if effort == "mlperf" else ROUNDS
+
+
+def told_effort(effort: str, rounds: int) -> str:
+    """What a record calls an effort that was shared among rounds: not by MLPerf's rules where they were broken."""
+    if effort != "mlperf" or rounds == 1:
+        return effort
+    return f"{EFFORTS[effort].seconds:g} s in {rounds} rounds"
 
 
 class WarmUp(NamedTuple):
@@ -134,23 +153,36 @@ def summarize(times_ns: Sequence[int]) -> Dict[str, Any]:
 def early_stopping_p90(times_ns: Sequence[int]) -> Optional[float]:
     """Milliseconds that the p90 of a run without end would not exceed, with 99 % confidence. None below 64 queries.
 
-    The estimate of MLPerf's early stopping: of n queries the largest t + 1 are passed over, t being the most for which
-    t or fewer of n above the true p90 have a probability of at most 1 %: sum over k <= t of C(n, k) 0.1^k 0.9^(n - k).
+    The estimate of MLPerf's early stopping, as its load generator computes it: of n queries the t-th largest, t being
+    the most for which t or fewer of n above the true p90 have a probability of at most 1 %: the sum over k <= t of
+    C(n, k) 0.1^k 0.9^(n - k). The t - 1 above it are passed over.
     """
     count = len(times_ns)
     if count < FEWEST_QUERIES:
         return None
-    over, left = -1, 0.01
+    over, left = 0, 0.01 - 0.9**count
     while True:
         # In logarithms: 0.9^n is 0 in floating point from some 7,000 queries on.
         log_choose = math.lgamma(count + 1) - math.lgamma(over + 2) - math.lgamma(count - over)
         left -= math.exp(log_choose + (over + 1) * math.log(0.1) + (count - over - 1) * math.log(0.9))
         if left < 0:
-            return sorted(times_ns)[count - 1 - over] / 1e6
+            return sorted(times_ns)[count - over] / 1e6
         over += 1
 
 
-def unstable(summary: Dict[str, Any]) -> bool:
-    """True where std is above 2.5 % of the mean, or p99 above 1.5 times p50: another run would tell another number."""
-    varied = summary["std"] is not None and summary["std"] > 0.025 * summary["mean"]
-    return bool(varied or (summary["p99"] is not None and summary["p99"] > 1.5 * summary["p50"]))
+def variation(summary: Dict[str, Any]) -> List[str]:
+    """A sentence for each thing in the times that says that another run would tell another number."""
+    said = []
+    if summary["std"] is not None and summary["std"] > MAX_VARIATION * summary["mean"]:
+        said.append(
+            "The times vary by {:.1%} of their mean, and {:.1%} is the most that is called stable.".format(
+                summary["std"] / summary["mean"], MAX_VARIATION
+            )
+        )
+    if summary["p99"] is not None and summary["p99"] > MAX_TAIL * summary["p50"]:
+        said.append(
+            "p99 is {:.2f} times p50, and {:g} is the most that is called stable: something else ran, too.".format(
+                summary["p99"] / summary["p50"], MAX_TAIL
+            )
+        )
+    return said

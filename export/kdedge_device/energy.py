@@ -8,7 +8,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from kdedge_device.sampler import Trace
 
-__all__ = ["Power", "energy_per_inference", "mean_milliwatts", "mean_power"]
+__all__ = ["Power", "energy_per_inference", "mean_milliwatts", "mean_power", "pooled_energy"]
 
 MIN_SAMPLES = 10  # half a second; fewer say nothing about a mean
 
@@ -84,6 +84,47 @@ def energy_per_inference(
         }
     )
     return {"energy_mj_per_inference": power.milliwatts * seconds / inferences, "energy_source": source}
+
+
+def pooled_energy(rounds: Sequence[Tuple[Optional[float], Optional[Dict[str, Any]]]]) -> Dict[str, Any]:
+    """As `energy_per_inference`, of several measurements' numbers and sources: all millijoules by all inferences.
+
+    The number is None where one of them has none, or was measured by something else. Power at rest is the mean of those
+    that looked at it.
+    """
+    sources = [source for _, source in rounds if source is not None]
+    if len(sources) < len(rounds):
+        return {"energy_mj_per_inference": None, "energy_source": None}
+    first = sources[0]
+    without = sum(energy is None for energy, _ in rounds)
+    if without or any(source["source"] != first["source"] for source in sources):
+        why = f"{without} of {len(rounds)} rounds have none." if without else "The rounds were measured differently."
+        pooled = {**first, "samples": sum(source["samples"] for source in sources), "why_not": why}
+        kept = ("source", "samples", "caveat", "why_not")
+        return {"energy_mj_per_inference": None, "energy_source": {key: pooled.get(key) for key in kept}}
+    seconds = sum(source["seconds"] for source in sources)
+    inferences = sum(source["inferences"] for source in sources)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(value * source["seconds"] for value, source in zip(values, sources)) / seconds
+
+    milliwatts = mean([source["mean_mw"] for source in sources])
+    at_rest = [source["idle_mw"] for source in sources if source.get("idle_mw") is not None]
+    idle_mw = sum(at_rest) / len(at_rest) if at_rest else None
+    source = {
+        **first,
+        "samples": sum(source["samples"] for source in sources),
+        "mean_mw": milliwatts,
+        "mean_mw_by_name": {
+            name: mean([source["mean_mw_by_name"][name] for source in sources]) for name in first["mean_mw_by_name"]
+        },
+        "seconds": seconds,
+        "inferences": inferences,
+        "samples_per_second": round(mean([source["samples_per_second"] for source in sources]), 2),
+        "idle_mw": idle_mw,
+        "above_idle_mj_per_inference": None if idle_mw is None else (milliwatts - idle_mw) * seconds / inferences,
+    }
+    return {"energy_mj_per_inference": milliwatts * seconds / inferences, "energy_source": source}
 
 
 def _rate(power: Power) -> float:

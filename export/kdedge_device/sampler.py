@@ -1,8 +1,9 @@
-"""Power, GPU clock, temperatures and brakes over time, read by a process of its own while another is timed.
+"""Power, clocks, temperatures and brakes over time, read by a process of its own while another is timed.
 
-Twenty times a second the power and the GPU's clock, twice a second the rest. In the timed process the reads would stand
-in its times; in another they only take a core's few hundred microseconds. It ends with the process that started it,
-however that ends: it waits on a pipe, which closes even on kill -9. Python 3.8, standard library.
+Twenty times a second the power and the GPU's clock, five times the processor's, twice the rest. In the timed process
+the reads would stand in its times; in another they only take a core's few hundred microseconds. It ends with the
+process that started it, however that ends: it waits on a pipe, which closes even on kill -9. Python 3.8, standard
+library.
 """
 
 import json
@@ -17,12 +18,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from kdedge_device.brakes import Brakes, read_brakes
 from kdedge_device.children import child
 from kdedge_device.meters import find_meter
-from kdedge_device.state import gpu_clock_path, temperatures_c
+from kdedge_device.state import cpu_clock_paths, gpu_clock_path, temperatures_c
 from kdedge_device.sysfs import read_int
 
 __all__ = ["Sampler", "Trace", "sample", "worth_sampling"]
 
 PERIOD_S = 0.05
+CPU_PERIOD_S = 0.2  # of many cores a file each, and on x86 each one is asked
 SLOW_PERIOD_S = 0.5
 _ANSWER_S = 20.0  # a driver can be slow to answer; longer means that it hangs
 
@@ -31,7 +33,7 @@ class Trace(NamedTuple):
     """What was seen; times are of the monotonic clock, which all processes of a machine share.
 
     `power`: at each moment the values of `names`, milliwatts, or microjoules where `wraps` says at which value each
-    counter starts again. `total`: the names whose sum is the machine's power.
+    counter starts again. `total`: the names whose sum is the machine's power. `cpu_mhz`: the highest of all clusters.
     """
 
     source: Optional[str]
@@ -41,6 +43,7 @@ class Trace(NamedTuple):
     wraps: Optional[List[int]]
     power: List[Tuple[int, List[float]]]
     gpu_mhz: List[Tuple[int, float]]
+    cpu_mhz: List[Tuple[int, float]]
     temperatures_c: List[Tuple[int, Dict[str, float]]]
     brakes: List[Tuple[int, Brakes]]
 
@@ -48,7 +51,7 @@ class Trace(NamedTuple):
 def worth_sampling(root: str = "/") -> bool:
     """Whether this machine tells anything that changes over time."""
     readers: Tuple[Callable[[str], Any], ...] = (find_meter, gpu_clock_path, temperatures_c, read_brakes)
-    return any(reader(root) is not None for reader in readers)
+    return bool(cpu_clock_paths(root)) or any(reader(root) is not None for reader in readers)
 
 
 class Sampler:
@@ -99,14 +102,16 @@ class Sampler:
 
 def sample(root: str, goes_on: Callable[[float], bool], started: Callable[[], None]) -> Trace:
     """Reads until `goes_on(seconds)`, which waits that long, says no. `started` is called after the first reads."""
-    meter, clock = find_meter(root), gpu_clock_path(root)
+    meter, clock, cpu_clocks = find_meter(root), gpu_clock_path(root), cpu_clock_paths(root)
     power: List[Tuple[int, List[float]]] = []
     gpu_mhz: List[Tuple[int, float]] = []
+    cpu_mhz: List[Tuple[int, float]] = []
     temperatures: List[Tuple[int, Dict[str, float]]] = []
     brakes: List[Tuple[int, Brakes]] = []
-    period = SLOW_PERIOD_S if meter is None and clock is None else PERIOD_S
+    slowest = CPU_PERIOD_S if cpu_clocks else SLOW_PERIOD_S
+    period = slowest if meter is None and clock is None else PERIOD_S
     begin = time.monotonic()
-    tick, slow_tick = 0, -1
+    tick, slow_tick, cpu_tick = 0, -1, -1
     try:
         while True:
             now = time.monotonic_ns()
@@ -116,6 +121,9 @@ def sample(root: str, goes_on: Callable[[float], bool], started: Callable[[], No
             hertz = read_int(root, clock) if clock is not None else None
             if hertz is not None:
                 gpu_mhz.append((now, hertz / 1e6))
+            if int(tick * period / CPU_PERIOD_S) != cpu_tick:
+                cpu_tick = int(tick * period / CPU_PERIOD_S)
+                _append(cpu_mhz, now, _highest_mhz(root, cpu_clocks))
             if int(tick * period / SLOW_PERIOD_S) != slow_tick:
                 slow_tick = int(tick * period / SLOW_PERIOD_S)
                 _append(temperatures, now, temperatures_c(root))
@@ -131,7 +139,13 @@ def sample(root: str, goes_on: Callable[[float], bool], started: Callable[[], No
             meter.close()
     source, caveat = (None, None) if meter is None else (meter.source, meter.caveat)
     names, total, wraps = ([], [], None) if meter is None else (meter.names, meter.total, meter.wraps)
-    return Trace(source, caveat, names, total, wraps, power, gpu_mhz, temperatures, brakes)
+    return Trace(source, caveat, names, total, wraps, power, gpu_mhz, cpu_mhz, temperatures, brakes)
+
+
+def _highest_mhz(root: str, clocks: List[str]) -> Optional[float]:
+    """Of all clusters: what computes makes its own run fastest, and takes that along where the scheduler moves it."""
+    found = [kilohertz for kilohertz in (read_int(root, path) for path in clocks) if kilohertz is not None]
+    return max(found) / 1e3 if found else None
 
 
 def _append(series: List[Tuple[int, Any]], now: int, value: Any) -> None:

@@ -15,6 +15,7 @@ from kdedge_device.sysfs import at, paths, read, read_int
 __all__ = [
     "Trip",
     "clocks_mhz",
+    "cpu_clock_paths",
     "fan",
     "gpu_clock_path",
     "memory_mib",
@@ -91,6 +92,11 @@ def gpu_clock_path(root: str = "/") -> Optional[str]:
     """The file with the GPU's clock in Hz, or None."""
     folder = _gpu(root)
     return f"{folder}/cur_freq" if folder else None
+
+
+def cpu_clock_paths(root: str = "/") -> List[str]:
+    """The files with the clock of each cluster of cores in kHz; none in most virtual machines."""
+    return paths(root, "/sys/devices/system/cpu/cpufreq/policy*/scaling_cur_freq")
 
 
 def _gpu(root: str) -> Optional[str]:

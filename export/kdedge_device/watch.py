@@ -18,17 +18,16 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type
 from kdedge_device import state
 from kdedge_device.board import identify
 from kdedge_device.brakes import Brakes, pulled, read_brakes
+from kdedge_device.clock import variation
+from kdedge_device.clock_span import Span, moved, span
 from kdedge_device.energy import energy_per_inference
 from kdedge_device.failures import Failure
 from kdedge_device.meters import CounterMeter, RailMeter, find_meter
 from kdedge_device.sampler import Sampler, Trace, worth_sampling
 from kdedge_device.set_clocks import leftover
 
-__all__ = ["MAX_TAIL", "MAX_VARIATION", "Watch", "snapshot"]
+__all__ = ["Watch", "snapshot"]
 
-MAX_VARIATION = 0.025  # standard deviation by mean
-MAX_TAIL = 1.5  # p99 by p50
-_SAME_CLOCK = 0.01  # a clock that is measured, not set, moves by less
 IDLE_S = 2.0
 
 
@@ -69,11 +68,15 @@ def snapshot(root: str = "/") -> Dict[str, Any]:
 
 
 class Watch:
-    """For one measurement. `uses_gpu`: the GPU's clock counts for the verdict. `energy` off: no process beside it."""
+    """For one measurement. `uses_gpu`: the GPU's clock counts for the verdict, else the processor's.
+
+    `energy` off: no process beside it.
+    """
 
     def __init__(self, root: str = "/", energy: bool = True, uses_gpu: bool = False, idle_s: float = IDLE_S) -> None:
         self._root = root
         self._uses_gpu = uses_gpu
+        self._judged = "gpu" if uses_gpu else "cpu"
         self._idle_s = idle_s
         self._sampler = Sampler(root) if energy and worth_sampling(root) else None
         self._trips = state.trips(root)
@@ -113,11 +116,12 @@ class Watch:
     def conditions(self) -> Dict[str, Any]:
         """For the record; None where the machine does not tell."""
         before, after = self._looks()
-        clocks = {"before": before.clocks_mhz, "after": after.clocks_mhz, "gpu_while_timed": self._gpu_span()}
+        clocks: Dict[str, Any] = {"before": before.clocks_mhz, "after": after.clocks_mhz}
+        clocks.update({f"{which}_while_timed": self._span(which) for which in ("gpu", "cpu")})
         brakes = {"before": before.brakes, "after": after.brakes}
         return {
             "power_mode": after.power_mode,
-            "clocks_mhz": clocks if any(clocks.values()) else None,
+            "clocks_mhz": {**clocks, "judged": self._judged} if any(clocks.values()) else None,
             "temperature_c": {"before": before.temperatures_c, "after": after.temperatures_c},
             "throttle": {when: None if each is None else each._asdict() for when, each in brakes.items()},
             "fan": after.fan,
@@ -140,7 +144,7 @@ class Watch:
         `why` has a sentence for each thing that speaks against it. `throttled` is None where the machine cannot tell.
         """
         brakes = self._pulled()
-        why = brakes + self._crossed() + self._moved() + _spread(summary)
+        why = brakes + self._crossed() + self._moved() + variation(summary)
         unknown = not brakes and all(look.brakes is None for look in self._looks())
         return {
             "stable": not why,
@@ -186,10 +190,10 @@ class Watch:
                 )
         return said
 
-    def _gpu_span(self) -> Optional[Dict[str, float]]:
+    def _span(self, which: str) -> Optional[Span]:
         start, end = self._window() or (0, 0)
-        clocks = [] if self._trace is None else [mhz for moment, mhz in self._trace.gpu_mhz if start <= moment <= end]
-        return {"min": min(clocks), "max": max(clocks)} if clocks else None
+        looks = [] if self._trace is None else {"gpu": self._trace.gpu_mhz, "cpu": self._trace.cpu_mhz}[which]
+        return span([mhz for moment, mhz in looks if start <= moment <= end])
 
     def _moved(self) -> List[str]:
         """Settings that changed under the measurement."""
@@ -198,26 +202,5 @@ class Watch:
         if before.power_mode != after.power_mode:
             names = [(mode or {}).get("name") for mode in (before.power_mode, after.power_mode)]
             said.append(f"The power mode changed from {names[0]} to {names[1]}.")
-        span = self._gpu_span() if self._uses_gpu else None
-        if span is not None and span["max"] - span["min"] > _SAME_CLOCK * span["max"]:
-            said.append(
-                "The GPU's clock moved between {min:.0f} and {max:.0f} MHz; --set-clocks holds it still.".format(**span)
-            )
-        return said
-
-
-def _spread(summary: Dict[str, Any]) -> List[str]:
-    said = []
-    if summary["std"] is not None and summary["std"] > MAX_VARIATION * summary["mean"]:
-        said.append(
-            "The times vary by {:.1%} of their mean, and {:.1%} is the most that is called stable.".format(
-                summary["std"] / summary["mean"], MAX_VARIATION
-            )
-        )
-    if summary["p99"] is not None and summary["p99"] > MAX_TAIL * summary["p50"]:
-        said.append(
-            "p99 is {:.2f} times p50, and {:g} is the most that is called stable: something else ran, too.".format(
-                summary["p99"] / summary["p50"], MAX_TAIL
-            )
-        )
-    return said
+        clock = moved(self._judged, self._span(self._judged))
+        return said + ([clock] if clock else [])

@@ -106,6 +106,15 @@ def test_all_artifacts_of_all_targets_take_turns(
         bench([run, shutil.copytree(run, tmp_path / "copy")], out=tmp_path / "out")
 
 
+def test_mlperf_is_one_unbroken_run(children: Callable[..., tuple[Path, Children]]) -> None:
+    run, seen = children()
+    for repeats, seconds, effort, calls in ((None, "600.0", "mlperf", 2), (3, "200.0", "600 s in 3 rounds", 6)):
+        records = bench([run], "mlperf", repeats=repeats)
+        assert {record["conditions"]["effort"] for record in records} == {effort}
+        assert [command[command.index("--seconds") + 1] for command in seen.commands] == [seconds] * calls
+        seen.commands.clear()
+
+
 def test_artifacts_that_fail_leave_the_others(children: Callable[..., tuple[Path, Children]]) -> None:
     run, seen = children(fails="int8")
     with pytest.raises(BoardsFailed, match="local: The measurement of int8 ended with code 6") as caught:

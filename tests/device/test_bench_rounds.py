@@ -10,9 +10,9 @@ import pytest
 from kdedge_device import __main__ as program
 from kdedge_device.bench import bench, measure
 from kdedge_device.bench_all import field
-from kdedge_device.bench_rounds import Job, Told, in_turn, one_round, pooled
+from kdedge_device.bench_rounds import Job, Told, in_turn, one_round
 from kdedge_device.bench_subject import POOL, input_pool, open_subject, runner_of
-from kdedge_device.clock import Effort, early_stopping_p90, summarize
+from kdedge_device.clock import Effort, summarize
 from kdedge_device.failures import CorruptFailure, Failure
 from kdedge_device.manifest import Bundle
 
@@ -20,17 +20,6 @@ from .conftest import linear_model
 from .trt_world import complete
 
 SHORT = Effort(0.0, 5, 0.0)
-
-
-def a_round(bundle: Path, times_ns: list[int], noted: bool = True, **changes: Any) -> Told:
-    """A real record with times of our own."""
-    record = bench(open_subject(str(bundle)), SHORT, "custom")
-    record["latency_ms"] = {"compute": summarize(times_ns), "with_copies": None, "end_to_end": None}
-    record["throughput_ips"] = 1e9 * len(times_ns) / sum(times_ns)
-    record["flags"] = {"throttled": changes.pop("throttled", None), "unstable": bool(changes.get("why"))}
-    record["stability"] = {"stable": not changes.get("why"), "why": changes.pop("why", [])}
-    record.update(changes)
-    return Told(record, {"compute": times_ns, "with_copies": None, "end_to_end": None} if noted else None)
 
 
 def test_rounds_go_back_and_forth_and_leave_out_what_failed() -> None:
@@ -50,46 +39,6 @@ def test_rounds_go_back_and_forth_and_leave_out_what_failed() -> None:
     assert {name: str(error) for name, error in failed.items()} == {"b": "b is damaged."}
     assert said[0] == "round 1 of 3, a: p90 1.000 ms"
     assert "b: b is damaged." in said
-
-
-def test_one_record_over_all_rounds_by_value(bundle: Path) -> None:
-    rng = np.random.default_rng(0)
-    times = [(rng.normal(1e6, 1e3, size=count)).astype(int).tolist() for count in (400, 500, 600)]
-    rounds = [a_round(bundle, each, energy_mj_per_inference=float(i)) for i, each in enumerate(times)]
-    rounds[0].record["conditions"]["temperature_c"] = {"before": 40, "after": 41}
-    rounds[2].record["conditions"]["temperature_c"] = {"before": 45, "after": 46}
-    found = pooled(rounds, "session")
-    every = [value for each in times for value in each]
-    assert found["latency_ms"]["compute"] == summarize(every), "p99 is known, though no round has 1,000 runs"
-    assert found["early_stopping_p90_ms"] == early_stopping_p90(every)
-    assert found["rounds_ms"] == {key: [summarize(each)[key] for each in times] for key in ("p50", "p90")}
-    assert (found["repeats"], found["session"], found["energy_mj_per_inference"]) == (3, "session", 1.0)
-    assert found["conditions"]["temperature_c"] == {"before": 40, "after": 46}
-    assert found["stability"] == {"stable": True, "why": []}
-    assert min(e.record["throughput_ips"] for e in rounds) < found["throughput_ips"] < 1001
-    json.dumps(found, allow_nan=False)
-
-
-def test_without_the_times_summaries_are_pooled(bundle: Path) -> None:
-    times = [[1_000_000, 3_000_000], [2_000_000, 6_000_000, 4_000_000]]
-    found = pooled([a_round(bundle, each, noted=False) for each in times], "s")["latency_ms"]["compute"]
-    every = np.concatenate(times) / 1e6
-    assert (found["min"], found["max"], found["count"], found["p99"]) == (1.0, 6.0, 5, None)
-    assert (found["mean"], found["std"]) == (pytest.approx(every.mean()), pytest.approx(every.std(ddof=1)))
-    assert (found["p50"], found["p90"]) == (2.5, 4.5)
-
-
-def test_what_speaks_against_a_round_speaks_against_all(bundle: Path) -> None:
-    slow, fast = [1_000_000] * 9, [1_200_000] * 9
-    varies = "The times vary by {} % of their mean."
-    found = pooled(
-        [a_round(bundle, slow, why=[varies.format(3.5)]), a_round(bundle, slow, why=[varies.format(4)])], "s"
-    )
-    assert found["stability"] == {"stable": False, "why": ["In 2 of 2 rounds: " + varies.format(3.5)]}
-    assert found["flags"] == {"throttled": None, "unstable": True}
-    apart = pooled([a_round(bundle, slow, throttled=False), a_round(bundle, fast, throttled=True)], "s")
-    assert apart["flags"] == {"throttled": True, "unstable": True}
-    assert apart["stability"]["why"] == ["The rounds differ from each other by more than each of them varies."]
 
 
 def test_a_round_is_a_process_that_notes_its_times(bundle: Path) -> None:
@@ -131,6 +80,13 @@ def test_all_of_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str], monke
         run(capsys, bundle, "--artifact", "all", "--rounds", 4, "--effort", "standard")[1]["records"][0]["repeats"] == 4
     )
     assert seen[0][1:7] == ["--seconds", "15.0", "--runs", "500", "--warm-up", "2.5"], "an effort is shared"
+    seen.clear()
+    mlperf = [bundle, "--artifact", "all", "--effort", "mlperf"]
+    (whole,) = run(capsys, *mlperf)[1]["records"]
+    assert ([each[0] for each in seen], seen[0][2], seen[0][4]) == (["fp32", "fp16"], "600.0", "2000"), "unbroken"
+    assert (whole["conditions"]["effort"], whole["repeats"]) == ("mlperf", 1)
+    (shared,) = run(capsys, *mlperf, "--rounds", 2)[1]["records"]
+    assert (shared["conditions"]["effort"], shared["conditions"]["rounds"]["runs"]) == ("600 s in 2 rounds", [5, 5])
     monkeypatch.setattr("kdedge_device.bench_rounds.one_round", lambda job: pytest.fail("no round was asked for"))
     wrongs = [["--rounds", 0], ["--warm-up", -1], ["--runs", 0], ["--seconds", "nan"], ["--build"]]
     for wrong in (*wrongs, ["--power-mode", "MAXN"]):

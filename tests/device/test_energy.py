@@ -25,7 +25,7 @@ S = 1_000_000_000
 def trace(
     power: list[tuple[int, list[float]]], names: list[str], total: list[str], wraps: list[int] | None = None
 ) -> Trace:
-    return Trace("by hand", "a caveat", names, total, wraps, power, [], [], [])
+    return Trace("by hand", "a caveat", names, total, wraps, power, [], [], [], [])
 
 
 def test_the_mean_is_by_time_not_by_sample() -> None:

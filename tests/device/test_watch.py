@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from kdedge_device.clock import summarize, unstable
+from kdedge_device.clock import summarize, variation
 from kdedge_device.failures import Failure
+from kdedge_device.sampler import Trace
 from kdedge_device.watch import Watch, snapshot
 
 from . import boards
@@ -75,11 +76,10 @@ def test_this_machine_whatever_it_is() -> None:
 
 
 def test_times_that_vary(tmp_path: Path) -> None:
-    """The same limits as `clock.unstable`, each with its sentence."""
     watch = watched(tmp_path, energy=False)
     for times in ([1000] * 2000, [1000, 1060] * 500, [1000] * 980 + [1600] * 20, [1000], [1000, 1040]):
         summary = summarize([each * 1000 for each in times])
-        assert watch.verdict(summary)["unstable"] == unstable(summary), times
+        assert watch.verdict(summary)["why"] == variation(summary), times
     why = watch.verdict({**STEADY, "std": 0.026})["why"]
     assert len(why) == 1
     assert why[0].startswith("The times vary by 2.6% of their mean")
@@ -164,12 +164,44 @@ def test_a_gpu_clock_that_moved_and_came_back(tmp_path: Path) -> None:
     clock = "/sys/class/devfreq/17000000.gpu/cur_freq"
     steps = [change(root, clock, hertz) for hertz in ("1020000000", "306000000", "1020000000")]
     watch = watched(root, slowly(*steps), uses_gpu=True)
-    assert watch.conditions()["clocks_mhz"]["gpu_while_timed"] == {"min": 306.0, "max": 1020.0}
+    clocks = watch.conditions()["clocks_mhz"]
+    assert (clocks["judged"], clocks["gpu_while_timed"]["min"], clocks["gpu_while_timed"]["max"]) == ("gpu", 306, 1020)
     assert watch.verdict(STEADY)["why"] == [
         "The GPU's clock moved between 306 and 1020 MHz; --set-clocks holds it still."
     ]
-    watch._uses_gpu = False
-    assert watch.verdict(STEADY)["stable"]
+    assert watched(root, slowly(*steps)).verdict(STEADY)["stable"]
+
+
+def looks(root: Path, megahertz: list[float]) -> Watch:
+    """A watch with as many looks at the processor's clock, without the seconds that they would take."""
+    watch = watched(root, energy=False)
+    at = (watch._start_ns or 0) + 1
+    watch._end_ns = at
+    watch._trace = Trace(None, None, [], [], None, [], [], [(at, each) for each in megahertz], [], [])
+    return watch
+
+
+def test_a_processors_clock_that_moved(tmp_path: Path) -> None:
+    """A governor is never quite still: a tenth of the looks, and 5 %, do not count. Where a GPU computes, none does."""
+    root = boards.raspberry_pi(tmp_path)
+    for quiet in ([2400.0] * 18 + [1500.0] * 2, [2400.0, 2300.0] * 10, [2400.0] * 5 + [1500.0] * 4, []):
+        assert looks(root, quiet).verdict(STEADY)["stable"], quiet
+    moving = looks(root, [2400.0] * 15 + [1500.0] * 5)
+    assert moving.conditions()["clocks_mhz"]["cpu_while_timed"] == {"min": 1500, "max": 2400, "p10": 1500, "p90": 2400}
+    assert moving.verdict(STEADY)["why"] == [
+        "The processor's clock moved between 1500 and 2400 MHz, and 5% is the most that is called stable: "
+        "--set-clocks on a Jetson, or the governor 'performance', holds it still."
+    ]
+    moving._judged = "gpu"
+    assert moving.verdict(STEADY)["stable"]
+
+
+def test_the_highest_clock_of_all_clusters_is_looked_at(tmp_path: Path) -> None:
+    root = boards.orin_nano(tmp_path)
+    slow, fast = (f"/sys/devices/system/cpu/cpufreq/policy{number}/scaling_cur_freq" for number in (0, 4))
+    boards.put(root, {slow: "729600", fast: "1510400"})
+    watch = watched(root, slowly(lambda: None))
+    assert watch.conditions()["clocks_mhz"]["cpu_while_timed"]["min"] == 1510.4
 
 
 def test_energy_of_the_timed_part(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from kdedge.errors import DeviceError
 from kdedge.intervals import signed_rank
-from kdedge_device.bench_rounds import Told, new_session, pooled
+from kdedge_device.bench_pool import pooled
+from kdedge_device.bench_rounds import Told, new_session
 from kdedge_device.children import child
 from kdedge_device.record import now
 
