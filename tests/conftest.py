@@ -43,6 +43,7 @@ def _no_settings_of_this_machine() -> None:
     """A test finds what it made itself, not the data or settings of whoever runs it."""
     for name in [name for name in os.environ if name.startswith("KDEDGE_") and name != "KDEDGE_SHARED_DATA"]:
         del os.environ[name]
+    os.environ["KDEDGE_MEASURING"] = "1"  # no test waits for what else is measured on this machine
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
