@@ -55,6 +55,7 @@ OPTIONS = {
     "ForwardX11": "no",
 }
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # before each new try to reach a board that was reached before
+ENDS_S = 30.0  # for ssh, once it has closed its output
 MOST_BYTES = 64 << 20  # of an answer
 
 
@@ -82,6 +83,7 @@ class Link:
         self._ssh = shlex.split(os.environ.get("KDEDGE_SSH") or "ssh")
         self._source = Path(remote_agent.__file__).read_bytes()
         self._sockets: Path | None = None  # of our shared connection; None where the user has one
+        self._settings: dict[str, str] = {}  # what `ssh -G` says of the board: its real name, port...
         self._reached = False
 
     def __enter__(self) -> "Link":
@@ -145,8 +147,9 @@ class Link:
             ) from None
         if done.returncode:
             raise DeviceError(f"ssh refuses {self.place.name}: {shown(done.stderr)}. Look at your ssh configuration.")
-        lines = (line.split(maxsplit=1) for line in done.stdout.splitlines())
-        return any(line[0] == "controlpath" and line[-1] != "none" for line in lines if line)
+        found = (line.partition(" ") for line in done.stdout.splitlines())
+        self._settings = {name: value.strip() for name, _, value in found}
+        return self._settings.get("controlpath", "none") != "none"
 
     def _options(self) -> list[str]:
         options = dict(OPTIONS)
@@ -178,16 +181,25 @@ class Link:
                 reply = self._read(process.stdout, request, heed, heard)
                 if reply is not None:
                     return reply
-                code = process.wait(30)
+                code = self._ended(process)
                 errors.seek(0)
                 told = errors.read().decode(errors="replace")
-                raise _Broken(*explained(self.place, code, told))
+                raise _Broken(*explained(self.place, code, told, self._settings))
             finally:
                 process.kill()
                 process.wait()
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
                 process.stdout.close()
+
+    def _ended(self, process: "subprocess.Popen[bytes]") -> int:
+        try:
+            return process.wait(ENDS_S)
+        except subprocess.TimeoutExpired:
+            error = DeviceError(
+                f"ssh to {self.place.name} gives no answer and does not end. Does this work? {self.place.by_hand}"
+            )
+            raise _Broken(error, again=True) from None
 
     def _read(self, output: IO[bytes], request: Reply, heed: bool, heard: Say | None) -> Reply | None:
         """The answer in what the board prints, whatever its shell prints before it; None where it ends without one."""

@@ -4,6 +4,7 @@ ssh hands user and host to programs of its own configuration (ProxyCommand, Matc
 starts with a dash for an option. So nothing but what names consist of is let through.
 """
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -59,8 +60,9 @@ class Place:
 
     @property
     def by_hand(self) -> str:
-        """What to type to log in."""
-        return f"ssh -p {self.port} {self.name}" if self.port is not None else f"ssh {self.name}"
+        """What to type to log in; by the ssh that KDEDGE_SSH names, too."""
+        ssh = os.environ.get("KDEDGE_SSH") or "ssh"
+        return f"{ssh} -p {self.port} {self.name}" if self.port is not None else f"{ssh} {self.name}"
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -1,5 +1,6 @@
 """What to tell a user when ssh or the board says no: what happened, and what to type."""
 
+import shlex
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,13 @@ from kdedge_bench.remote_place import Place, shown
 __all__ = ["explained", "failed", "lacking"]
 
 
-def explained(place: Place, code: int, told: str) -> tuple[DeviceError, bool]:
-    """ssh ended with `code` and said `told`: the error, and whether another try may help."""
+def explained(
+    place: Place, code: int, told: str, settings: Mapping[str, str] | None = None
+) -> tuple[DeviceError, bool]:
+    """ssh ended with `code` and said `told`: the error, and whether another try may help.
+
+    `settings`: what `ssh -G` says of the place, whose host may be an alias.
+    """
     text, words = told.lower(), shown(told)
     if "kdedge-python" in text:
         return DeviceError(_too_old(place, words.partition("kdedge-python ")[2])), False
@@ -27,10 +33,9 @@ def explained(place: Place, code: int, told: str) -> tuple[DeviceError, bool]:
             f"Does this print a version? {place.by_hand} python3 --version"
         ), False
     if "identification has changed" in text or "has changed and you have requested" in text:
-        known = f"[{place.host}]:{place.port}" if place.port not in (None, 22) else place.host
         return DeviceError(
             f"The host key of {place.name} is not the one in known_hosts: the board was set up anew, or somebody is in "
-            f"between. If you know it was set up anew: ssh-keygen -R '{known}', then log in once by hand: "
+            f"between. If you know it was set up anew: {_forget(place, settings or {})}, then log in once by hand: "
             f"{place.by_hand}"
         ), False
     if "host key" in text:
@@ -48,6 +53,15 @@ def explained(place: Place, code: int, told: str) -> tuple[DeviceError, bool]:
         f"{place.name} cannot be reached: {words or 'the connection was closed'}. "
         f"Is it on and in this network, and does this work? {place.by_hand}"
     ), True
+
+
+def _forget(place: Place, settings: Mapping[str, str]) -> str:
+    """What to type so that a host key is known no longer: by the name, and in the file, that ssh keeps it under."""
+    host, port = settings.get("hostname", place.host), settings.get("port", str(place.port or 22))
+    known = settings.get("hostkeyalias") or (host if port == "22" else f"[{host}]:{port}")
+    file = settings.get("userknownhostsfile", "").split(" ")[0]
+    elsewhere = "" if not file or file.endswith("/.ssh/known_hosts") else f" -f {shlex.quote(file)}"
+    return f"ssh-keygen -R {shlex.quote(known)}{elsewhere}"
 
 
 def _too_old(place: Place, found: str) -> str:

@@ -10,7 +10,7 @@ from kdedge_device.clock import MAX_VARIATION
 __all__ = ["Span", "joined", "moved", "span"]
 
 Span = Dict[str, Optional[float]]
-"""MHz: {"min", "max", "p10", "p90"}. The last two leave out a tenth of the looks at either end; None with fewer than 10."""
+"""MHz: {"min", "max", "p10", "p90"}. The last two leave out a tenth of the looks at either end; None if few."""
 
 _FEWEST_LOOKS = 10
 # A GPU's clock is set by a governor in steps of some 10 %; one that is measured, not set, moves by less than 1 %.

@@ -106,7 +106,7 @@ def pooled_energy(rounds: Sequence[Tuple[Optional[float], Optional[Dict[str, Any
     inferences = sum(source["inferences"] for source in sources)
 
     def mean(values: Sequence[float]) -> float:
-        return sum(value * source["seconds"] for value, source in zip(values, sources)) / seconds
+        return float(sum(value * source["seconds"] for value, source in zip(values, sources)) / seconds)
 
     milliwatts = mean([source["mean_mw"] for source in sources])
     at_rest = [source["idle_mw"] for source in sources if source.get("idle_mw") is not None]

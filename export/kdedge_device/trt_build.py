@@ -9,6 +9,7 @@ import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from kdedge_device.failures import DeviceFailure, Failure
+from kdedge_device.state import power_mode
 from kdedge_device.trt import Here, Log, flag_bits, load_tensorrt, new_log
 from kdedge_device.trt_errors import classify, must
 from kdedge_device.trt_inspect import count_layers
@@ -60,7 +61,8 @@ def build_engine(
     network, parser = _parsed(here, log, builder, content, onnx_path)
     config, flags = _config(here, log, builder, options)
     name = _set_batch(builder, config, network, options, onnx_path)
-    timing = TimingCache(timing_folder, here)
+    mode = (power_mode() or {}).get("name")
+    timing = TimingCache(timing_folder, here, mode)
     timing.lend(config)
     started = time.monotonic()
     what = f"TensorRT {here.version} could not build {onnx_path} ({options.precision})"
@@ -77,6 +79,7 @@ def build_engine(
         "seconds": round(time.monotonic() - started, 3),
         "bytes": len(engine),
         "timing_cache": timing.state,
+        "power_mode": mode,
         "warnings": log.warnings[:20],
     }
     report.update(_looked_at(here, engine, name, options))

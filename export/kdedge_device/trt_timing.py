@@ -1,12 +1,14 @@
 """TensorRT's timing cache: how fast each kernel was, kept between builds so that the next one need not measure again.
 
 It may hold compiled code, so it stays in the user's own cache folder and never travels with a bundle. One file for
-each TensorRT version, kind of GPU and CUDA version, because TensorRT refuses another's.
+each TensorRT version, kind of GPU and CUDA version, because TensorRT refuses another's; and for each power mode,
+because what is fastest at one clock need not be at another.
 """
 
 import os
 from typing import Any, Optional
 
+from kdedge_device.own_key import cache_folder
 from kdedge_device.trt import Here
 from kdedge_device.trt_cache import slug, write_atomically
 
@@ -14,8 +16,7 @@ __all__ = ["TimingCache", "default_timing_folder"]
 
 
 def default_timing_folder() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "kdedge", "tensorrt")
+    return os.path.join(cache_folder(), "tensorrt")
 
 
 class TimingCache:
@@ -24,9 +25,10 @@ class TimingCache:
     `state`: "off", "new", "used" or "refused" (by TensorRT: a new one is begun), then perhaps ", not saved: ...".
     """
 
-    def __init__(self, folder: Optional[str], here: Here) -> None:
+    def __init__(self, folder: Optional[str], here: Here, power_mode: Optional[str]) -> None:
         gpu = here.gpu
-        name = slug(f"timing-trt{here.version}-{gpu.name}-sm{gpu.capability}-cuda{gpu.cuda}")
+        mode = f"-{power_mode}" if power_mode else ""
+        name = slug(f"timing-trt{here.version}-{gpu.name}-sm{gpu.capability}-cuda{gpu.cuda}{mode}")
         self.path = os.path.join(folder, name + ".cache") if folder else None
         self.state = "off"
 

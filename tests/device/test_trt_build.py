@@ -170,6 +170,19 @@ def test_batches(tmp_path: Path, world: World) -> None:
         build_engine("unread", BuildOptions(workspace_mib=0), here)
 
 
+def test_what_was_timed_in_one_power_mode_is_not_used_in_another(
+    trt_bundle_folder: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, model = machine("10.3.0", world), str(trt_bundle_folder / "model.trt.onnx")
+    told = []
+    for name in ("MAXN_SUPER", "15W", "MAXN_SUPER"):
+        monkeypatch.setattr("kdedge_device.trt_build.power_mode", lambda name=name: {"id": 0, "name": name})
+        report = build_engine(model, BuildOptions(), here, str(tmp_path / "cache"))[1]
+        told.append((report["power_mode"], report["timing_cache"]))
+    assert told == [("MAXN_SUPER", "new"), ("15W", "new"), ("MAXN_SUPER", "used")]
+    assert any(file.name.endswith("cuda12.6-15w.cache") for file in (tmp_path / "cache").iterdir())
+
+
 def test_the_timing_cache_is_kept_by_version_gpu_and_cuda(
     trt_bundle_folder: Path, tmp_path: Path, world: World
 ) -> None:

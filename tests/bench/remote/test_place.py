@@ -97,6 +97,27 @@ def test_answers_of_ssh(code: int, told: str, words: str, again: bool) -> None:
     assert error.exit_code == 2
 
 
+def test_an_alias_is_known_by_its_real_name() -> None:
+    changed = "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!"
+    alias = Place.parse("ssh://board")
+    cases = [
+        ({"hostname": "192.168.1.20", "port": "22"}, "ssh-keygen -R 192.168.1.20,"),
+        ({"hostname": "192.168.1.20", "port": "2222"}, "ssh-keygen -R '[192.168.1.20]:2222',"),
+        ({"hostname": "10.0.0.1", "port": "2222", "hostkeyalias": "orin"}, "ssh-keygen -R orin,"),
+        ({"hostname": "orin", "userknownhostsfile": "/home/me/.ssh/known_hosts /home/me/x"}, "ssh-keygen -R orin,"),
+        ({"hostname": "orin", "userknownhostsfile": "/a/known_hosts"}, "ssh-keygen -R orin -f /a/known_hosts,"),
+        ({}, "ssh-keygen -R board,"),
+    ]
+    for settings, words in cases:
+        assert words in str(explained(alias, 255, changed, settings)[0]), settings
+
+
+def test_by_hand_is_the_ssh_that_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PLACE.by_hand == "ssh -p 2222 me@orin"
+    monkeypatch.setenv("KDEDGE_SSH", "ssh -F my.config")
+    assert PLACE.by_hand == "ssh -F my.config -p 2222 me@orin"
+
+
 def test_what_to_install() -> None:
     everything = {"numpy": "2.0", "onnxruntime": "1.23", "tensorrt": None}
     cases = itertools.product((True, False), (True, False), (True, False), (True, False))

@@ -12,7 +12,7 @@ import pytest
 
 from kdedge.errors import BudgetFailed, BundleError, DeviceError, KdedgeError, RunError
 from kdedge_bench import bench
-from kdedge_bench.remote import reach, run_remote
+from kdedge_bench.remote import Place, reach, run_remote
 
 from .conftest import Board, Boards, able, record, write_bundle
 
@@ -33,7 +33,7 @@ def test_an_unknown_host_key_stays_unknown(boards: Boards, bundle: Path) -> None
     config.write_text(config.read_text() + "StrictHostKeyChecking no\n")  # not even where the user says so
     told = refused(board, bundle)
     assert "is not known here" in told
-    assert f"by hand and compare its fingerprint: ssh -p {board.port} " in told
+    assert f"by hand and compare its fingerprint: ssh -F '{config}' -p {board.port} " in told
     assert not (board.folder.parent / "known_hosts").exists()
     assert not (board.home / ".cache").exists()
 
@@ -46,8 +46,20 @@ def test_another_host_key_is_an_alarm(boards: Boards, bundle: Path) -> None:
     board.start()
     told = refused(board, bundle)
     assert "is not the one in known_hosts" in told
-    assert f"ssh-keygen -R '[127.0.0.1]:{board.port}'" in told
+    known = board.folder.parent / "known_hosts"
+    assert f"ssh-keygen -R '[127.0.0.1]:{board.port}' -f {known}, then" in told
     assert not (board.home / ".cache").exists()
+
+
+def test_an_ssh_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closed its output and gave no answer: told as a connection that broke, not as a bug."""
+    stuck = tmp_path / "ssh"
+    stuck.write_text('#!/bin/sh\n[ "$1" = -G ] && exit\nexec sleep 60 >&- 2>&-\n')
+    stuck.chmod(0o755)
+    monkeypatch.setenv("KDEDGE_SSH", str(stuck))
+    monkeypatch.setattr("kdedge_bench.remote_link.ENDS_S", 0.1)
+    with pytest.raises(DeviceError, match="ssh to orin gives no answer and does not end"):
+        reach(Place.parse("ssh://orin"))
 
 
 def test_a_key_that_is_not_accepted(board: Board, bundle: Path) -> None:
