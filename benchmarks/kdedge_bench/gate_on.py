@@ -10,6 +10,7 @@ from typing import Any
 
 from kdedge.errors import DeviceError
 from kdedge.runs import read_json, sha256_file, write_json
+from kdedge_bench.measured import reasons
 from kdedge_export.bundle import new_bundle
 from kdedge_export.judging.gate import fill_in
 from kdedge_export.judging.latency import LOOKS, Speedup, speedup
@@ -39,19 +40,13 @@ def decide_there(
     info = run(["info"])
     tensorrt = _has_tensorrt(info)
     target = _which(targets, info, tensorrt)
-    if tensorrt:
-        _build(run, say)
-    say(f"Measuring the files in turn there{f', as {target.name}' if target else ''}")
-    threads = ["--threads", str(target.threads)] if target and target.threads else []
-    records = {str(each["artifact"]["name"]): each for each in run([*RACE, *threads])["records"]}
-    if "fp32" not in records:
-        raise DeviceError(
-            "The machine measured no FP32 file, so nothing can be compared with it. Try there: run.pyz info"
-        )
     gate = read_json(bundle / "gate.json")
     kind = TENSORRT if tensorrt else CPU
     if kind not in gate["targets"]:
         raise DeviceError(f"The bundle {bundle} has no INT8 file for {kind}. Export it with --int8 --on.")
+    what = "Building engines, and measuring them" if tensorrt else "Measuring the files"
+    say(f"{what} in turn there{f', as {target.name}' if target else ''}")
+    records = _measured(run, target, tensorrt, say)
     machine = records["fp32"]["machine"]
     name = target.name if target else TENSORRT if tensorrt else str(machine["name"])
     template = gate["targets"].get(name) or gate["targets"][kind]
@@ -86,16 +81,38 @@ def _has_tensorrt(info: Mapping[str, Any]) -> bool:
     return False
 
 
-def _build(run: Command, say: Callable[[str], None]) -> None:
-    """An engine of each precision. TensorRT without FP16 file still tells whether INT8 is worth it against FP32."""
-    for precision in ("fp32", "int8", "fp16"):
-        say(f"Building a TensorRT engine there, {precision.upper()}")
-        try:
-            run(["build", "--artifact", precision])
-        except DeviceError as error:
-            if precision != "fp16":
-                raise
-            say(f"No FP16 engine: {error}")
+def _measured(
+    run: Command, target: Target | None, tensorrt: bool, say: Callable[[str], None]
+) -> dict[str, Mapping[str, Any]]:
+    """Records by artifact, FP32 and INT8 at least, all by the runtime that the decision is for.
+
+    One call builds and measures: on a board where nothing stays between calls the engines would be gone.
+    """
+    words = ["--build"] if tensorrt else []
+    if target:
+        words += ["--batch", str(target.batch)]
+        words += ["--workspace-mib", str(target.workspace_mib)] if tensorrt and target.workspace_mib else []
+        words += ["--threads", str(target.threads)] if target.threads else []
+    document = run([*RACE, *words])
+    why = reasons(document, "failed", "not_run")
+    for each in why:
+        say(each)
+    records = {str(each["artifact"]["name"]): each for each in document["records"]}
+    wanted = "tensorrt" if tensorrt else "onnxruntime"
+    others = sorted(name for name, each in records.items() if each["artifact"].get("runtime") != wanted)
+    if others:
+        raise DeviceError(
+            f"The machine was to measure {wanted}, and its times of {', '.join(others)} are not of that. "
+            f"{' '.join([*why, 'Try there: run.pyz info'])}"
+        )
+    found = {each["artifact"]["precision"] for each in records.values()}
+    if "fp32" not in records or "int8" not in found:
+        lacking = "FP32" if "fp32" not in records else "INT8"
+        raise DeviceError(
+            f"The machine measured no {lacking} file, so there is nothing to decide. "
+            f"{' '.join([*why, 'Try there: run.pyz info'])}"
+        )
+    return records
 
 
 def _speedups(candidates: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Speedup]:

@@ -9,98 +9,118 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from kdedge_device.bench_rounds import Job
 from kdedge_device.children import child
-from kdedge_device.failures import Failure
+from kdedge_device.choose_runner import why_not_onnxruntime
+from kdedge_device.failures import BudgetFailure, Failure
 from kdedge_device.manifest import Bundle
 from kdedge_device.trt import Here, load_tensorrt
 from kdedge_device.trt_build import BuildOptions
 from kdedge_device.trt_bundle import find_engine, has_engines, source_artifact
+from kdedge_device.trt_cache import read_engine
 
-__all__ = ["Field", "field"]
+__all__ = ["Field", "Wish", "field"]
 
 _PRECISIONS = ("fp32", "fp16", "int8")
 _ORDER = {precision: place for place, precision in enumerate(_PRECISIONS)}
 
 
+class Wish(NamedTuple):
+    """What the engines to be measured are like: for `batch` images a call (0: any number), kept in `folder`.
+
+    `build`: those that are missing are built, with `workspace_mib` for a kernel, each in a process of its own.
+    """
+
+    batch: int = 1
+    folder: Optional[str] = None
+    build: bool = False
+    workspace_mib: int = BuildOptions().workspace_mib
+
+
+_USUAL = Wish()
+
+
 class Field(NamedTuple):
-    """`jobs` to measure; `not_run`: {artifact: why}."""
+    """`jobs` to measure; `not_run`: {artifact: why} of what is not for this machine; `failed`: of builds."""
 
     jobs: List[Job]
     not_run: Dict[str, str]
+    failed: Dict[str, Failure]
 
 
-def field(
-    bundle: Bundle, arguments: Sequence[str], batch: int = 1, engines: Optional[str] = None, build: bool = False
-) -> Field:
+def field(bundle: Bundle, arguments: Sequence[str], wish: Wish = _USUAL) -> Field:
     """`arguments`: what `bench` is called with for each, beside the bundle and the artifact.
 
-    `build`: engines that are missing are built first, each in a process of its own. `engines`: where they are kept.
+    Where engines are to be built and TensorRT is here, ONNX Runtime's files never stand in for them: whoever asks for a
+    board's engines must not get times of its CPU.
     """
-    not_run: Dict[str, str] = {}
-    jobs = _engines(bundle, arguments, batch, engines, build, not_run) if build or _any(bundle, engines) else []
-    if jobs:
-        return Field(jobs, not_run)
-    for name, entry in sorted(bundle.artifacts.items(), key=lambda each: _ORDER.get(str(each[1]["precision"]), 3)):
-        runtime = entry.get("runtime", "onnxruntime")
-        if runtime == "onnxruntime":
-            jobs.append(Job(name, [bundle.path, "--artifact", name, *arguments]))
-        elif runtime == "tensorrt":
-            not_run.setdefault(name, "it needs TensorRT and an engine, which `python run.pyz build` makes")
+    BuildOptions("fp32", (wish.batch or 1,) * 3, wish.workspace_mib).checked()
+    found = Field([], {}, {})
+    if wish.build or wish.folder is not None or has_engines(bundle):
+        try:
+            here = load_tensorrt()
+        except Failure as error:
+            found.not_run["tensorrt"] = str(error)
         else:
-            not_run[name] = f"it needs {runtime}"
-    return Field(jobs, not_run)
+            _add_engines(found, bundle, arguments, wish, here)
+            if wish.build or found.jobs:
+                return found
+    for name in sorted(bundle.artifacts, key=lambda each: _ORDER.get(str(bundle.artifacts[each]["precision"]), 3)):
+        why = why_not_onnxruntime(bundle, name)
+        if why:
+            found.not_run.setdefault(name, why)
+        else:
+            found.jobs.append(Job(name, [bundle.path, "--artifact", name, *arguments]))
+    return found
 
 
-def _any(bundle: Bundle, engines: Optional[str]) -> bool:
-    return engines is not None or has_engines(bundle)
-
-
-def _engines(
-    bundle: Bundle,
-    arguments: Sequence[str],
-    batch: int,
-    folder: Optional[str],
-    build: bool,
-    not_run: Dict[str, str],
-) -> List[Job]:
-    """A job for each precision that has an engine for this machine; the reasons of the others go into `not_run`."""
-    jobs: List[Job] = []
-    try:
-        here = load_tensorrt()
-    except Failure as error:
-        not_run["tensorrt"] = str(error)
-        return jobs
-    where = [] if folder is None else ["--engines", folder]
+def _add_engines(found: Field, bundle: Bundle, arguments: Sequence[str], wish: Wish, here: Here) -> None:
+    """A job for each precision that has an engine for this machine, and why the others have none."""
+    where = [] if wish.folder is None else ["--engines", wish.folder]
     for precision in _PRECISIONS:
         try:
-            name = source_artifact(bundle, precision, here) if precision == "int8" else precision
+            source = source_artifact(bundle, precision, here)
         except Failure as error:
-            not_run[precision] = str(error)
+            found.not_run[precision] = str(error)
             continue
-        why = _build(bundle, precision, batch, where) if build else None
-        if why or not _fits(bundle, precision, batch, here, folder):
-            hint = f"there is no engine for this machine; build it with: python run.pyz build --artifact {precision}"
-            not_run[name] = why or hint
-            continue
+        name = source if precision == "int8" else precision
+        if not _fits(bundle, precision, wish, here):
+            if not wish.build:
+                hint = (
+                    f"there is no engine for this machine; build it with: python run.pyz build --artifact {precision}"
+                )
+                found.not_run[name] = hint
+                continue
+            why = _build(bundle, precision, wish, where)
+            if why:
+                found.failed[name] = BudgetFailure(f"There is no {precision.upper()} engine: {why}")
+                continue
         chosen = [bundle.path, "--runtime", "tensorrt", "--artifact", precision, *where]
-        jobs.append(Job(name, [*chosen, *arguments]))
-    return jobs
+        found.jobs.append(Job(name, [*chosen, *arguments]))
 
 
-def _fits(bundle: Bundle, precision: str, batch: int, here: Here, folder: Optional[str]) -> bool:
+def _fits(bundle: Bundle, precision: str, wish: Wish, here: Here) -> bool:
+    """Whether an engine lies there that can be loaded, and computes neither more nor fewer images than are wished."""
     try:
-        return find_engine(bundle, BuildOptions(precision, (batch,) * 3), here, folder) is not None
+        engine = find_engine(bundle, BuildOptions(precision, (wish.batch or 1,) * 3), here, wish.folder)
+        if engine is None:
+            return False
+        least, _, most = engine[1]["options"]["batch"]
+        if wish.batch and not least <= wish.batch <= most:
+            return False
+        read_engine(engine[0], here, engine[1])
     except Failure:
         return False
+    return True
 
 
-def _build(bundle: Bundle, precision: str, batch: int, where: Sequence[str]) -> Optional[str]:
+def _build(bundle: Bundle, precision: str, wish: Wish, where: Sequence[str]) -> Optional[str]:
     """Why it could not be built; None where it is there now."""
-    arguments = ["build", bundle.path, "--artifact", precision, "--batch", str(batch), *where, "--json"]
-    command = child("__main__", *arguments)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    options = ["--batch", str(wish.batch or 1), "--workspace-mib", str(wish.workspace_mib)]
+    arguments = ["build", bundle.path, "--artifact", precision, *options, *where, "--json"]
+    done = subprocess.run(child("__main__", *arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     if done.returncode == 0:
         return None
     try:
         return str(json.loads(done.stdout.decode("utf-8"))["error"])
     except (ValueError, KeyError, TypeError):
-        return f"its build ended with code {done.returncode}"
+        killed = "; if it was killed for lack of memory: --workspace-mib 256" if done.returncode < 0 else ""
+        return f"its build ended with code {done.returncode}{killed}"

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runtime", choices=("auto", "tensorrt"), default="auto", help="tensorrt: --artifact names an engine")
     add("--engines", metavar="FOLDER", help="where engines are looked for before the bundle")
     add("--build", action="store_true", help="with --artifact all: build the engines that are missing first")
+    add("--workspace-mib", type=int, default=None, help="of --build: what a kernel may use (default 512)")
     add("--cuda", choices=WAYS, help="how CUDA is reached (default ctypes, or what KDEDGE_CUDA says)")
     add("--buffers", choices=BUFFERS, default="auto", help="auto: zero-copy where GPU and CPU share memory")
     add("--no-cuda-graph", action="store_true", help="launch an engine call by call")
@@ -63,6 +64,8 @@ def run(options: argparse.Namespace) -> Tuple[Dict[str, Any], str, int]:
     every = options.artifact == "all"
     if options.build and not every:
         raise Failure("--build goes with --artifact all; build one engine with: python run.pyz build")
+    if options.workspace_mib is not None and not options.build:
+        raise Failure("--workspace-mib is of engines that are built, which needs --build, too.")
     rounds = options.rounds if options.rounds is not None else usual_rounds(options.effort) if every else 1
     if rounds < 1:
         raise Failure(f"{rounds} rounds were asked for; at least 1 is needed.")
@@ -199,14 +202,18 @@ def _measured(jobs: Sequence[Any], work: _Work) -> Tuple[List[Dict[str, Any]], D
 
 
 def _all(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str, int]:
-    from kdedge_device.bench_all import field
+    from kdedge_device.bench_all import Wish, field
     from kdedge_device.manifest import Bundle
 
     if os.path.isfile(work.path):
         raise Failure(f"{work.path} is a file; --artifact all measures those of a bundle folder.")
     bundle = Bundle(work.path)
-    jobs, not_run = field(bundle, _passed_on(options, work.effort), options.batch or 1, options.engines, options.build)
-    records, failed, session = _measured(jobs, work)
+    batch = options.batch or (0 if options.offline else 1)
+    wish = Wish(batch, options.engines, options.build)
+    wish = wish if options.workspace_mib is None else wish._replace(workspace_mib=options.workspace_mib)
+    jobs, not_run, unbuilt = field(bundle, _passed_on(options, work.effort), wish)
+    records, unmeasured, session = _measured(jobs, work)
+    failed = {**unbuilt, **unmeasured}
     for record in records:
         _cross_check(options, work, record)
     document = {

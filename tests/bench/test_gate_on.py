@@ -39,6 +39,7 @@ class Machine:
 
     def __init__(self, runtimes: dict[str, str | None], ms: dict[str, tuple[str, float]], fails: Sequence[str] = ()):
         self.runtimes, self.ms, self.fails = runtimes, ms, fails
+        self.by = "tensorrt" if runtimes.get("tensorrt") else "onnxruntime"
         self.asked: list[list[str]] = []
         self.board: dict[str, str] | None = None
 
@@ -46,17 +47,15 @@ class Machine:
         self.asked.append(list(arguments))
         if arguments[0] == "info":
             return {"runtimes": self.runtimes, "board": self.board}
-        if arguments[0] == "build":
-            if arguments[-1] in self.fails:
-                raise DeviceError(f"no kernel for {arguments[-1]}")
-            return {"engine": "made"}
-        return {"schema": 1, "records": [self._record(name, *each) for name, each in self.ms.items()], "failed": {}}
+        there = {name: each for name, each in self.ms.items() if each[0] not in self.fails}
+        failed = {name: f"no kernel for {name}" for name in self.fails}
+        return {"schema": 1, "records": [self._record(name, *each) for name, each in there.items()], "failed": failed}
 
     def _record(self, name: str, precision: str, ms: float) -> dict[str, Any]:
         rounds = [ms * (1 + 0.01 * place) for place in range(ROUNDS)]
         return {
             "machine": MACHINE,
-            "artifact": {"name": name, "precision": precision},
+            "artifact": {"name": name, "precision": precision, "runtime": self.by},
             "latency_ms": {"compute": {"p50": ms, "p90": ms}},
             "rounds_ms": {"p50": rounds, "p90": rounds},
         }
@@ -90,20 +89,40 @@ def test_a_board_with_tensorrt_builds_and_decides_that_target(bundle: Path) -> N
     assert (name, entry["shipped"], entry["verdict"]) == ("tensorrt", "int8", "pass")
     assert entry["speedup"] == pytest.approx(2.5)
     assert entry["candidates"]["fp16"]["speedup"] == pytest.approx(2.0)
-    assert [each[-1] for each in machine.asked if each[0] == "build"] == ["fp32", "int8", "fp16"]
+    assert [each[0] for each in machine.asked] == ["info", "bench"], "one call builds and measures"
+    assert "--build" in machine.asked[1]
     assert entry["machine"] == MACHINE
-    assert any("engine there, INT8" in each for each in said)
+    assert any("Building engines" in each for each in said)
 
 
 def test_an_engine_that_cannot_be_built(bundle: Path) -> None:
-    ms = {"fp32": ("fp32", 2.0), "trt": ("int8", 0.8)}
-    _, entry = decide_there(bundle, Machine({"tensorrt": "10.3"}, ms, fails=["fp16"]))
+    ms, said = {"fp32": ("fp32", 2.0), "trt": ("int8", 0.8), "fp16": ("fp16", 0.9)}, list[str]()
+    _, entry = decide_there(bundle, Machine({"tensorrt": "10.3"}, ms, fails=["fp16"]), say=said.append)
+    assert "fp16 was not measured: no kernel for fp16" in said
     assert entry["candidates"]["fp16"]["speedup"] is None
     assert entry["shipped"] == "int8"
     before = (bundle / "gate.json").read_bytes()
     with pytest.raises(DeviceError, match="no kernel for int8"):
         decide_there(bundle, Machine({"tensorrt": "10.3"}, ms, fails=["int8"]))
     assert (bundle / "gate.json").read_bytes() == before
+
+
+def test_times_of_a_cpu_decide_nothing_for_tensorrt(bundle: Path) -> None:
+    """As where a board has TensorRT, but its driver finds no GPU: run.pyz then measures what ONNX Runtime can run."""
+    machine = Machine({"tensorrt": "10.3", "onnxruntime": "1.23.2"}, {"fp32": ("fp32", 20.0), "int8": ("int8", 8.0)})
+    machine.by = "onnxruntime"
+    before = (bundle / "gate.json").read_bytes()
+    with pytest.raises(DeviceError, match=r"was to measure tensorrt, and its times of fp32, int8 are not of that"):
+        decide_there(bundle, machine)
+    assert (bundle / "gate.json").read_bytes() == before
+
+
+def test_a_target_says_how_its_engines_are_built(bundle: Path) -> None:
+    machine = Machine({"tensorrt": "10.3"}, {"fp32": ("fp32", 2.0), "trt": ("int8", 0.8)})
+    machine.board = {"model": "NVIDIA Jetson Orin Nano Developer Kit", "architecture": "aarch64"}
+    target = load("jetson-orin-nano").model_copy(update={"batch": 4, "workspace_mib": 256})
+    assert decide_there(bundle, machine, [target])[0] == "jetson-orin-nano"
+    assert machine.asked[1][-5:] == ["--build", "--batch", "4", "--workspace-mib", "256"]
 
 
 def test_a_named_target_and_what_cannot_be(bundle: Path) -> None:

@@ -27,7 +27,9 @@ spec.loader.exec_module(fake)
 cuda = ctypes.CDLL("libcuda.so.1")
 cuda.fake_host.restype = ctypes.c_void_p
 world = fake.World(cuda=cuda, capability=os.environ.get("FAKE_CUDA_CAPABILITY", "8.7"))
-sys.modules["tensorrt"] = fake.make(os.environ["FAKE_TENSORRT"], world)
+trt = sys.modules["tensorrt"] = fake.make(os.environ["FAKE_TENSORRT"], world)
+if os.environ.get("FAKE_TENSORRT_BUILD_KILLED"):
+    trt.Builder.build_serialized_network = lambda *_: os.kill(os.getpid(), 9)
 """
 
 
@@ -85,6 +87,36 @@ def test_bench_measures_the_engines_side_by_side_and_builds_what_is_missing(bund
     assert set(found["not_run"]) == {"fp16"}
     assert "kdedge export --fp16" in found["not_run"]["fp16"]
     assert len(list((board / "e").glob("*.engine"))) == 2
+
+
+def bench_all(folder: Path, *more: object) -> tuple[int, dict]:  # type: ignore[type-arg]
+    words = ["--artifact", "all", "--build", "--rounds", 1, "--seconds", 0, "--runs", 5, "--warm-up", 0, *more]
+    command = [sys.executable, "-m", "kdedge_device", "bench", str(folder), *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_bench_keeps_an_engine_that_fits_and_never_takes_the_cpu_for_one(
+    bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after "build --workspace-mib 256" on a small board, where a build with more is killed."""
+    complete(bundle)
+    assert build(bundle, "--artifact", "fp32", "--workspace-mib", 256)[0] == 0
+    (kept,) = bundle.glob("*.engine")
+    monkeypatch.setenv("FAKE_TENSORRT_BUILD_KILLED", "1")
+    code, found = bench_all(bundle)
+    assert (code, [each["artifact"]["file"] for each in found["records"]]) == (0, [kept.name])
+    assert set(found["failed"]) == {"fp16", "trt"}
+    assert "There is no INT8 engine: its build ended with code -9" in found["failed"]["trt"]
+    kept.unlink()
+    code, found = bench_all(bundle)
+    assert (code, found["records"], set(found["failed"])) == (1, [], {"fp32", "fp16", "trt"})
+    monkeypatch.delenv("FAKE_TENSORRT_BUILD_KILLED")
+    code, found = bench_all(bundle, "--batch", 2, "--workspace-mib", 64)
+    assert (code, len(found["records"]), found["failed"]) == (0, 3, {})
+    options = [json.loads(side.read_text())["fingerprint"]["options"] for side in bundle.glob("*.engine.json")]
+    assert sorted(each["precision"] for each in options if each["batch"] == [2, 2, 2]) == ["fp16", "fp32", "int8"]
+    assert {each["workspace_mib"] for each in options if each["batch"] == [2, 2, 2]} == {64}
 
 
 def test_exit_codes(bundle: Path, board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
