@@ -7,8 +7,10 @@ Exit codes: 0 done; 1 ran, and a check failed; 2 something the user can fix; 3 w
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, TextIO, Tuple
@@ -19,29 +21,57 @@ from kdedge_device.failures import Failure, RuntimeFailure
 __all__ = ["SCHEMA", "main"]
 
 SCHEMA = 1  # of every document that has none of its own
+_NO_READER = 128 + int(signal.SIGPIPE)  # as a shell tells it; `run.pyz check | head -1` is no failed check
 _BUG = 70  # as sysexits.h has it; Python's own 1 would say that a check failed
 _Answer = Tuple[Dict[str, Any], str, int]
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command and returns the exit code; --help ends the process by itself."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # Python flushes both at its end, and would tell of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _NO_READER
+    return code
+
+
+def _run(given: List[str]) -> int:
     options, stream = argparse.Namespace(json="--json" in given, out=None), sys.stdout
     try:
         options = _parser().parse_args(given)
-        document, text, code = options.command(options)
         if options.out:
-            _write(options.out, _numbered(document))
+            _refuse_place(options.out)
+        document, text, code = options.command(options)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         (document, text, code), stream = _told(error), sys.stderr
+    else:
+        document, code = _kept(options.out, document, code)
     if options.json:
         print(json.dumps(_numbered(document), indent=1, allow_nan=False))
     else:
         _print(text, stream)
     return int(code)
+
+
+def _kept(path: Optional[str], document: Dict[str, Any], code: int) -> Tuple[Dict[str, Any], int]:
+    """`document` in the file as well. Where that fails, it is still printed: it took minutes."""
+    if not path:
+        return document, code
+    try:
+        _write(path, _numbered(document))
+    except Failure as error:
+        told, text, code = _told(error)
+        _print(text, sys.stderr)
+        return {**document, **told}, code
+    return document, code
 
 
 def _numbered(document: Dict[str, Any]) -> Dict[str, Any]:
@@ -68,7 +98,10 @@ def _print(text: str, stream: TextIO) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a wrong argument as every other failure is told."""
+    """Tells a wrong argument as every other failure is told, and guesses none: --js is not --json."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise Failure(f"{message[:1].upper()}{message[1:]}. Try: {self.prog} --help")
@@ -205,6 +238,20 @@ def _predict(options: argparse.Namespace) -> _Answer:
     return {"predictions": answers}, "\n".join(lines), 2 if any("error" in each for each in answers) else 0
 
 
+def _refuse_place(path: str) -> None:
+    """Before anything is done: where `path` cannot be written, or is a device that a file would take the place of."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        reason = "it is no plain file"
+    elif not os.path.isdir(folder):
+        reason = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"the folder {folder} cannot be written"
+    else:
+        return
+    raise Failure(f"Cannot write {path}: {reason}. Choose another place with --out.")
+
+
 def _write(path: str, document: Dict[str, Any]) -> None:
     temporary = f"{path}.{os.getpid()}.part"
     try:
@@ -212,6 +259,8 @@ def _write(path: str, document: Dict[str, Any]) -> None:
             json.dump(document, file, indent=1, allow_nan=False)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise Failure(f"Cannot write {path}: {error.strerror}. Choose another place with --out.") from None
 
 

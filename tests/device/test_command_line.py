@@ -52,6 +52,55 @@ def test_exit_codes(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "choose from" in document["error"]
 
 
+@pytest.mark.parametrize("place", ["absent/x.json", ".", "/dev/null", "closed/x.json"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_done(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "_info", lambda options: pytest.fail("it was begun"))
+    access = os.access
+    monkeypatch.setattr(program.os, "access", lambda path, mode: "closed" not in str(path) and access(path, mode))
+    (tmp_path / "closed").mkdir()
+    code, document = run(capsys, "info", "--out", tmp_path / place)
+    assert (code, document["class"]) == (2, "Failure")
+    assert "Choose another place with --out" in document["error"]
+
+
+def test_what_took_minutes_is_printed_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(program.os, "replace", full)
+    assert program.main(["info", "--json", "--out", str(tmp_path / "x.json")]) == 2
+    told = capsys.readouterr()
+    document = json.loads(told.out)
+    assert document["machine"]
+    assert (document["class"], document["exit_code"]) == ("Failure", 2)
+    assert "No space left on device" in document["error"]
+    assert "No space left on device" in told.err
+    assert not list(tmp_path.glob("x.json*"))
+
+
+@pytest.mark.parametrize("errors", [False, True])
+def test_a_reader_that_goes_away_is_no_failed_check(errors: bool) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    told = writing if errors else subprocess.PIPE
+    command = [sys.executable, "-m", "kdedge_device", *(["fly"] if errors else ["info"])]
+    done = subprocess.run(command, stdout=writing, stderr=told, cwd=PACKAGE.parent, check=False)
+    os.close(writing)
+    assert done.returncode == 128 + 13
+    assert not done.stderr
+
+
+def test_flags_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["info", "--js"]) == 2
+    assert "Unrecognized arguments: --js" in capsys.readouterr().err
+    assert program.main(["bench", "absent.onnx", "--eff", "quick"]) == 2
+    assert "Unrecognized arguments: --eff" in capsys.readouterr().err
+
+
 def test_without_a_runtime_the_code_is_6(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
