@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from kdedge_device.failures import Failure, RuntimeFailure, VersionFailure
 from kdedge_device.manifest import Bundle
+from kdedge_device.own_key import is_own, own_key
 from kdedge_device.trt import Here, load_tensorrt
 from kdedge_device.trt_build import BuildOptions, build_engine
 from kdedge_device.trt_cache import engine_name, fingerprint, read_engine, read_side, write_engine
@@ -125,9 +126,12 @@ def fitting_engines(
 
 
 def _options_of(path: str) -> Optional[Dict[str, Any]]:
-    """What an engine was built with; None where its side file cannot be read or does not say."""
+    """What an engine was built with; None where its side file cannot be read, is not this user's or does not say."""
     try:
-        options = read_side(path)["fingerprint"].get("options")
+        side = read_side(path)
+        if not is_own(side):
+            return None
+        options = side["fingerprint"].get("options")
         BuildOptions(options["precision"], tuple(options["batch"]), options["workspace_mib"]).checked()
     except (Failure, KeyError, TypeError):
         return None
@@ -208,6 +212,7 @@ def build_for_bundle(
         except Failure as error:
             why = str(error)
     _make(os.path.dirname(path))
+    own_key()  # that it cannot be kept is told before minutes of building, not after
     timing = default_timing_folder() if timing_folder is None else timing_folder
     content, report = build_engine(model, options, here, timing)
     write_engine(path, content, dict(mark, onnx_sha256=report["onnx_sha256"]), os.path.basename(model), report)

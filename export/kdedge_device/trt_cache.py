@@ -1,8 +1,9 @@
 """Engines on disk: which one belongs to this GPU, TensorRT, driver, model and options, and which may be loaded at all.
 
 An engine holds native code that runs as soon as TensorRT reads it, and it works on one kind of GPU, one driver and one
-TensorRT only. So each has a side file, `NAME.engine.json`, that says what it is made of; both are checked byte by byte
-before TensorRT sees the engine. One that was built elsewhere, altered, or has no side file is refused, not tried.
+TensorRT only. So each has a side file, `NAME.engine.json`, that says what it is made of and is signed with a key that
+only the user who built it has; both are checked byte by byte before TensorRT sees the engine. One that was built
+elsewhere, altered, or has no side file is refused, not tried.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, VersionFailure
 from kdedge_device.manifest import sha256_file
+from kdedge_device.own_key import is_own, own_key, signature
 from kdedge_device.plain_files import open_plain
 from kdedge_device.strict_json import read_json
 from kdedge_device.trt import Here
@@ -65,7 +67,7 @@ def side_path(path: str) -> str:
 
 def write_engine(path: str, content: bytes, mark: Dict[str, Any], onnx_file: str, report: Dict[str, Any]) -> None:
     """The engine, then its side file, each whole or not at all. Failure where the folder cannot be written."""
-    side = {
+    side: Dict[str, Any] = {
         "schema": SCHEMA,
         "fingerprint": mark,
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -73,6 +75,8 @@ def write_engine(path: str, content: bytes, mark: Dict[str, Any], onnx_file: str
         "onnx_file": onnx_file,
         "report": report,
     }
+    side = json.loads(json.dumps(side))  # as it will be read
+    side["signature"] = signature(own_key(), side)
     try:
         write_atomically(path, content)
         write_atomically(side_path(path), json.dumps(side, indent=1).encode("utf-8"))
@@ -98,7 +102,8 @@ def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None
     """The engine's bytes and its side file, once everything matched; `expected` is the whole fingerprint, if known.
 
     VersionFailure: another TensorRT, driver, model or options. DeviceFailure: another GPU. CorruptFailure: altered, or
-    of unknown origin.
+    not signed by this user. The signature comes last of what the side file says: what stands in the way of a copy from
+    another board is told first.
     """
     side = read_side(path)
     _match(path, side["fingerprint"], here)
@@ -107,6 +112,11 @@ def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None
     model = os.path.join(os.path.dirname(path), os.path.basename(side["onnx_file"]))
     if os.path.isfile(model) and sha256_file(model) != side["fingerprint"].get("onnx_sha256"):
         raise VersionFailure(f"{path} was built from another {os.path.basename(model)} than lies beside it. {_REBUILD}")
+    if not is_own(side):
+        raise CorruptFailure(
+            f"{path} was not built here by you, or its side file was altered. Engines hold native code; one of unknown "
+            f"origin is not loaded. {_REBUILD}"
+        )
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != side["bytes"]:
@@ -124,7 +134,7 @@ def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None
 
 
 def read_side(path: str) -> Dict[str, Any]:
-    """The side file of the engine `path`, its form checked; what it says of this machine is not."""
+    """The side file of the engine `path`, its form checked; what it says of this machine, and who says it, are not."""
     if not os.path.lexists(path):
         raise Failure(f"The engine {path} does not exist.")
     if not os.path.lexists(side_path(path)):

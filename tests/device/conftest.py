@@ -21,6 +21,13 @@ from .fake_tensorrt import World
 PREPROCESS = Preprocess(4, 4, 1, "squash", (0.5,), (0.5,))
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key that engines are signed with is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SUDO_UID", raising=False)
+
+
 def linear_model(ir_version: int = 8, opset: int = 17, batch: object = "batch") -> bytes:
     """logits = (-m, m) for the mean m of the normalised pixels: class "dark" or "bright"."""
     nodes = [

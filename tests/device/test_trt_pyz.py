@@ -176,6 +176,8 @@ def test_an_engine_from_elsewhere_is_never_deserialized(run: Run, trt_bundle_fol
         (json.dumps({**papers, "fingerprint": {}}), 4),
         (json.dumps({**papers, "schema": 2}), 3),
         (json.dumps({**papers, "sha256": "0" * 64}), 5),
+        (json.dumps({**papers, "signature": "0" * 64}), 5),
+        (json.dumps({**papers, "report": {"seconds": 1.0}}), 5),
         *((text, 5) for text in ("[" * 100_000, "{", "[]", '{"schema": NaN}', '{"schema": 1, "schema": 1}')),
         (None, 5),
     ]

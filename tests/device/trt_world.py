@@ -1,5 +1,6 @@
 """What the TensorRT tests share: a bundle with every file an engine is built from, and a fake machine to build on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kdedge_device.cuda_driver import Gpu
 from kdedge_device.manifest import Bundle
+from kdedge_device.own_key import own_key, signature
 from kdedge_device.trt import Here
 from kdedge_device.trt_build import BuildOptions
 from kdedge_device.trt_bundle import build_for_bundle
@@ -79,6 +81,12 @@ def complete(bundle: Path, leave_out: tuple[str, ...] = ()) -> Path:
     np.savez(bundle / "golden.npz", images=images, **{f"logits__{name}": logits for name in artifacts})
     write_manifest(bundle, artifacts=artifacts)
     return bundle
+
+
+def sign(path: Path, **changes: Any) -> None:
+    """The side file of the engine `path` as its builder would have written it with `changes`."""
+    side = {**json.loads(Path(f"{path}.json").read_text()), **changes}
+    Path(f"{path}.json").write_text(json.dumps({**side, "signature": signature(own_key(), side)}))
 
 
 def built(folder: Path, here: Here, precision: str = "int8", **how: Any) -> dict[str, Any]:
