@@ -116,12 +116,17 @@ def _measured(
 
 
 def _speedups(candidates: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Speedup]:
-    """By candidate. TensorRT takes one of two INT8 files, so a record stands for the candidate of its precision."""
+    """By candidate, of those that were timed: of its two INT8 files a TensorRT runs one, and the other has no say.
+
+    A record under no candidate's name is taken for the one of its precision (ONNX Runtime's `int8`, say).
+    """
     base = records["fp32"]["rounds_ms"]["p50"]
+    named = {candidates[name]["precision"] for name in records if name in candidates}
     found = {}
     for name, candidate in candidates.items():
-        same = [each for each in records.values() if each["artifact"]["precision"] == candidate["precision"]]
-        record = records.get(name) or (same[0] if same else None)
+        precision = candidate["precision"]
+        same = [each for each in records.values() if each["artifact"]["precision"] == precision]
+        record = records.get(name) or (same[0] if same and precision not in named else None)
         if record is not None:
             found[name] = speedup(base, record["rounds_ms"]["p50"], CONFIDENCE)
     return found

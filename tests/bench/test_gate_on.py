@@ -24,7 +24,8 @@ def bundle(tmp_path: Path) -> Path:
     logits = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
     same = agreement(logits, logits, np.full(400, -1))
     here = judge("onnxruntime-cpu", [Candidate("int8", "int8", same, Speedup(2.0, 1.9, 2.1, 6))], 1.0)
-    there = judge("tensorrt", [Candidate("trt", "int8", same), Candidate("fp16", "fp16", same)], 1.0)
+    files = [("trt", "int8"), ("trt-fp16", "int8"), ("fp16", "fp16")]
+    there = judge("tensorrt", [Candidate(name, precision, same) for name, precision in files], 1.0)
     folder = tmp_path / "bundle"
     folder.mkdir()
     write_json(folder / "gate.json", gate_document([here, there], "onnxruntime-cpu"))
@@ -105,6 +106,26 @@ def test_an_engine_that_cannot_be_built(bundle: Path) -> None:
     with pytest.raises(DeviceError, match="no kernel for int8"):
         decide_there(bundle, Machine({"tensorrt": "10.3"}, ms, fails=["int8"]))
     assert (bundle / "gate.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("bad", "shipped"), [("trt", "int8"), ("trt-fp16", "fp16")])
+def test_the_int8_file_that_ran_there_is_judged_and_no_other(bundle: Path, bad: str, shipped: str) -> None:
+    """TensorRT 11 runs trt-fp16: what trt loses is of no account, and what it does not lose helps nobody."""
+    logits = np.eye(10, dtype=np.float32)[np.arange(400) % 10] * 20
+    wrong = logits.copy()
+    wrong[:40] = np.roll(wrong[:40], 1, 1)  # 10 of 100 images get another class
+    losses = {
+        name: agreement(logits, wrong if name == bad else logits, np.full(400, -1)) for name in ("trt", "trt-fp16")
+    }
+    candidates = [Candidate(name, "int8", each) for name, each in losses.items()]
+    candidates.append(Candidate("fp16", "fp16", agreement(logits, logits, np.full(400, -1))))
+    gate = read_json(bundle / "gate.json")
+    gate["targets"]["tensorrt"] = judge("tensorrt", candidates, 1.0).to_json()
+    write_json(bundle / "gate.json", gate)
+    ms = {"fp32": ("fp32", 2.0), "trt-fp16": ("int8", 0.8), "fp16": ("fp16", 1.0)}
+    _, entry = decide_there(bundle, Machine({"tensorrt": "11.4.1"}, ms))
+    assert (entry["shipped"], entry["candidates"]["trt"]["speedup"]) == (shipped, None)
+    assert entry["candidates"]["trt-fp16"]["speedup"] == pytest.approx(2.5)
 
 
 def test_times_of_a_cpu_decide_nothing_for_tensorrt(bundle: Path) -> None:
