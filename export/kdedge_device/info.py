@@ -9,9 +9,11 @@ from typing import Any, Dict, List, Optional, Tuple
 from kdedge_device import board
 from kdedge_device.cuda_probe import Probe, probe
 from kdedge_device.failures import Failure, VersionFailure
-from kdedge_device.manifest import read_manifest
+from kdedge_device.manifest import engines_in, read_manifest
 from kdedge_device.packages import Found, look_for
 from kdedge_device.record import machine
+from kdedge_device.trt import Here
+from kdedge_device.trt_cache import fingerprint, read_side
 from kdedge_device.watch import snapshot
 
 __all__ = ["info"]
@@ -66,18 +68,35 @@ def _can(
     path: Optional[str],
     failure: Optional[Failure],
 ) -> Dict[str, Optional[str]]:
-    """For every command the first reason that stops it here."""
-    runtime = [] if found["tensorrt"].version is not None else ["onnxruntime"]
+    """For every command the first reason that stops it here. `check` proves at least that the files are whole."""
+    tensorrt, onnxruntime = (found[name].version is not None for name in ("tensorrt", "onnxruntime"))
     reasons: Dict[str, Optional[str]] = {}
     for command in ("check", "build", "bench", "eval", "predict"):
-        needed = ["numpy", "tensorrt"] if command == "build" else ["numpy", *runtime]
-        reason = _refused(here) or _missing(found, needed)
-        if command == "build" and not gpu.usable:
+        runtime = ["tensorrt"] if command == "build" else [] if command == "check" or tensorrt else ["onnxruntime"]
+        reason = _refused(here) or _missing(found, ["numpy", *runtime])
+        engines = command == "build" or (command != "check" and not onnxruntime)
+        if engines and not gpu.usable:
             reason = reason or gpu.reason
         if command in _WITH_BUNDLE:
             reason = reason or _no_bundle(path, failure)
+        if engines and command != "build" and path is not None:
+            reason = reason or _no_engine(path, found, gpu)
         reasons[command] = reason
     return reasons
+
+
+def _no_engine(path: str, found: Dict[str, Found], gpu: Probe) -> Optional[str]:
+    """None where one lies there that says it was built on such a machine; opening it will tell the rest."""
+    here = fingerprint(Here(None, str(found["tensorrt"].version), gpu.gpus[0]), "", {})
+    machine_here = {key: here[key] for key in ("gpu", "capability", "driver", "cuda", "tensorrt")}
+    for engine in engines_in(path):
+        try:
+            mark = read_side(engine)["fingerprint"]
+        except Failure:
+            continue
+        if all(mark.get(key) == value for key, value in machine_here.items()):
+            return None
+    return "There is no ONNX Runtime, and no engine for this machine yet. Build one with: python run.pyz build"
 
 
 def _refused(here: board.Board) -> Optional[str]:

@@ -14,7 +14,7 @@ from kdedge_device.onnx_outside import refuse_outside
 from kdedge_device.plain_files import open_plain
 from kdedge_device.strict_json import read_json
 
-__all__ = ["SCHEMA", "Bundle", "read_manifest", "sha256_file"]
+__all__ = ["SCHEMA", "Bundle", "engines_in", "read_manifest", "sha256_file"]
 
 SCHEMA = 1
 
@@ -123,6 +123,15 @@ class Bundle:
                 )
             )
         return path
+
+
+def engines_in(folder: str) -> List[str]:
+    """Paths of the engines in a folder, for whatever machine, in order; none where it cannot be read."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [os.path.join(folder, name) for name in names if name.endswith(".engine")]
 
 
 def read_manifest(folder: str) -> Dict[str, Any]:

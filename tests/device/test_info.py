@@ -12,8 +12,11 @@ import pytest
 import kdedge_device
 from kdedge_device import __main__ as program
 from kdedge_device import board, info, watch
+from kdedge_device.cuda_driver import Gpu
 from kdedge_device.cuda_probe import Probe
 from kdedge_device.packages import Found, look_for
+from kdedge_device.trt import Here
+from kdedge_device.trt_cache import fingerprint, write_engine
 
 from . import boards
 from .conftest import write_manifest
@@ -50,13 +53,35 @@ def test_what_a_whole_machine_can(bundle: Path, monkeypatch: pytest.MonkeyPatch)
 def test_reasons_name_everything_that_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = Found(None, "it is not installed")
     can = told(monkeypatch, bundle, numpy=absent, onnxruntime=absent, tensorrt=absent)["can"]
-    assert can["check"].endswith("Install: pip install numpy onnxruntime")
+    assert can["bench"].endswith("Install: pip install numpy onnxruntime")
+    assert can["check"].endswith("Install: pip install numpy"), "hashes need no runtime"
     assert can["build"].endswith("sudo apt install nvidia-jetpack")
     can = told(monkeypatch, bundle, onnxruntime=absent)["can"]
-    assert can["check"] is None, "TensorRT is a runtime, too"
+    assert (can["check"], can["bench"]) == (None, "No CUDA driver can be loaded."), "TensorRT needs one"
     illegal = Found(None, "importing it crashed (SIGILL)")
     can = told(monkeypatch, bundle, onnxruntime=illegal, tensorrt=absent)["can"]
     assert can["bench"].endswith("Install: pip install 'onnxruntime<1.21'")
+
+
+def test_engines_are_looked_for_where_onnx_runtime_is_not(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jetson as export/JETSON.md sets it up: before `build` it can run nothing, and after it all."""
+    orin = Gpu("Orin", "8.7", 8 << 30, "12.6", "540.4.0", True)
+    absent, gpu = Found(None, "it is not installed"), Probe((orin,), "")
+
+    def can() -> dict[str, str | None]:
+        monkeypatch.setattr(info, "look_for", lambda: {**HERE, "onnxruntime": absent, "tensorrt": Found("10.3.0", "")})
+        monkeypatch.setattr(info, "probe", lambda: gpu)
+        found: dict[str, str | None] = info.info(str(bundle))[0]["can"]
+        return found
+
+    before = can()
+    assert (before["check"], before["build"]) == (None, None)
+    for command in ("bench", "eval", "predict"):
+        assert str(before[command]).endswith("no engine for this machine yet. Build one with: python run.pyz build")
+    for version, ready in (("8.5.2", False), ("10.3.0", True)):
+        mark = fingerprint(Here(None, version, orin), "0" * 64, {"precision": "int8"})
+        write_engine(str(bundle / f"{version}.engine"), b"native code", mark, "model.onnx", {})
+        assert all((can()[command] is None) is ready for command in ("bench", "eval", "predict"))
 
 
 def test_bundles_that_are_absent_or_bad(
