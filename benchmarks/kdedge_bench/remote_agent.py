@@ -328,6 +328,8 @@ def _supervise(root: Path, folder: Path, bundle: Path, arguments: list[str], loc
     with (root / "board.lock").open("w") as board:
         fcntl.flock(board, fcntl.LOCK_EX)  # two at a time would spoil each other's numbers
         environment = {**os.environ, "KDEDGE_JOB": str(folder), "TMPDIR": str(folder / "tmp")}
+        if root.name != "kdedge":  # home is read-only, and engines are signed with a key that is kept
+            environment["XDG_CACHE_HOME"] = str(root)
         command = [_python(), "run.pyz", *arguments]
         program = subprocess.Popen(command, cwd=bundle, env=environment, pass_fds=(lock,))
         children.append(program.pid)

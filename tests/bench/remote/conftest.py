@@ -36,7 +36,8 @@ if does.get("stray"):  # as the process that samples the power: in a session of 
     stray = subprocess.Popen(["sleep", "600"], start_new_session=True)
     with open(home + "/stray", "w") as file:
         file.write(str(stray.pid))
-open(home + "/begun", "w").close()
+with open(home + "/begun", "w") as file:
+    file.write(os.environ["XDG_CACHE_HOME"])
 try:
     while os.path.exists(home + "/hold"):
         time.sleep(0.01)

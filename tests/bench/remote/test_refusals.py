@@ -169,6 +169,8 @@ def test_a_home_that_is_read_only(boards: Boards, bundle: Path) -> None:
     assert len(bench([bundle], "quick", on=[board.address], say=told.append)) == 2
     assert any(f"{board.temporary}/kdedge-" in line for line in told)
     assert not list(board.temporary.iterdir())  # what cannot be kept is not left either
+    cache = (board.home / "begun").read_text()  # of the program: the key of its engines, above all
+    assert cache == f"{board.temporary}/kdedge-{os.getuid()}"
     elsewhere = board.folder / "elsewhere"
     elsewhere.mkdir()
     (board.temporary / f"kdedge-{os.getuid()}").symlink_to(elsewhere)
