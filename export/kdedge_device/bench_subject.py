@@ -3,20 +3,20 @@
 A pool of 64 different samples goes round, so that no cache is flattered by one input that is always the same.
 """
 
-import importlib.util
 import os
 from io import BytesIO
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 
+from kdedge_device.choose_runner import Runner, only_engines
 from kdedge_device.evaluate import input_of
 from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import Here, load_tensorrt
-from kdedge_device.trt_bundle import ENGINES, has_engines, open_engine, open_precision, source_artifact
+from kdedge_device.trt_bundle import ENGINES, open_engine, open_precision, source_artifact
 from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
 
@@ -24,7 +24,6 @@ __all__ = ["POOL", "Pool", "Runner", "Subject", "encoded", "input_pool", "open_s
 
 POOL = 64
 _POOL_BYTES = 256 << 20  # a board with 4 GB has little more to spare
-Runner = Union[OrtRunner, TrtRunner]
 
 
 class Subject(NamedTuple):
@@ -66,8 +65,7 @@ def open_subject(
     """
     if os.path.isdir(path):
         bundle = Bundle(path)
-        alone = artifact is None and has_engines(bundle) and importlib.util.find_spec("onnxruntime") is None
-        if tensorrt or alone:
+        if tensorrt or (artifact is None and only_engines(bundle)):
             return _engine(bundle, artifact, batch, engines)
         return _from_bundle(bundle, bundle.artifact(artifact), batch)
     if artifact is not None or tensorrt:

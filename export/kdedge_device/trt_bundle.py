@@ -5,7 +5,7 @@ import os
 from typing import Any, Dict, List, Optional, Tuple
 
 from kdedge_device.failures import Failure, RuntimeFailure, VersionFailure
-from kdedge_device.manifest import Bundle
+from kdedge_device.manifest import Bundle, engines_in
 from kdedge_device.own_key import is_own, own_key
 from kdedge_device.trt import Here, load_tensorrt
 from kdedge_device.trt_build import BuildOptions, build_engine
@@ -75,16 +75,7 @@ def _place(bundle: Bundle, mark: Dict[str, Any], folder: Optional[str]) -> str:
 
 def has_engines(bundle: Bundle) -> bool:
     """Whether any lies in the bundle, for whatever machine. Looking for the right one needs TensorRT."""
-    return bool(_engines_in(bundle.path))
-
-
-def _engines_in(folder: str) -> List[str]:
-    """Paths, in order; none where the folder cannot be read."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return []
-    return [os.path.join(folder, name) for name in names if name.endswith(".engine")]
+    return bool(engines_in(bundle.path))
 
 
 def find_engine(
@@ -115,7 +106,7 @@ def fitting_engines(
     """
     sha256 = str(bundle.artifacts[source_artifact(bundle, precision, here)]["sha256"])
     fits: Dict[str, Dict[str, Any]] = {}
-    for path in _engines_in(bundle.path if folder is None else folder):
+    for path in engines_in(bundle.path if folder is None else folder):
         built = _options_of(path)
         if built is None or built["precision"] != precision:
             continue

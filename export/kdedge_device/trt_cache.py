@@ -18,6 +18,7 @@ from kdedge_device.own_key import is_own, own_key, signature
 from kdedge_device.plain_files import open_plain
 from kdedge_device.strict_json import read_json
 from kdedge_device.trt import Here
+from kdedge_device.trt_errors import REBUILD
 
 __all__ = [
     "SCHEMA",
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-_REBUILD = "Build it again on this machine with: python run.pyz build --rebuild"
 _KINDS = {"fingerprint": dict, "sha256": str, "bytes": int, "onnx_file": str, "report": dict}
 
 
@@ -108,26 +108,26 @@ def read_engine(path: str, here: Here, expected: Optional[Dict[str, Any]] = None
     side = read_side(path)
     _match(path, side["fingerprint"], here)
     if expected is not None and side["fingerprint"] != json.loads(json.dumps(expected)):
-        raise VersionFailure(f"{path} was built from another model or with other options. {_REBUILD}")
+        raise VersionFailure(f"{path} was built from another model or with other options. {REBUILD}")
     model = os.path.join(os.path.dirname(path), os.path.basename(side["onnx_file"]))
     if os.path.isfile(model) and sha256_file(model) != side["fingerprint"].get("onnx_sha256"):
-        raise VersionFailure(f"{path} was built from another {os.path.basename(model)} than lies beside it. {_REBUILD}")
+        raise VersionFailure(f"{path} was built from another {os.path.basename(model)} than lies beside it. {REBUILD}")
     if not is_own(side):
         raise CorruptFailure(
             f"{path} was not built here by you, or its side file was altered. Engines hold native code; one of unknown "
-            f"origin is not loaded. {_REBUILD}"
+            f"origin is not loaded. {REBUILD}"
         )
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != side["bytes"]:
             said = side["bytes"]
-            raise CorruptFailure(f"{path} has {size} bytes; its side file says {said}. {_REBUILD}")
+            raise CorruptFailure(f"{path} has {size} bytes; its side file says {said}. {REBUILD}")
         content = file.read()
     found = hashlib.sha256(content).hexdigest()  # of the very bytes that TensorRT gets
     if found != side["sha256"]:
         raise CorruptFailure(
             "{} has sha256 {}...; its side file says {}.... It was altered. {}".format(
-                path, found[:12], side["sha256"][:12], _REBUILD
+                path, found[:12], side["sha256"][:12], REBUILD
             )
         )
     return content, side
@@ -140,21 +140,21 @@ def read_side(path: str) -> Dict[str, Any]:
     if not os.path.lexists(side_path(path)):
         raise CorruptFailure(
             f"{path} has no {os.path.basename(side_path(path))} that tells where it was built. Engines hold native "
-            f"code; one of unknown origin is not loaded. {_REBUILD}"
+            f"code; one of unknown origin is not loaded. {REBUILD}"
         )
     try:
         side = read_json(side_path(path))
     except CorruptFailure as error:
-        raise CorruptFailure(f"The side file of {path} cannot be used. {error} {_REBUILD}") from None
+        raise CorruptFailure(f"The side file of {path} cannot be used. {error} {REBUILD}") from None
     if not isinstance(side, dict) or not isinstance(side.get("schema"), int):
-        raise CorruptFailure(f"{side_path(path)} has no whole number 'schema'. {_REBUILD}")
+        raise CorruptFailure(f"{side_path(path)} has no whole number 'schema'. {REBUILD}")
     if side["schema"] > SCHEMA:
         raise VersionFailure(
-            f"{side_path(path)} has schema {side['schema']}; this program reads up to {SCHEMA}. {_REBUILD}"
+            f"{side_path(path)} has schema {side['schema']}; this program reads up to {SCHEMA}. {REBUILD}"
         )
     for key, kind in _KINDS.items():
         if not isinstance(side.get(key), kind):
-            raise CorruptFailure(f"{side_path(path)} has no {kind.__name__} '{key}'. {_REBUILD}")
+            raise CorruptFailure(f"{side_path(path)} has no {kind.__name__} '{key}'. {REBUILD}")
     return side
 
 
@@ -167,5 +167,5 @@ def _match(path: str, mark: Dict[str, Any], here: Here) -> None:
     words = {"gpu": "GPU", "capability": "compute capability", "tensorrt": "TensorRT", "cuda": "CUDA"}
     failure = DeviceFailure if key in ("gpu", "capability") else VersionFailure
     raise failure(
-        f"{path} was built for {words.get(key, key)} {mark.get(key)}; this machine has {present[key]}. {_REBUILD}"
+        f"{path} was built for {words.get(key, key)} {mark.get(key)}; this machine has {present[key]}. {REBUILD}"
     )

@@ -9,7 +9,7 @@ from kdedge_device.failures import CorruptFailure, DeviceFailure, Failure, Runti
 
 __all__ = ["classify", "must"]
 
-_REBUILD = "Build the engine again on this machine with: python run.pyz build --rebuild"
+REBUILD = "Build the engine again on this machine with: python run.pyz build --rebuild"
 
 
 class _Rule(NamedTuple):
@@ -39,7 +39,7 @@ _RULES = (
             "getEngineHostCodeAllowed() is false",
         ),
         VersionFailure,
-        _REBUILD,
+        REBUILD,
     ),
     _Rule(
         (
@@ -50,7 +50,7 @@ _RULES = (
             "across different models of devices is not supported",
         ),
         DeviceFailure,
-        _REBUILD,
+        REBUILD,
     ),
     _Rule(
         (
@@ -61,7 +61,7 @@ _RULES = (
             "Post deserialization check failure",
         ),
         CorruptFailure,
-        _REBUILD,
+        REBUILD,
     ),
     _Rule(
         ("Could not find any implementation for node",),

@@ -1,5 +1,6 @@
 """A bundle is read, checked and refused with the right sentence."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from kdedge_device.bench import bench, open_subject
 from kdedge_device.check import check
 from kdedge_device.clock import Effort
-from kdedge_device.evaluate import evaluate, predict
+from kdedge_device.evaluate import evaluate, images_a_call, predict
 from kdedge_device.failures import BudgetFailure, CorruptFailure, Failure, VersionFailure
 from kdedge_device.manifest import Bundle
 from kdedge_device.runners import OrtRunner
@@ -121,6 +122,20 @@ def test_evaluate_folder_and_arrays(bundle: Path, tmp_path: Path) -> None:
     images = np.stack([np.full((6, 6), value, np.uint8) for value in range(0, 250, 5)])
     np.savez(tmp_path / "eval.npz", images=images, labels=np.arange(50) >= 26)
     assert evaluate(Bundle(bundle), str(tmp_path / "eval.npz"))["accuracy"] == 1.0
+
+
+def test_large_images_are_computed_a_few_at_a_time(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 images of 4096 x 4096 would be 6.4 GB of float32, more than a small board has."""
+    found = {side: images_a_call(replace(PREPROCESS, height=side, width=side)) for side in (4, 224, 1024, 4096, 8192)}
+    assert found == {4: 32, 224: 32, 1024: 32, 4096: 2, 8192: 1}
+    counts, run = list[int](), OrtRunner.run
+    monkeypatch.setattr(OrtRunner, "run", lambda self, batch: counts.append(len(batch)) or run(self, batch))
+    monkeypatch.setattr("kdedge_device.evaluate._BATCH_BYTES", 3 * 4 * 4 * 4)
+    np.savez(tmp_path / "eval.npz", images=np.zeros((7, 4, 4), np.uint8), labels=np.zeros(7, np.int64))
+    assert evaluate(Bundle(bundle), str(tmp_path / "eval.npz"))["images"] == 7
+    assert counts == [3, 3, 1]
 
 
 def test_evaluate_refusals(bundle: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_an_altered_engine_is_refused_and_built_again(trt_bundle_folder: Path, w
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CorruptFailure, match=r"It was altered\. Build it again"), TrtRunner(path, here):
+    with pytest.raises(CorruptFailure, match=r"It was altered\. Build the engine again"), TrtRunner(path, here):
         pass
     path.write_bytes(content[:-1])
     with pytest.raises(CorruptFailure, match=r"its side file says"), TrtRunner(path, here):
