@@ -5,7 +5,6 @@ their environment that they are part of that measurement. Python 3.8, standard l
 """
 
 import contextlib
-import fcntl
 import os
 import stat
 from typing import Callable, Iterator, Optional, Sequence
@@ -39,6 +38,8 @@ def alone(say: Callable[[str], None], folders: Sequence[str] = _FOLDERS) -> Iter
 
 
 def _take(file: int, say: Callable[[str], None]) -> None:
+    import fcntl  # not on Windows, where there is no such file either
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -62,6 +63,8 @@ def _holder(file: int) -> str:
 
 def _opened(folders: Sequence[str]) -> Optional[int]:
     """In the first folder in which every user may make files: then all come to the same answer."""
+    if os.name != "posix":
+        return None
     for folder in folders:
         try:
             if os.stat(folder).st_mode & stat.S_IWOTH:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_no_link_is_followed_and_no_file_is_no_error(folder: str, tmp_path: Path
     os.mkfifo(Path(folder) / name)
     with alone(fail, [folder]):
         pass
+
+
+def test_a_machine_without_such_locks_measures_all_the_same(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdedge_device.alone.os.name", "nt")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with alone(fail, [folder]):
+        assert not any(os.scandir(folder))
 
 
 def test_bench_is_alone(bundle: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
