@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 # Before torch and numpy are imported, here and in every child: a test machine has two cores, whatever it says.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# A shell that starts the tests in the background has them, and all that they start, ignore the Ctrl-C that some send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -39,7 +39,7 @@ KNOWN = {
     110000: COMMON | {"infStreams", "noCudaGraph", "noSpinWait", "includeDataTransfers"},  # the others do nothing
 }
 # Since 8.6 warm-up queries are left out of the file; older ones write them, too. Not a number where it did not tick.
-PROGRAM = """#!{python}
+PROGRAM = """
 import json, sys
 print("&&&& RUNNING TensorRT.trtexec [TensorRT v{version}] # trtexec")
 given = dict((each.lstrip("-").split("=", 1) + [""])[:2] for each in sys.argv[1:])
@@ -59,13 +59,14 @@ open(given["exportTimes"], "w").write({text} or json.dumps(times))
 def program(folder: Path, version: int, text: str = "") -> Path:
     path = folder / "trtexec"
     content = PROGRAM.format(
-        python=sys.executable,
         version=version,
         known=sorted(KNOWN.get(version, COMMON)),
         seen=str(folder / "seen.json"),
         text=repr(text),
     )
-    path.write_text(content)
+    path.with_suffix(".py").write_text(content)
+    # A first line that names Python by itself would not survive a checkout whose path has a space.
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{path}.py" "$@"\n')
     path.chmod(0o755)
     return path
 

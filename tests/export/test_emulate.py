@@ -2,7 +2,7 @@
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
 
         def compile_model(self, model: list[bytes], device: str, options: dict[str, Any]) -> Any:
             seen.update(options, device=device, content=model[0])
-            return lambda batch: [batch.sum((1, 2, 3))[:, None]]
+            return Compiled()
+
+    class Compiled:
+        def input(self, place: int) -> SimpleNamespace:
+            batch = SimpleNamespace(is_dynamic=True)
+            sizes = [SimpleNamespace(is_dynamic=False, get_length=lambda size=size: size) for size in (3, 2, 2)]
+            kind = SimpleNamespace(to_dtype=lambda: np.dtype(np.float32))
+            return SimpleNamespace(partial_shape=[batch, *sizes], element_type=kind)
+
+        def __call__(self, batch: np.ndarray) -> list[np.ndarray]:  # type: ignore[type-arg]
+            seen["shapes"] = [*seen.get("shapes", []), batch.shape]
+            return [batch.sum((1, 2, 3))[:, None]]
 
     module = ModuleType("openvino")
     module.__spec__ = ModuleSpec("openvino", None)
@@ -54,6 +65,7 @@ def test_openvino_runs_at_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(np.ones((20, 3, 2, 2), np.float32)).tolist() == [[12.0]] * 20
     assert (seen["device"], seen["content"], seen["INFERENCE_PRECISION_HINT"]) == ("CPU", b"model", "f32")
     assert seen["INFERENCE_NUM_THREADS"] == 3
+    assert seen["shapes"][0] == (1, 3, 2, 2), "tried once, before it is needed"
 
 
 def test_a_file_that_openvino_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
