@@ -131,7 +131,8 @@ def test_a_cross_check_that_fails_says_so_and_spoils_nothing(
     record = bench(subject, Effort(0.0, 5, 0.0), "custom", access=Access(graph=True))
     effort, log = Effort(0.0, 5, 0.0), lambda text: None
     ended = program(tmp_path, 8503)
-    ended.write_text(ended.read_text().replace("v8503", "v110000"))  # takes none of the flags of 11
+    script = ended.with_suffix(".py")
+    script.write_text(script.read_text().replace("v8503", "v110000"))  # takes none of the flags of 11
     told = cross_check(subject.model_path, record, effort, str(ended), log)
     assert told == {"tool": "trtexec", "error": "trtexec failed: [E] Unknown option: --includeDataTransfers."}
     (tmp_path / "trtexec").write_text("#!/bin/sh\necho hello")
