@@ -261,8 +261,12 @@ def _bench_text(records: list[dict[str, Any]]) -> str:
                 ", ".join(flags(record)),
             )
         )
-    whys = dict.fromkeys(why for record in records for why in (record.get("stability") or {}).get("why", ()))
-    return "\n".join([columns(rows), *(f"Not stable: {why}" for why in whys)])
+    whys = [
+        f"{row[0]} is not stable: {why}"
+        for row, record in zip(rows[1:], records, strict=True)
+        for why in (record.get("stability") or {}).get("why", ())
+    ]
+    return "\n".join([columns(rows), *whys])
 
 
 @click.command()
