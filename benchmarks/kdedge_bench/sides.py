@@ -75,13 +75,12 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 def _of_run(path: Path, artifact: str | None) -> Side:
     facts = read_facts(Run(path))
-    best = summarize(facts).best
-    if best is None:
+    found = summarize(facts)
+    if found.best is None:
         raise RunError(f"The run {path} has nothing to compare: it has no trained student. Expected a finished run.")
-    rows = {row.key: row for row in summarize(facts).rows}
-    row = best if artifact is None else rows.get(artifact)
+    row = found.best if artifact is None else found.row(artifact)
     if row is None:
-        raise _unknown(path, artifact, rows)
+        raise _unknown(path, artifact, [each.key for each in found.rows])
     right = _right_by_id(facts, row.key)
     return Side(
         path, facts.name, row.key, row.accuracy, facts.test_images, facts.record(row.key), _exam(facts.bundle), right

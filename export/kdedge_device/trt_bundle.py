@@ -17,7 +17,6 @@ from kdedge_device.trt_timing import default_timing_folder
 __all__ = [
     "ENGINES",
     "build_for_bundle",
-    "engine_path",
     "find_engine",
     "fitting_engines",
     "has_engines",
@@ -58,11 +57,6 @@ def source_artifact(bundle: Bundle, precision: str, here: Here) -> str:
         f"The bundle {bundle.path} has no {wanted[0]}, which an {precision.upper()} engine for TensorRT {here.version} "
         f"is built from. Export it with: kdedge export{flag}"
     )
-
-
-def engine_path(bundle: Bundle, options: BuildOptions, here: Here, folder: Optional[str] = None) -> str:
-    """Where the engine of `options` for this machine lies, or will lie: in `folder`, by default in the bundle."""
-    return _place(bundle, _mark(bundle, source_artifact(bundle, options.precision, here), options, here), folder)
 
 
 def _mark(bundle: Bundle, artifact: str, options: BuildOptions, here: Here) -> Dict[str, Any]:
