@@ -12,6 +12,7 @@ from kdedge.errors import DeviceError
 from kdedge.runs import read_json, sha256_file, write_json
 from kdedge_bench.measured import reasons
 from kdedge_export.bundle import new_bundle
+from kdedge_export.export import CPU, TENSORRT
 from kdedge_export.judging.gate import fill_in
 from kdedge_export.judging.latency import LOOKS, Speedup, speedup
 from kdedge_export.targets import Target, for_board
@@ -21,7 +22,6 @@ __all__ = ["Command", "decide_there"]
 Command = Callable[[Sequence[str]], Mapping[str, Any]]
 """`python run.pyz ARGUMENTS --json` on the machine in question; DeviceError where it fails."""
 
-CPU, TENSORRT = "onnxruntime-cpu", "tensorrt"
 ROUNDS, CONFIDENCE = LOOKS[0]
 RACE = ("bench", "--artifact", "all", "--rounds", str(ROUNDS), "--seconds", "0.25", "--runs", "30")
 
