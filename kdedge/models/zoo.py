@@ -1,7 +1,8 @@
 """Teachers and students: torchvision's networks and wide residual networks, fitted to the size of the images.
 
 A network is a backbone that gives pooled features and a linear head, whatever its family, so that clustering can
-read the features and starting weights can keep the backbone and lose the head.
+read the features and starting weights can keep the backbone and lose the head. What began by contrastive pre-training
+may keep a layer of its projection head between the two.
 
 B batch, C channels, H and W pixels, F features, K classes.
 """
@@ -29,6 +30,7 @@ __all__ = [
     "build",
     "count_macs",
     "num_params",
+    "projection_layer",
 ]
 
 
@@ -108,23 +110,27 @@ class ModelSpec:
     channels: int = 3
     width: float = 1.0
     halvings: int = 5  # how often the image is halved; the rest of the strides are 1
+    neck: int = 0  # layers of a projection head that stay before the classifier (SimCLRv2, arXiv 2006.10029: 1)
 
 
 @final
 class Network(nn.Module):
-    """A backbone [B, C, H, W] -> [B, F] and a linear head [B, F] -> [B, K]."""
+    """A backbone [B, C, H, W] -> [B, F], a neck [B, F] -> [B, F] where there is one, a linear head [B, F] -> [B, K]."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Linear, neck: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
+        self.neck = neck
         self.head = head
         # How the backbone is run in training where that is not plainly at once: in parts, to save memory, or on the
         # share of this process (kdedge.train). Never part of the weights, and absent from averages and loaded networks.
         self.compute: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
-        """Pooled features [B, F], what the head reads."""
+        """Pooled features [B, F], what the head reads: after the neck, where there is one."""
         features: Tensor = self.backbone(x_BCHW) if self.compute is None else self.compute(self.backbone, x_BCHW)
+        if self.neck is not None:
+            features = self.neck(features)
         return features
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -164,7 +170,19 @@ def build(spec: ModelSpec) -> Network:
         _keep_last_halvings(backbone, spec.halvings, spec.arch)
     if spec.channels != 3 and not spec.arch.startswith("timm/"):
         _replace_stem(backbone, spec.channels)
-    return Network(backbone, nn.Linear(features, spec.classes))
+    return Network(backbone, nn.Linear(features, spec.classes), _neck(spec, features))
+
+
+def projection_layer(features: int) -> nn.Sequential:
+    """A layer of SimCLR's projection head but its last: as wide as the features, and without a bias of its own.
+
+    google-research/simclr, model_util.py: what batch norm takes off again is not added first.
+    """
+    return nn.Sequential(nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU())
+
+
+def _neck(spec: ModelSpec, features: int) -> nn.Module | None:
+    return nn.Sequential(*(projection_layer(features) for _ in range(spec.neck))) if spec.neck else None
 
 
 def _require_width(known: Architecture, width: float) -> None:
@@ -186,7 +204,7 @@ def _wide_resnet(depth: int, width: int, spec: ModelSpec) -> Network:
     head = nn.Linear(backbone.num_features, spec.classes)
     nn.init.xavier_normal_(head.weight)  # google-research/fixmatch, libml/models.py
     nn.init.zeros_(head.bias)
-    return Network(backbone, head)
+    return Network(backbone, head, _neck(spec, backbone.num_features))
 
 
 def _timm_backbone(spec: ModelSpec) -> tuple[nn.Module, int]:
