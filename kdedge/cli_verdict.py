@@ -42,7 +42,7 @@ def verdict(
     from kdedge.cli_display import open_display
     from kdedge_bench.verdict import command_of
     from kdedge_bench.verdict import verdict as judge
-    from kdedge_bench.verdict_folder import make_plan
+    from kdedge_bench.verdict_plan import make_plan
     from kdedge_bench.verdict_text import markdown
 
     wanted = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]

@@ -7,7 +7,6 @@ process on the same folder makes the runs that the first is not at.
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from kdedge import pipeline, recipe_io
 from kdedge.errors import BugError
 from kdedge.recipe import Recipe
 from kdedge.recipe_yaml import Document
-from kdedge.run_folder import check_folder
 from kdedge.runs import write_bytes, write_json
-from kdedge.train.engine import pick_device
-from kdedge.train.metrics import Display, SilentDisplay
-from kdedge_bench.verdict_folder import Plan, VerdictFolder
+from kdedge_bench.verdict_plan import SPELLINGS, Plan
 from kdedge_bench.verdict_rows import (
     EQUAL_TOTAL,
     FIXMATCH,
@@ -33,79 +29,42 @@ from kdedge_bench.verdict_rows import (
     run_name,
     settings_of,
 )
-from kdedge_bench.verdict_table import result_of, steps_of, verdict_document
+from kdedge_bench.verdict_table import steps_of, verdict_document
 from kdedge_bench.verdict_text import markdown
+from kdedge_bench.work import OpenDisplay, Train, Wait, Work, make_runs, result_of, silent
+from kdedge_bench.work_folder import WorkFolder
 
-__all__ = ["command_of", "verdict"]
+__all__ = ["KIND", "command_of", "verdict"]
 
-WAIT_S = 20.0
-"""Between two looks at runs that another process is at."""
-
-Train = Callable[..., Any]
-"""As `kdedge.pipeline.train`."""
+KIND = "verdict"
 
 
 def verdict(
     plan: Plan,
     out: Path | None = None,
     *,
-    display: Callable[[], AbstractContextManager[Display]] = lambda: nullcontext(SilentDisplay()),
+    display: OpenDisplay = silent,
     say: Callable[[str], None] = lambda sentence: None,
     train: Train = pipeline.train,
-    wait: Callable[[float], None] = time.sleep,
+    wait: Wait = time.sleep,
 ) -> dict[str, Any]:
     """Make every run of the plan that is not finished, and what verdict.json says in the end.
 
     `display` opens what is seen while one run trains. Raises RunError where the folder holds another verdict, and
     whatever `train` raises; what was finished stays, and the same call goes on.
     """
-    folder = VerdictFolder(out or plan.default_folder)
-    folder.begin(plan)
-    document = _write(plan, folder)
-    waiting, told = list(jobs(plan.rows, plan.seeds)), False
-    while waiting:
-        done, trained = _first_that_can_be_made(plan, folder, waiting, display, say, train)
-        if done is None:
-            if not told:
-                say("Waiting for the runs that another process is at.")
-            told = True
-            wait(WAIT_S)
-            continue
-        told = False
-        waiting.remove(done)
-        if trained or not waiting:  # the last: another process may have finished some since
-            document = _write(plan, folder)
-            say(f"{document['runs_finished']} of {document['runs_planned']} runs: {folder.text_path}")
-    return document
+    folder = WorkFolder(out or plan.default_folder, KIND)
+    folder.begin(plan.to_json(), SPELLINGS)
+    return make_runs(
+        folder,
+        jobs(plan.rows, plan.seeds),
+        lambda job: _recipe(plan, folder, job),
+        lambda: _write(plan, folder),
+        Work(display, say, train, wait),
+    )
 
 
-def _first_that_can_be_made(
-    plan: Plan,
-    folder: VerdictFolder,
-    waiting: list[Job],
-    display: Callable[[], AbstractContextManager[Display]],
-    say: Callable[[str], None],
-    train: Train,
-) -> tuple[Job | None, bool]:
-    """The first job that is finished now, and whether it was trained here; None where all wait for another process."""
-    for job in waiting:
-        if not all(result_of(folder.run(name)) for name in job.needs):
-            continue
-        with folder.claim(job) as mine:
-            if not mine:
-                continue
-            run, recipe = folder.run(job.name), _recipe(plan, folder, job)
-            begun = run.manifest_path.is_file()
-            if begun and check_folder(run, recipe, pick_device(recipe.engine.device), resume=True) is not None:
-                return job, False
-            say(f"{job.row.name}, seed {job.seed}{' (going on)' if begun else ''}: {run.path}")
-            with display() as shown:
-                train(recipe, run.path, resume=begun, display=shown)
-            return job, True
-    return None, False
-
-
-def _own_settings(plan: Plan, folder: VerdictFolder, job: Job) -> dict[str, str] | None:
+def _own_settings(plan: Plan, folder: WorkFolder, job: Job) -> dict[str, str] | None:
     """What the job changes in the recipe; None for equal total compute while its cost is not known."""
     steps = None
     if job.row.name == EQUAL_TOTAL:
@@ -120,7 +79,7 @@ def _own_settings(plan: Plan, folder: VerdictFolder, job: Job) -> dict[str, str]
     return own | {"seed": str(job.seed)}
 
 
-def _recipe(plan: Plan, folder: VerdictFolder, job: Job) -> Recipe:
+def _recipe(plan: Plan, folder: WorkFolder, job: Job) -> Recipe:
     own = _own_settings(plan, folder, job)
     if own is None:
         raise BugError(f"{job.name} is made before the runs it needs")
@@ -132,12 +91,12 @@ def _recipe(plan: Plan, folder: VerdictFolder, job: Job) -> Recipe:
     return recipe_io.validate(document, Recipe)
 
 
-def _teacher_file(folder: VerdictFolder, job: Job) -> str:
+def _teacher_file(folder: WorkFolder, job: Job) -> str:
     """The outer network of the job's seed."""
     return str(folder.run(run_name(FULL, job.seed)).teacher_path)
 
 
-def _write(plan: Plan, folder: VerdictFolder) -> dict[str, Any]:
+def _write(plan: Plan, folder: WorkFolder) -> dict[str, Any]:
     """Write the table so far. One process at a time, so that an older view never replaces a newer one."""
     with folder.lock("table"):
         commands = {}
@@ -164,7 +123,7 @@ def command_of(plan: Plan, folder: Path) -> str:
     return shlex.join([*words, "--out", str(folder)])
 
 
-def _run_command(plan: Plan, folder: VerdictFolder, job: Job, own: dict[str, str]) -> str:
+def _run_command(plan: Plan, folder: WorkFolder, job: Job, own: dict[str, str]) -> str:
     """The command that makes this run alone."""
     words = ["kdedge", "train-recipe", plan.recipe_name, *_flags(plan), "--seed", str(job.seed)]
     changed = merged(plan.settings, {key: value for key, value in own.items() if key != "seed"})

@@ -12,15 +12,15 @@ from typing import Any
 
 from kdedge.errors import RunError
 from kdedge.runs import SCHEMA, read_json, write_json
-from kdedge_bench.verdict_folder import VerdictFolder
 from kdedge_bench.verdict_text import ROWS_HEAD, SUMMARY_HEAD, markdown_rows, summary_row
+from kdedge_bench.work_folder import WorkFolder
 
 __all__ = ["main", "make_record", "parser"]
 
 
 def make_record(folder: Path, title: str | None) -> dict[str, Any]:
     """The record; RunError where the verdict is not complete, since a planned row that is missing is a failure."""
-    document: dict[str, Any] = read_json(VerdictFolder(folder).json_path)
+    document: dict[str, Any] = read_json(WorkFolder(folder, "verdict").json_path)
     if document["schema"] > SCHEMA:
         raise RunError(f"{folder} has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge.")
     if document["status"] != "complete":

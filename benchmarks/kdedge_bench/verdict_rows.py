@@ -75,6 +75,10 @@ class Job:
         return run_name(self.row.name, self.seed)
 
     @property
+    def title(self) -> str:
+        return f"{self.row.name}, seed {self.seed}"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Names of the runs that must be finished before this one begins."""
         return tuple(run_name(row, self.seed) for row in self.row.needs)

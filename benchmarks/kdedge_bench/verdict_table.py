@@ -15,11 +15,13 @@ from kdedge.errors import RunError
 from kdedge.recipe import Recipe
 from kdedge.runs import SCHEMA, Run, read_json
 from kdedge_bench.seeds import mean_and_interval
-from kdedge_bench.verdict_folder import Plan, VerdictFolder
+from kdedge_bench.verdict_plan import Plan
 from kdedge_bench.verdict_rows import FULL, SUPERVISED, Row, jobs, run_name
+from kdedge_bench.work import result_of
+from kdedge_bench.work_folder import WorkFolder
 from kdedge_device.record import machine, now
 
-__all__ = ["HELPS", "HURTS", "NO_EVIDENCE", "Cell", "paired", "read_cell", "result_of", "steps_of", "verdict_document"]
+__all__ = ["HELPS", "HURTS", "NO_EVIDENCE", "Cell", "paired", "read_cell", "steps_of", "verdict_document"]
 
 HELPS, HURTS, NO_EVIDENCE = "helps", "hurts", "no evidence"
 PRECISE_ENOUGH = 0.97
@@ -60,14 +62,6 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
     return found | {"interval_95": interval, "word": word}
 
 
-def result_of(run: Run) -> dict[str, Any] | None:
-    """What result.json says; None while the run is not finished."""
-    if not run.manifest_path.is_file() or run.read_manifest().get("status") != "finished":
-        return None
-    result: dict[str, Any] = read_json(run.result_path)
-    return result
-
-
 @functools.cache
 def _resolved(path: Path) -> Recipe:
     """The recipe of a finished run, which does not change any more."""
@@ -80,7 +74,7 @@ def steps_of(run: Run, who: str = "student") -> int:
     return (resolved.baseline if who == "baseline" else resolved.student).optim.total_steps or 0
 
 
-def read_cell(folder: VerdictFolder, row: Row, seed: int) -> Cell | None:
+def read_cell(folder: WorkFolder, row: Row, seed: int) -> Cell | None:
     """The row's cell; None while its run, or the run of the teacher it uses, is not finished."""
     run, full = folder.run(run_name(row.name, seed)), folder.run(run_name(FULL, seed))
     result = result_of(run)
@@ -105,7 +99,7 @@ def read_cell(folder: VerdictFolder, row: Row, seed: int) -> Cell | None:
     return Cell(seed, run.path.name, accuracy, steps_of(run, who), cost, round(seconds, 2), manifest["device"])
 
 
-def verdict_document(plan: Plan, folder: VerdictFolder, command: str, commands: dict[str, str]) -> dict[str, Any]:
+def verdict_document(plan: Plan, folder: WorkFolder, command: str, commands: dict[str, str]) -> dict[str, Any]:
     """verdict.json: the plan, each row with its cells so far, and the comparisons.
 
     `commands` are those that make each run alone. RunError where two rows of a seed were not given the same images.

@@ -1,14 +1,13 @@
 """A verdict as text: verdict.md, and the rows that the READMEs quote."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from kdedge_bench.formats import span
+from kdedge_bench.table_text import DASH, accuracy, difference, line
 from kdedge_bench.verdict_rows import EQUAL_TOTAL, FULL
 
 __all__ = ["ROWS_HEAD", "SUMMARY_HEAD", "markdown", "markdown_rows", "summary_row"]
 
-DASH = "-"
 TITLES = {
     "supervised": "supervised (labels only)",
     "fixmatch": "FixMatch alone, equal student steps",
@@ -37,10 +36,10 @@ def markdown(document: dict[str, Any]) -> str:
     planned = len(document["seeds"])
     head = ("row", "test accuracy, %", "KD-FixMatch minus row, points", "verdict", "student steps", "training FLOPs",
             "wall time", "seeds")  # fmt: skip
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for name in _present(document):
         row = document["rows"].get(name, {"seeds": document["comparisons"].get(name, {}).get("seeds", [])})
-        lines.append(_line([TITLES[name], *_cells(document, name), f"{len(row['seeds'])} of {planned}"]))
+        lines.append(line([TITLES[name], *_cells(document, name), f"{len(row['seeds'])} of {planned}"]))
     labels = "all" if document["labels"] is None else document["labels"]
     state = document["status"]
     if state == "partial":
@@ -70,7 +69,7 @@ def _cells(document: dict[str, Any], name: str) -> list[str]:
     """Accuracy, difference, word, steps, FLOPs and time of a row; dashes where there is nothing yet."""
     row, comparison = document["rows"].get(name), document["comparisons"].get(name)
     word = comparison["word"] if comparison and comparison["differences"] and name != "teacher" else DASH
-    cells = [_accuracy(row and row["test_accuracy"]), _difference(comparison), word]
+    cells = [accuracy(row and row["test_accuracy"]), difference(comparison), word]
     if row is None or not row["seeds"]:
         return [*cells, DASH, DASH, DASH]
     return [*cells, f"{row['student_steps']:,.0f}", _flops(row["training_flops"]), span(row["seconds"])]
@@ -82,7 +81,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     if headline and headline["differences"]:
         seeds = _seeds(len(headline["seeds"]))
         said.append(
-            f"At equal total compute KD-FixMatch: **{headline['word']}**, {_difference(headline)} points over {seeds}."
+            f"At equal total compute KD-FixMatch: **{headline['word']}**, {difference(headline)} points over {seeds}."
         )
     if document["trusted"]["seeds"]:
         said.append(_trusted(document["trusted"]))
@@ -104,7 +103,7 @@ def _trusted(found: dict[str, Any]) -> str:
     rule = {True: "held", False: "not held", None: "open"}[found["rule_holds"]]
     return (
         f"Trusted set, {mean:.2f} % right; confidence alone at the same size and class quota, {alone:.2f} %: "
-        f"difference {_difference(found)} points over {seeds}, {words[found['word']]}. The rule (not worse, and better "
+        f"difference {difference(found)} points over {seeds}, {words[found['word']]}. The rule (not worse, and better "
         f"where confidence alone is below 97 %) is {rule}."
     )
 
@@ -112,15 +111,15 @@ def _trusted(found: dict[str, Any]) -> str:
 def summary_row(record: dict[str, Any]) -> str:
     """The record as one row under SUMMARY_HEAD; a test holds the README to it."""
     names = ("supervised", "fixmatch", EQUAL_TOTAL, "kd-only", FULL)
-    cells = [_accuracy((record["rows"].get(name) or {}).get("test_accuracy")) for name in names]
+    cells = [accuracy((record["rows"].get(name) or {}).get("test_accuracy")) for name in names]
     headline = record["comparisons"].get(EQUAL_TOTAL)
-    gain = f"{_difference(headline)}, {headline['word']}" if headline else DASH
-    return _line([_what(record), *cells, gain])
+    gain = f"{difference(headline)}, {headline['word']}" if headline else DASH
+    return line([_what(record), *cells, gain])
 
 
 def markdown_rows(record: dict[str, Any]) -> list[str]:
     """Every row of the record, under ROWS_HEAD."""
-    return [_line([_what(record), TITLES[name], *_cells(record, name)]) for name in _present(record)]
+    return [line([_what(record), TITLES[name], *_cells(record, name)]) for name in _present(record)]
 
 
 def _what(record: dict[str, Any]) -> str:
@@ -131,26 +130,5 @@ def _seeds(count: int) -> str:
     return f"{count} seed{'' if count == 1 else 's'}"
 
 
-def _accuracy(found: dict[str, Any] | None) -> str:
-    """`96.2 ± 0.8`, in percent."""
-    if found is None:
-        return DASH
-    half = found["half_width_95"]
-    return f"{100 * found['mean']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    """`+1.23 ± 0.51`, in points."""
-    if found is None or found["mean"] is None:
-        return DASH
-    half = found["half_width_95"]
-    width = " (no interval)" if half is None else f" ± {100 * half:.2f}"
-    return f"{100 * found['mean']:+.2f}{width}"
-
-
 def _flops(value: float) -> str:
     return f"{value:.2e}".replace("e+", "e")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -19,8 +19,9 @@ from kdedge.recipe import Recipe
 from kdedge.run_folder import check_folder
 from kdedge.runs import Run, read_json, sha256_file, write_bytes, write_json
 from kdedge_bench.verdict import verdict
-from kdedge_bench.verdict_folder import Plan, VerdictFolder, make_plan
+from kdedge_bench.verdict_plan import SPELLINGS, Plan, make_plan
 from kdedge_bench.verdict_rows import ROWS, choose, equal_total_steps, jobs, merged, settings_of
+from kdedge_bench.work_folder import WorkFolder
 
 MAIN = ["kd-fixmatch", "fixmatch", "fixmatch-equal-total", "kd-only"]
 ABLATIONS = ["no-clustering", "no-confidence", "no-sce", "no-soft-kd"]
@@ -377,12 +378,12 @@ def test_an_input_that_all_rows_share_is_not_refused() -> None:
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it_and_read_afterwards(tmp_path: Path) -> None:
-    folder, other, mine = VerdictFolder(tmp_path / "v"), FakeTraining(), FakeTraining()
+    folder, other, mine = WorkFolder(tmp_path / "v", "verdict"), FakeTraining(), FakeTraining()
     asked = plan(rows=MAIN, seeds=(0, 1))
-    folder.begin(asked)
+    folder.begin(asked.to_json(), SPELLINGS)
     held = contextlib.ExitStack()
     first = jobs(asked.rows, asked.seeds)[0]
-    assert held.enter_context(folder.claim(first))
+    assert held.enter_context(folder.claim(first.name))
     waited: list[list[str]] = []
 
     def wait(seconds: float) -> None:

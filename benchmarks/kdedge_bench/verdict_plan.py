@@ -1,13 +1,7 @@
-"""The folder of a verdict: the plan it was begun with, and the locks that let two processes share it.
+"""The plan of a verdict: what was asked for, and what can be refused before hours are spent on it."""
 
-plan.json                 what was asked for, before the first row
-verdict.json, verdict.md  the table so far, written anew after every row
-<row>-s<seed>/            one ordinary run folder each
-"""
-
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +9,17 @@ from typing import Any
 from kdedge import recipe_io
 from kdedge.data import open_source
 from kdedge.data.splits import make_splits
-from kdedge.errors import DataError, RecipeError, RunError
+from kdedge.errors import DataError, RecipeError
 from kdedge.recipe import TEACHERS_WEIGHTS, Recipe
 from kdedge.recipe_yaml import read_value
-from kdedge.runs import SCHEMA, Run, read_json, sha256_bytes, write_json
-from kdedge_bench.verdict_rows import EQUAL_TOTAL, FULL, Job, Row, choose
+from kdedge.runs import SCHEMA, sha256_bytes
+from kdedge_bench.verdict_rows import EQUAL_TOTAL, FULL, Row, choose
+from kdedge_bench.work_folder import flat
 
-__all__ = ["Plan", "VerdictFolder", "make_plan"]
+__all__ = ["SPELLINGS", "Plan", "make_plan"]
+
+SPELLINGS = ("recipe", "recipe_sha256", "settings")
+"""Keys of plan.json that may differ: the recipe as asked for counts, however it was named or spelled."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def make_plan(
 
 def _refuse_rows_that_change_nothing(rows: Sequence[Row], recipe: Recipe) -> None:
     """An ablation of what the recipe does not have would be trained to differ from KD-FixMatch by nothing."""
-    asked = _flat(recipe.model_dump(mode="json"))
+    asked = flat(recipe.model_dump(mode="json"))
 
     def is_so(setting: str) -> bool:
         key, _, value = setting.partition("=")
@@ -154,84 +152,3 @@ def _refuse_different_inputs(rows: Sequence[Row], recipe: Recipe) -> None:
             f"In the recipe {recipe.name} the teacher's weights alone say what the input is, so that rows without "
             f"them would see other images and could not be compared. Write {keys} into the recipe."
         )
-
-
-@dataclass(frozen=True)
-class VerdictFolder:
-    path: Path
-
-    @property
-    def plan_path(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def json_path(self) -> Path:
-        return self.path / "verdict.json"
-
-    @property
-    def text_path(self) -> Path:
-        return self.path / "verdict.md"
-
-    def run(self, name: str) -> Run:
-        return Run(self.path / name)
-
-    def begin(self, plan: Plan) -> None:
-        """Write the plan, or hold it against the one there is; RunError with every difference."""
-        used = self.path.exists() and (not self.path.is_dir() or any(p.name != ".locks" for p in self.path.iterdir()))
-        # Asked in this order: what another process writes here comes after its plan.
-        if used and not self.plan_path.is_file():
-            raise RunError(f"{self.path} exists and is no verdict. It was not touched; choose another --out.")
-        with self.lock("plan"):
-            if not self.plan_path.is_file():
-                write_json(self.plan_path, plan.to_json())
-                return
-        before, now = _flat(read_json(self.plan_path)), _flat(plan.to_json())
-        # The recipe as asked for counts, however it was named or spelled.
-        keys = sorted((before.keys() | now.keys()) - {"recipe", "recipe_sha256", "settings"})
-        differs = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
-        if differs:
-            raise RunError(
-                f"The verdict in {self.path} was planned otherwise: {'; '.join(differs)}. "
-                "Go on with it as it was planned, or choose another --out."
-            )
-
-    @contextlib.contextmanager
-    def claim(self, job: Job) -> Iterator[bool]:
-        """Whether this process may make the run now; False where another is at it. Freed when the process dies."""
-        import fcntl
-
-        with self._lock_file(job.name) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Waits for its turn: what is held is a moment's work."""
-        import fcntl
-
-        with self._lock_file(name) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _lock_file(self, name: str) -> Any:
-        locks = self.path / ".locks"
-        try:
-            locks.mkdir(parents=True, exist_ok=True)
-            return (locks / name).open("w")
-        except OSError as error:
-            raise RunError(
-                f"Cannot write in {locks}: {error.strerror}. Free some space or choose another folder with --out."
-            ) from error
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; of the recipe as asked for the keys alone, as a recipe spells them."""
-    found: dict[str, Any] = {}
-    for key, value in document.items():
-        name = f"{prefix}{key}"
-        found |= _flat(value, "" if name == "asked" else f"{name}.") if isinstance(value, dict) else {name: value}
-    return found

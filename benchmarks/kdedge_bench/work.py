@@ -1,0 +1,120 @@
+"""Many runs one after the other, each an ordinary run folder, so that the whole can be stopped and goes on.
+
+A second process on the same folder makes the runs that the first is not at.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from kdedge import pipeline
+from kdedge.recipe import Recipe
+from kdedge.run_folder import check_folder
+from kdedge.runs import Run, read_json
+from kdedge.train.engine import pick_device
+from kdedge.train.metrics import Display, SilentDisplay
+from kdedge_bench.work_folder import WorkFolder
+
+__all__ = ["Job", "OpenDisplay", "Train", "Wait", "Work", "make_runs", "result_of", "silent"]
+
+WAIT_S = 20.0
+"""Between two looks at runs that another process is at."""
+
+Train = Callable[..., Any]
+"""As `kdedge.pipeline.train`."""
+OpenDisplay = Callable[[], AbstractContextManager[Display]]
+Wait = Callable[[float], None]
+
+
+class Job(Protocol):
+    """One run to make."""
+
+    @property
+    def name(self) -> str:
+        """The run's folder inside the whole's."""
+
+    @property
+    def title(self) -> str:
+        """What is said when it begins."""
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """Names of the runs that must be finished before this one begins."""
+
+
+Some = TypeVar("Some", bound=Job)
+
+
+def silent() -> AbstractContextManager[Display]:
+    return nullcontext(SilentDisplay())
+
+
+@dataclass(frozen=True)
+class Work:
+    """How runs are made: what is shown while one trains, to whom sentences go, and who trains."""
+
+    display: OpenDisplay = silent
+    say: Callable[[str], None] = lambda sentence: None
+    train: Train = pipeline.train
+    wait: Wait = time.sleep
+
+
+def result_of(run: Run) -> dict[str, Any] | None:
+    """What result.json says; None while the run is not finished."""
+    if not run.manifest_path.is_file() or run.read_manifest().get("status") != "finished":
+        return None
+    result: dict[str, Any] = read_json(run.result_path)
+    return result
+
+
+def make_runs(
+    folder: WorkFolder,
+    jobs: Sequence[Some],
+    recipe_of: Callable[[Some], Recipe],
+    write: Callable[[], dict[str, Any]],
+    work: Work,
+) -> dict[str, Any]:
+    """Make every run that is not finished, and return the last document of `write`, the tables so far.
+
+    `recipe_of` is asked once what the job needs is finished. Raises whatever `work.train` raises; what was finished
+    stays, and the same call goes on.
+    """
+    document = write()
+    waiting, told = list(jobs), False
+    while waiting:
+        done, trained = _first_that_can_be_made(folder, waiting, recipe_of, work)
+        if done is None:
+            if not told:
+                work.say("Waiting for the runs that another process is at.")
+            told = True
+            work.wait(WAIT_S)
+            continue
+        told = False
+        waiting.remove(done)
+        if trained or not waiting:  # the last: another process may have finished some since
+            document = write()
+            work.say(f"{document['runs_finished']} of {document['runs_planned']} runs: {folder.text_path}")
+    return document
+
+
+def _first_that_can_be_made(
+    folder: WorkFolder, waiting: list[Some], recipe_of: Callable[[Some], Recipe], work: Work
+) -> tuple[Some | None, bool]:
+    """The first job that is finished now, and whether it was trained here; None where all wait for another process."""
+    for job in waiting:
+        if not all(result_of(folder.run(name)) for name in job.needs):
+            continue
+        with folder.claim(job.name) as mine:
+            if not mine:
+                continue
+            run, recipe = folder.run(job.name), recipe_of(job)
+            begun = run.manifest_path.is_file()
+            if begun and check_folder(run, recipe, pick_device(recipe.engine.device), resume=True) is not None:
+                return job, False
+            work.say(f"{job.title}{' (going on)' if begun else ''}: {run.path}")
+            with work.display() as shown:
+                work.train(recipe, run.path, resume=begun, display=shown)
+            return job, True
+    return None, False
