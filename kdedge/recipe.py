@@ -6,9 +6,9 @@ the run's recipe.yaml, which loads again and says everything.
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from kdedge.config import Config
 from kdedge.data.source import usual_px
@@ -16,15 +16,19 @@ from kdedge.data.views import ViewConfig
 from kdedge.errors import BugError, RecipeError
 from kdedge.methods.fixmatch import FixMatchConfig
 from kdedge.methods.kd_fixmatch import KDFixMatchConfig
+from kdedge.methods.supervised import FineTuneConfig
 from kdedge.models.weights import StartingWeights
 from kdedge.models.zoo import architecture
-from kdedge.train.due import to_steps
+from kdedge.recipe_fill import filled, in_steps
+from kdedge.recipe_pretrain import PretrainConfig, resolved_pretrain
+from kdedge.recipe_starts import PRETRAINED, TEACHERS_WEIGHTS, misfit
 from kdedge.train.engine import EngineConfig
 from kdedge.train.optim import OptimConfig
 from kdedge.trust.outliers import OutlierConfig
 from kdedge.trust.select import TrustConfig
 
 __all__ = [
+    "PRETRAINED",
     "SETTINGS",
     "TEACHERS_WEIGHTS",
     "BaselineConfig",
@@ -37,9 +41,6 @@ __all__ = [
     "resolved_teacher_arch",
 ]
 
-TEACHERS_WEIGHTS = "teacher"
-"""`student.init` with this value starts the inner network from the outer one's weights."""
-
 Settings = Literal["fixmatch.paper", "fixmatch.short"]
 
 SETTINGS: dict[Settings, OptimConfig] = {
@@ -48,6 +49,8 @@ SETTINGS: dict[Settings, OptimConfig] = {
         total_steps=2**20,
         labeled_batch=64,
         unlabeled_ratio=7,
+        optimizer="sgd",
+        schedule="fixmatch",
         learning_rate=0.03,
         warmup_steps=0,
         momentum=0.9,
@@ -60,6 +63,8 @@ SETTINGS: dict[Settings, OptimConfig] = {
     "fixmatch.short": OptimConfig(
         labeled_batch=32,
         unlabeled_ratio=3,
+        optimizer="sgd",
+        schedule="fixmatch",
         learning_rate=0.03,
         warmup_steps=20,
         momentum=0.9,
@@ -74,6 +79,7 @@ class DataConfig(Config):
     """Which images, and as what they enter the network."""
 
     spec: str = "digits"
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None  # of the set, in its order; null: all
     labels: Annotated[int, Field(gt=0)] | None = None  # in all, val included; null: the set's default
     root: str | None = None  # of torchvision's sets; null: KDEDGE_DATA or ~/.cache/kdedge/data
     max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -102,17 +108,35 @@ Head = Literal["probe", "fresh"]
 """Where there are starting weights: the head begins as a linear probe of the labeled images, or at random."""
 
 
+def _told_by_kind(usual: str) -> Discriminator:
+    """Which method a group of keys is, by its `kind`; `usual` where it has none."""
+
+    def kind(value: Any) -> str:
+        return str(value.get("kind", usual) if isinstance(value, dict) else getattr(value, "kind", usual))
+
+    return Discriminator(kind)
+
+
+FineTune = Annotated[FineTuneConfig, Tag("fine-tune")]
+TeacherMethod = Annotated[Annotated[FixMatchConfig, Tag("fixmatch")] | FineTune, _told_by_kind("fixmatch")]
+StudentMethod = Annotated[Annotated[KDFixMatchConfig, Tag("kd-fixmatch")] | FineTune, _told_by_kind("kd-fixmatch")]
+
+KeptLayers = Literal[0, 1]
+"""Of SimCLR's projection head, before the classifier: 1 helps with few labels (SimCLRv2, arXiv 2006.10029)."""
+
+
 class TeacherConfig(Config):
-    """The outer network, trained by FixMatch; or, with `ready`, one that is trained already."""
+    """The outer network, trained by FixMatch or on the labels alone; or, with `ready`, one that is trained already."""
 
     ready: str | None = None  # a teacher.safetensors or student.safetensors of the same classes: stage 1 is left out
     arch: Arch | None = None
     width: Annotated[float, Field(gt=0)] = 1.0
     halvings: Annotated[int, Field(ge=0)] | None = None  # how often the image is halved on its way
-    init: str | None = None  # a file, "pretrained", or torchvision's name of the weights
+    init: str | None = None  # a file, "pretrained", torchvision's name of the weights, or "simclr": see pretrain
     head: Head = "probe"
+    projection_layers: KeptLayers = 0
     settings: Settings = "fixmatch.short"
-    method: FixMatchConfig = FixMatchConfig()
+    method: TeacherMethod = FixMatchConfig()
     optim: OptimConfig = OptimConfig()
 
 
@@ -124,8 +148,9 @@ class StudentConfig(Config):
     halvings: Annotated[int, Field(ge=0)] | None = None
     init: str | None = None  # as the teacher's, or "teacher": the outer network's own weights (same architecture)
     head: Head = "probe"
+    projection_layers: KeptLayers = 0
     settings: Settings = "fixmatch.short"
-    method: KDFixMatchConfig = KDFixMatchConfig()
+    method: StudentMethod = KDFixMatchConfig()
     optim: OptimConfig = OptimConfig()
 
 
@@ -152,12 +177,19 @@ class Recipe(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()
+    pretrain: PretrainConfig | None = None  # null: nothing is pre-trained here
     teacher: TeacherConfig | None = TeacherConfig()  # null: no outer network, the student learns by FixMatch alone
     trust: TrustConfig = TrustConfig()
     outliers: OutlierConfig = OutlierConfig()
     student: StudentConfig = StudentConfig()
     baseline: BaselineConfig = BaselineConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if sentence := misfit(self):
+            raise ValueError(sentence)
+        return self
 
 
 @dataclass(frozen=True)
@@ -181,9 +213,9 @@ class DataDescription:
         return self.student_weights or self.teacher_weights or self.ready
 
 
-Some = TypeVar("Some", bound=Config)
 Who = Literal["baseline", "teacher", "student"]
 _WHO: tuple[Who, ...] = ("baseline", "teacher", "student")
+Start = Literal["scratch", "weights", "simclr"]
 
 # Steps of (baseline, teacher, student) where the recipe names none: for digits chosen to be minutes on a laptop CPU.
 # The baseline's loss is gone after 300, its accuracy grows until about 1000: a shorter one would flatter the student.
@@ -193,6 +225,7 @@ _STEPS_FROM_WEIGHTS = (400, 400, 400)
 # know: on held-back training photographs of flowers5 at 96 px the linear probe is at 72 %, 40 steps take it to 76 %
 # with these, 100 steps at 0.003 with statistics of the batch to 44 %, and frozen statistics at 0.001 diverge.
 _FROM_WEIGHTS = {"learning_rate": 0.0001, "batch_norm_momentum": 0.0}
+_FROM: dict[Start, dict[str, float]] = {"scratch": {}, "weights": _FROM_WEIGHTS, "simclr": _FROM_WEIGHTS}
 _PHOTO_BATCH = 8  # 56 images a step: 4 GiB of activations for MobileNetV2 at 224 px; 32 would be 16 GiB
 
 _VIEWS = {
@@ -233,17 +266,21 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
         "mean": known.mean if known else None,
         "std": known.std if known else None,
     }
-    student, from_teacher = recipe.student, recipe.student.init == TEACHERS_WEIGHTS
+    student, fine_tuned = recipe.student, isinstance(recipe.student.method, FineTuneConfig)
+    start = "weights" if student.init == TEACHERS_WEIGHTS else _start(student.init, data.student_weights)
     student_values: dict[str, object] = {
         "width": _student_width(student, data),
         "halvings": _halvings(student.halvings, student.arch, px, data.student_weights or data.ready, "student"),
-        "optim": _optim(student.optim, student.settings, student.arch, data, "student", from_teacher),
+        "optim": _optim(student.optim, student.settings, student.arch, data, "student", start, fine_tuned),
     }
-    baseline_optim = _optim(recipe.baseline.optim, "fixmatch.short", student.arch, data, "baseline")
+    # The baseline sees the labels only: it does not start from what the run has pre-trained on all images.
+    start = _start(None, data.student_weights)
+    baseline_optim = _optim(recipe.baseline.optim, "fixmatch.short", student.arch, data, "baseline", start, True)
     return recipe.model_copy(
         update={
-            "data": _filled(recipe.data, **input_values),
+            "data": filled(recipe.data, **input_values),
             "views": _views(recipe.views, data),
+            "pretrain": _pretrain(recipe, data),
             "teacher": _teacher(recipe, px, data),
             "student": student.model_copy(update=student_values),
             "baseline": recipe.baseline.model_copy(update={"optim": baseline_optim}),
@@ -251,9 +288,27 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
     )
 
 
-def resolved_teacher_arch(teacher: TeacherConfig, kind: str) -> str:
-    """The recipe's, else ResNet-18 for photographs and for published weights, else WRN-28-2."""
-    return teacher.arch or ("resnet18" if kind == "photo" or teacher.init else "wide-resnet-28-2")
+def resolved_teacher_arch(teacher: TeacherConfig, kind: str, weights: StartingWeights | None = None) -> str:
+    """The recipe's, else that of weights made by kdedge, else ResNet-18 for photographs and for published weights, else
+    WRN-28-2."""
+    if teacher.arch or (weights is not None and weights.arch):
+        return teacher.arch or (weights.arch if weights else None) or ""
+    published = teacher.init not in (None, PRETRAINED)
+    return "resnet18" if kind == "photo" or published else "wide-resnet-28-2"
+
+
+def _pretrain(recipe: Recipe, data: DataDescription) -> PretrainConfig | None:
+    if recipe.pretrain is None:
+        return None
+    return resolved_pretrain(
+        recipe.pretrain, kind=data.kind, flip_allowed=data.flip_allowed, images=data.unlabeled_images
+    )
+
+
+def _start(init: str | None, weights: StartingWeights | None) -> Start:
+    if init == PRETRAINED or (weights is not None and weights.contrastive):
+        return "simclr"
+    return "scratch" if weights is None else "weights"
 
 
 def _teacher(recipe: Recipe, px: int, data: DataDescription) -> TeacherConfig | None:
@@ -261,24 +316,20 @@ def _teacher(recipe: Recipe, px: int, data: DataDescription) -> TeacherConfig | 
     teacher = recipe.teacher
     if teacher is None or teacher.ready is not None:
         return teacher
-    arch = resolved_teacher_arch(teacher, data.kind)
+    arch = resolved_teacher_arch(teacher, data.kind, data.teacher_weights)
+    start, fine_tuned = _start(teacher.init, data.teacher_weights), isinstance(teacher.method, FineTuneConfig)
     values: dict[str, object] = {
         "arch": arch,
         "halvings": _halvings(teacher.halvings, arch, px, data.teacher_weights, "teacher"),
-        "optim": _optim(teacher.optim, teacher.settings, arch, data, "teacher"),
+        "optim": _optim(teacher.optim, teacher.settings, arch, data, "teacher", start, fine_tuned),
     }
     return teacher.model_copy(update=values)
-
-
-def _filled(config: Some, **values: object) -> Some:
-    """`config` with `values` where it says null."""
-    return config.model_copy(update={name: value for name, value in values.items() if getattr(config, name) is None})
 
 
 def _views(given: ViewConfig, data: DataDescription) -> ViewConfig:
     """The views of the kind of images; what moves into grey images (digits, garments) is their black background."""
     kind = _VIEWS[data.kind].model_dump(exclude={"operations"}) | {"flip": data.flip_allowed}
-    return _filled(given, **kind | ({"fill": 0.0} if data.channels == 1 else {}))
+    return filled(given, **kind | ({"fill": 0.0} if data.channels == 1 else {}))
 
 
 def _image_px(data: DataDescription) -> int:
@@ -320,37 +371,25 @@ def _halvings(given: int | None, arch: str, px: int, weights: StartingWeights | 
 
 
 def _optim(
-    given: OptimConfig,
-    settings: Settings,
-    arch: str,
-    data: DataDescription,
-    who: Who,
-    from_teacher: bool = False,
+    given: OptimConfig, settings: Settings, arch: str, data: DataDescription, who: Who, start: Start, labels_only: bool
 ) -> OptimConfig:
-    """The named settings with what the recipe says on top, the duration in steps. The baseline sees labels only.
+    """The named settings with what the recipe says on top, the duration in steps.
 
     What starts from weights, its teacher's too, is tuned: trained less, and with care for what the weights know.
     """
     named, rate = SETTINGS[settings], architecture(arch).learning_rate
     defaults = named.model_dump(exclude={"total_steps", "total_epochs", "total_images"})
     defaults |= {"learning_rate": rate} if rate else {}
-    weights = data.teacher_weights if who == "teacher" else data.student_weights
-    tuned = weights is not None or from_teacher
     if settings == "fixmatch.short":
         defaults |= {"labeled_batch": _PHOTO_BATCH} if data.kind == "photo" else {}
-        defaults |= _FROM_WEIGHTS if tuned else {}
-    filled = _filled(given, **defaults)
-    ratio, batch = filled.unlabeled_ratio, filled.labeled_batch
+        defaults |= _FROM[start]
+    resolved = filled(given, **defaults)
+    ratio, batch = resolved.unlabeled_ratio, resolved.labeled_batch
     if ratio is None or batch is None:
         raise BugError(f"the settings {settings} leave the batch open")
-    steps = (_STEPS_FROM_WEIGHTS if tuned else _STEPS[data.kind])[_WHO.index(who)]
-    epoch = (data.labeled_images, batch) if who == "baseline" else (data.unlabeled_images, ratio * batch)
-    return _in_steps(filled, named.total_steps or steps, images_an_epoch=epoch[0], batch_of_epoch=epoch[1])
-
-
-def _in_steps(config: OptimConfig, default: int, *, images_an_epoch: int, batch_of_epoch: int) -> OptimConfig:
-    """The duration as total_steps, whatever unit it was given in."""
-    epochs = to_steps(None, config.total_epochs, None, batch=batch_of_epoch, images_an_epoch=images_an_epoch)
-    images = to_steps(None, None, config.total_images, batch=config.labeled_batch or 1, images_an_epoch=1)
-    steps = config.total_steps or epochs or images or default
-    return config.model_copy(update={"total_steps": steps, "total_epochs": None, "total_images": None})
+    usual = _STEPS[data.kind] if start == "scratch" else _STEPS_FROM_WEIGHTS
+    steps = usual[_WHO.index("baseline" if labels_only else who)]
+    epoch = (data.labeled_images, batch) if labels_only else (data.unlabeled_images, ratio * batch)
+    return in_steps(
+        resolved, named.total_steps or steps, batch=batch, images_an_epoch=epoch[0], batch_of_epoch=epoch[1]
+    )

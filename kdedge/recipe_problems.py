@@ -70,7 +70,7 @@ def problems_of(model: type[BaseModel], errors: Iterable[ErrorDetails], document
         if path not in whole:  # a union also reports each member that did not fit
             whole[path] = [_wrong_value(path, _value_at(document.data, path), wants)]
     found = [
-        Problem(document.place(path), sentence)
+        Problem(document.place(path) if path else document.origin, sentence)  # of the whole, no line is at fault
         for path, sentences in whole.items()
         for sentence in dict.fromkeys(sentences)
     ]
@@ -141,7 +141,14 @@ def _own_sentence(path: KeyPath, error: ErrorDetails) -> str:
 
 
 def _unknown_key(model: type[BaseModel], path: KeyPath, error: ErrorDetails) -> str:
-    return f"'{dotted(path)}' ({_shown(error['input'])}) is no key of a recipe.{_near_key(key_paths(model), path)}"
+    known = key_paths(model)
+    if path in known:  # of another member of the union
+        kind, group = error["loc"][-2], dotted(path[:-1])
+        return (
+            f"'{dotted(path)}' ({_shown(error['input'])}) is no key of a {group} of kind '{kind}'. Remove it; or, to "
+            f"replace the whole group: --set '{group}={{kind: {kind}}}'."
+        )
+    return f"'{dotted(path)}' ({_shown(error['input'])}) is no key of a recipe.{_near_key(known, path)}"
 
 
 def _near_key(known: list[KeyPath], path: KeyPath) -> str:
@@ -182,7 +189,7 @@ def _path_in(data: Any, error: ErrorDetails) -> KeyPath:
         elif i == len(location) - 1 and kind == "missing":
             path.append(part)
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
-        path.append(str(error.get("ctx", {}).get("discriminator", "")).strip("'"))
+        path.append(str(error.get("ctx", {}).get("discriminator", "")).strip("'()"))  # a function's: kind()
     return tuple(path)
 
 

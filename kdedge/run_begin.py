@@ -12,9 +12,9 @@ from kdedge.data import Source, Splits
 from kdedge.data.batches import Pool
 from kdedge.data.store import open_store
 from kdedge.errors import RecipeError, RunError
-from kdedge.models.weights import LoadedModel, StartingWeights, start_from
+from kdedge.models.weights import LoadedModel, StartingWeights, read_starting_weights, start_from
 from kdedge.models.zoo import ModelSpec, Network, build
-from kdedge.recipe import TEACHERS_WEIGHTS, Recipe, TeacherConfig, resolve
+from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, Recipe, TeacherConfig, resolve
 from kdedge.run_folder import begin_manifest
 from kdedge.run_pool import describe, make_pool, pixel_statistics, read_starting
 from kdedge.run_stages import StageNotes
@@ -61,27 +61,45 @@ class Begun:
 
     def student_spec(self) -> ModelSpec:
         student = self.recipe.student
-        return self._spec(student.arch, student.width or 1.0, student.halvings)
+        return self._spec(student.arch, student.width or 1.0, student.halvings, student.projection_layers)
 
     def teacher_spec(self, teacher: TeacherConfig) -> ModelSpec:
-        return self._spec(teacher.arch or "", teacher.width, teacher.halvings)
+        return self._spec(teacher.arch or "", teacher.width, teacher.halvings, teacher.projection_layers)
 
-    def _spec(self, arch: str, width: float, halvings: int | None) -> ModelSpec:
-        return ModelSpec(arch, len(self.source.classes), self.preprocess.channels, width, halvings or 0)
+    def pretrained_spec(self, of: str) -> ModelSpec:
+        """Of the network that is pre-trained: that of "teacher" or "student", without a neck."""
+        if of == "student":
+            return replace(self.student_spec(), neck=0)
+        assert self.recipe.teacher is not None
+        return replace(self.teacher_spec(self.recipe.teacher), neck=0)
 
-    def network(self, spec: ModelSpec, who: str) -> Network:
-        """A fresh network, from the starting weights of "teacher" or "student" where there are some."""
+    def _spec(self, arch: str, width: float, halvings: int | None, neck: int) -> ModelSpec:
+        return ModelSpec(arch, len(self.source.classes), self.preprocess.channels, width, halvings or 0, neck)
+
+    def network(self, spec: ModelSpec, who: str, stage: str = "") -> Network:
+        """A fresh network of "teacher" or "student", from its starting weights where there are some.
+
+        Those that the run pre-trains are there only once it is in a `stage` that starts from them.
+        """
         network = build(spec)
-        if who in self.starting:
+        if self.starts_from_own(stage, who):
+            start_from(network, read_starting_weights(str(self.run.pretrained_path), spec.arch))
+        elif who in self.starting:
             start_from(network, self.starting[who])
         return network
+
+    def starts_from_own(self, stage: str, who: str) -> bool:
+        """Whether a stage starts from what the run has pre-trained; the baseline, on labels only, never does."""
+        config = self.recipe.teacher if who == "teacher" else self.recipe.student
+        return stage in ("outer", "inner") and config is not None and config.init == PRETRAINED
 
     def head_is_probed(self, stage: str, who: str) -> bool:
         """Whether the network's head begins as a linear probe."""
         config = self.recipe.teacher if who == "teacher" else self.recipe.student
-        if stage == "inner" and self.recipe.student.init == TEACHERS_WEIGHTS:
-            return False  # it has the teacher's head
-        return who in self.starting and config is not None and config.head == "probe"
+        if stage == "pretrain" or (stage == "inner" and self.recipe.student.init == TEACHERS_WEIGHTS):
+            return False  # it needs none, or has the teacher's
+        started = who in self.starting or self.starts_from_own(stage, who)
+        return started and config is not None and config.head == "probe"
 
     def load(self, indices: Any, preprocess: Preprocess | None = None) -> SplitImages:
         """Images of the source as the run reads them, or as `preprocess` says."""

@@ -13,22 +13,22 @@ from kdedge.data.store import Store
 from kdedge.data.views import columns
 from kdedge.errors import RecipeError
 from kdedge.models.weights import StartingWeights, read_starting_weights
-from kdedge.recipe import TEACHERS_WEIGHTS, DataDescription, Recipe, resolved_teacher_arch
+from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, DataDescription, Recipe, resolved_teacher_arch
 from kdedge_device.preprocess import Preprocess
 
 __all__ = ["describe", "held_back_truth", "make_pool", "pixel_statistics", "read_starting"]
 
 
 def read_starting(recipe: Recipe, kind: str) -> dict[str, StartingWeights]:
-    """The starting weights that the recipe names, for "teacher" and "student".
+    """The starting weights that the recipe names, for "teacher" and "student"; not what the run pre-trains itself.
 
     A student that starts from its teacher has the teacher's own: its baseline, which may not have what the teacher
     learned, starts from those. "ready" is a ready teacher that the student starts from: it says what the input is.
     """
     teacher, student, starting = recipe.teacher, recipe.student, dict[str, StartingWeights]()
-    if teacher is not None and teacher.ready is None and teacher.init is not None:
+    if teacher is not None and teacher.ready is None and teacher.init is not None and teacher.init != PRETRAINED:
         starting["teacher"] = read_starting_weights(teacher.init, resolved_teacher_arch(teacher, kind))
-    if student.init is not None and student.init != TEACHERS_WEIGHTS:
+    if student.init is not None and student.init not in (PRETRAINED, TEACHERS_WEIGHTS):
         starting["student"] = read_starting_weights(student.init, student.arch)
     elif student.init == TEACHERS_WEIGHTS and teacher is not None:
         if teacher.ready is not None:

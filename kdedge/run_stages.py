@@ -11,11 +11,15 @@ __all__ = ["StageNotes"]
 
 @final
 class StageNotes:
-    """Stages are baseline, outer, trusted and inner. The first process writes, and the others wait until it has."""
+    """Stages are pretrain, baseline, outer, trusted and inner.
+
+    The first process writes, and the others wait until it has.
+    """
 
     def __init__(self, run: Run, ranks: Ranks = ALONE) -> None:
         self.run, self.ranks = run, ranks
         self._files = {
+            "pretrain": run.pretrained_path,
             "baseline": run.baseline_path,
             "outer": run.teacher_path,
             "trusted": run.trusted_path,

@@ -67,7 +67,7 @@ def refuse_other_start(student: ModelSpec, teacher: ModelSpec, reads: Preprocess
     if student != teacher:
         raise RecipeError(
             f"student.init is 'teacher', but the student is {_named(student)} and the teacher {_named(teacher)}. "
-            "Give both the same architecture, width and halvings, or leave student.init out."
+            "Give both the same architecture, width, halvings and projection_layers, or leave student.init out."
         )
     if ready is not None and ready != reads:
         raise RecipeError(
@@ -78,7 +78,8 @@ def refuse_other_start(student: ModelSpec, teacher: ModelSpec, reads: Preprocess
 
 
 def _named(spec: ModelSpec) -> str:
-    return f"{spec.arch} (width {spec.width:g}, {spec.halvings} halvings)"
+    layers = f", {spec.neck} projection layer" if spec.neck else ""
+    return f"{spec.arch} (width {spec.width:g}, {spec.halvings} halvings{layers})"
 
 
 def copy_weights(network: Network, teacher_path: Path) -> None:

@@ -123,6 +123,10 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def pretrained_path(self) -> Path:
+        return self.path / "pretrained.safetensors"
+
+    @property
     def teacher_path(self) -> Path:
         return self.path / "teacher.safetensors"
 

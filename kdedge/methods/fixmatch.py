@@ -3,7 +3,7 @@
 B labeled images, U unlabeled images, K classes.
 """
 
-from typing import Annotated, final
+from typing import Annotated, Literal, final
 
 from pydantic import Field
 from torch import Tensor
@@ -22,6 +22,7 @@ __all__ = ["FixMatch", "FixMatchConfig", "logits_of"]
 class FixMatchConfig(Config):
     """Eq. 4 and table 4 of the paper."""
 
+    kind: Literal["fixmatch"] = "fixmatch"
     thresholds: ThresholdConfig = ThresholdConfig()
     unlabeled_weight: Annotated[float, Field(ge=0)] = 1.0
     logit_adjustment: Annotated[float, Field(ge=0)] = 0.0  # 1 for long-tailed labels; arXiv 2007.07314

@@ -38,6 +38,7 @@ class KDFixMatchConfig(Config):
     FixMatch's.
     """
 
+    kind: Literal["kd-fixmatch"] = "kd-fixmatch"
     thresholds: ThresholdConfig = ThresholdConfig()
     labeled_weight: NonNegative = 1.0  # 0 is training without labels
     unlabeled_weight: NonNegative = 1.0  # 0 leaves labels and distillation

@@ -13,16 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdedge.errors import DataError, MissingPackage, RunError
 from kdedge.models.zoo import ModelSpec, Network, architecture, build, num_params
 from kdedge.runs import sha256_bytes, write_bytes
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["LoadedModel", "StartingWeights", "load_model", "read_starting_weights", "save_model", "start_from"]
+__all__ = [
+    "LoadedModel",
+    "StartingWeights",
+    "load_model",
+    "read_starting_weights",
+    "save_model",
+    "save_pretrained",
+    "start_from",
+]
 
 SCHEMA = 1
+_PRETRAINED = "simclr"
+_BACKBONE, _NECK, _PROJECTION = "backbone.", "neck.", "projection."
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -47,18 +57,35 @@ class LoadedModel:
 
 def save_model(path: Path, network: Network, spec: ModelSpec, classes: tuple[str, ...], preprocess: Preprocess) -> str:
     """Write weights, atomically, with the spec, classes and preprocessing in the header. Returns the file's sha256."""
+    header = {"spec": _spec_json(spec), "classes": list(classes), "preprocess": preprocess.to_json()}
+    return _save(path, network.state_dict(), header)
+
+
+def save_pretrained(
+    path: Path, backbone: nn.Module, projection: nn.Module, spec: ModelSpec, preprocess: Preprocess
+) -> str:
+    """Write what contrastive pre-training leaves, atomically: a backbone and its projection head, of no classes.
+
+    `read_starting_weights` reads it. Returns the file's sha256.
+    """
+    header = {"kind": _PRETRAINED, "spec": _spec_json(spec), "classes": [], "preprocess": preprocess.to_json()}
+    tensors = {f"{_BACKBONE}{name}": tensor for name, tensor in backbone.state_dict().items()}
+    tensors |= {f"{_PROJECTION}{name}": tensor for name, tensor in projection.state_dict().items()}
+    return _save(path, tensors, header)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     from safetensors.torch import save
 
-    header = {
-        "schema": SCHEMA,
-        "spec": asdict(spec),
-        "classes": list(classes),
-        "preprocess": preprocess.to_json(),
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    content: bytes = save(tensors, metadata={"kdedge": json.dumps(header)})
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content: bytes = save(plain, metadata={"kdedge": json.dumps({"schema": SCHEMA, **header})})
     write_bytes(path, content)
     return sha256_bytes(content)
+
+
+def _spec_json(spec: ModelSpec) -> dict[str, Any]:
+    """Without a neck of no layers: files that have none are read by earlier versions too."""
+    return {name: value for name, value in asdict(spec).items() if name != "neck" or value}
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -68,6 +95,12 @@ def load_model(path: Path) -> LoadedModel:
         header = json.loads(metadata["kdedge"])
         if header["schema"] > SCHEMA:
             raise RunError(f"{path} has schema {header['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge.")
+        if "kind" in header:
+            raise RunError(
+                f"{path} holds a pre-trained backbone ({header['kind']}), which knows no classes yet. A "
+                "teacher.safetensors or student.safetensors was expected; start one from it with teacher.init or "
+                "student.init."
+            )
         spec = ModelSpec(**header["spec"])
         preprocess = Preprocess.from_json(header["preprocess"])
         network = build(spec)
@@ -94,7 +127,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """Tensors under a family's own keys, and the input they were trained with."""
+    """Tensors under a family's own keys, and the input they were trained with.
+
+    kdedge's own are under `backbone.`, and under `neck.` or `projection.` what fine-tuning may keep before the head.
+    """
 
     name: str
     tensors: dict[str, Tensor]
@@ -103,6 +139,8 @@ class StartingWeights:
     std: tuple[float, ...]
     width: float | None = None  # known for kdedge's own files and torchvision's
     halvings: int | None = None
+    arch: str | None = None  # known for kdedge's own files
+    contrastive: bool = False  # of a stage "pretrain": features that were never told a class
 
 
 def read_starting_weights(init: str, arch: str) -> StartingWeights:
@@ -143,10 +181,18 @@ def _from_our_own(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} was written by kdedge, but is no network (its header lacks or misspells {error}). "
-            "A teacher.safetensors or student.safetensors was expected."
+            "A teacher.safetensors, student.safetensors or pretrained.safetensors was expected."
         ) from None
     return StartingWeights(
-        path.name, tensors, min(seen.height, seen.width), seen.mean, seen.std, spec.width, spec.halvings
+        path.name,
+        tensors,
+        min(seen.height, seen.width),
+        seen.mean,
+        seen.std,
+        spec.width,
+        spec.halvings,
+        spec.arch,
+        contrastive=header.get("kind") == _PRETRAINED,
     )
 
 
@@ -238,12 +284,30 @@ def _from_timm(init: str, arch: str) -> StartingWeights:
 
 
 def start_from(network: Network, weights: StartingWeights) -> None:
-    """Copy the backbone's weights into `network`; its head keeps its fresh values.
+    """Copy the backbone's weights into `network`, and the neck's where it has one; its head keeps its fresh values.
 
-    DataError where a tensor of the backbone is missing or has another shape (another family or width).
+    DataError where a tensor of the backbone is missing or has another shape (another family or width), and where the
+    network has a neck and the weights have no projection head.
     """
-    mine = network.backbone.state_dict()
-    theirs = {name.removeprefix("backbone."): tensor for name, tensor in weights.tensors.items()}
+    _copy(network.backbone, _below(weights.tensors, _BACKBONE, otherwise=True), weights)
+    if network.neck is None:
+        return
+    layers = _below(weights.tensors, _PROJECTION) | _below(weights.tensors, _NECK)
+    if not layers:
+        raise DataError(
+            f"The starting weights {weights.name} have no projection head to keep layers of. Set projection_layers to "
+            "0, or start from the pretrained.safetensors of a run with pretrain."
+        )
+    _copy(network.neck, layers, weights)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str, *, otherwise: bool = False) -> dict[str, Tensor]:
+    """The tensors under `prefix`, without it; with `otherwise` those under none too, as other makers have them."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if otherwise or name.startswith(prefix)}
+
+
+def _copy(part: nn.Module, theirs: Mapping[str, Tensor], weights: StartingWeights) -> None:
+    mine = part.state_dict()
     missing = [name for name in mine if name not in theirs and not name.endswith("num_batches_tracked")]
     differing = [name for name in mine if name in theirs and mine[name].shape != theirs[name].shape]
     if missing or differing:
@@ -252,8 +316,10 @@ def start_from(network: Network, weights: StartingWeights) -> None:
             if differing
             else f"{missing[0]} is missing"
         )
+        made_for = "they were made for" if weights.arch is None else f"they are of: {weights.arch}"
+        made_for += "" if weights.arch is None or weights.width is None else f", width {weights.width:g}"
         raise DataError(
             f"The starting weights {weights.name} do not fit the network: {len(missing)} tensors are missing and "
-            f"{len(differing)} have another shape ({example}). Choose the architecture and width they were made for."
+            f"{len(differing)} have another shape ({example}). Choose the architecture and width {made_for}."
         )
-    network.backbone.load_state_dict({n: theirs[n].to(mine[n].dtype) for n in mine if n in theirs}, strict=False)
+    part.load_state_dict({n: theirs[n].to(mine[n].dtype) for n in mine if n in theirs}, strict=False)

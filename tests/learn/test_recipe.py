@@ -78,6 +78,8 @@ def test_the_papers_setting_is_the_papers_table() -> None:
         "total_images": None,
         "labeled_batch": 64,
         "unlabeled_ratio": 7,
+        "optimizer": "sgd",
+        "schedule": "fixmatch",
         "learning_rate": 0.03,
         "warmup_steps": 0,
         "momentum": 0.9,
