@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from kdedge.data.contrastive_views import ContrastiveViewConfig, contrastive, contrastive_draws
 from kdedge.data.store import Store
 from kdedge.data.views import ViewConfig, normalize, strong, strong_draws, weak, weak_draws
 
@@ -39,7 +40,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` [B + 2 U, C, H, W], normalised: labeled images (weakly), then the unlabeled weakly, then strongly.
+    """`images` [B + 2 U, C, H, W], normalised: labeled images (weakly), then the unlabeled weakly, then strongly;
+    or, where views are contrastive, all three by views of that one kind.
 
     They are one tensor because they pass through the network together. `position_B` and `position_U` are the places of
     the images in `Pool.unlabeled`: where the outer network's answers are found.
@@ -88,13 +90,14 @@ def share_rows(count: int, rank: int, world: int) -> slice:
 class Batches:
     """The batches of one stage. `unlabeled_batch` of 0 gives labels only, `labeled_batch` of 0 images without.
 
-    `share` is (rank, processes).
+    `views` says what is made of the images: weak and strong views, or two contrastive ones. `share` is (rank,
+    processes).
     """
 
     def __init__(
         self,
         pool: Pool,
-        views: ViewConfig,
+        views: ViewConfig | ContrastiveViewConfig,
         *,
         labeled_batch: int,
         unlabeled_batch: int,
@@ -154,9 +157,9 @@ class Batches:
     def _images(self, step: int, position_M: Tensor) -> Tensor:
         """The rows of this process, normalised. All draws are made whole, so these are rows of the whole."""
         generator = torch.Generator().manual_seed(step_seed(*self._key, "views", step))
-        parts = position_M.tensor_split([self.labeled_batch])
-        weak_DM = torch.cat([weak_draws(len(p), generator) for p in parts], dim=1)
-        strong_DU = strong_draws(len(parts[1]), self.views, generator)
+        labeled, unlabeled = self.labeled_batch, len(position_M) - self.labeled_batch
+        first_DM = torch.cat([self._draws(count, generator, 0) for count in (labeled, unlabeled)], dim=1)
+        second_DU = self._draws(unlabeled, generator, 1)
         weakly, strongly = self._rows()
         read = self._read(position_M)
         images_R = self.pool.images.rows(read)
@@ -164,7 +167,18 @@ class Batches:
         # In float32 whatever the step computes in: else a plan would change what the network sees.
         with torch.autocast(images_R.device.type, enabled=False):
             views = [
-                weak(images_R[row_M[weakly]], self.views, weak_DM[:, weakly]),
-                strong(images_R[row_M[self.labeled_batch :][strongly]], self.views, strong_DU[:, strongly]),
+                self._view(images_R[row_M[weakly]], first_DM[:, weakly], 0),
+                self._view(images_R[row_M[self.labeled_batch :][strongly]], second_DU[:, strongly], 1),
             ]
             return normalize(torch.cat(views), self.pool.mean, self.pool.std)
+
+    def _draws(self, count: int, generator: torch.Generator, which: int) -> Tensor:
+        """For the first or the second view of `count` images, [D, count]."""
+        if isinstance(self.views, ContrastiveViewConfig):
+            return contrastive_draws(count, self.views, generator)
+        return strong_draws(count, self.views, generator) if which else weak_draws(count, generator)
+
+    def _view(self, images_R: Tensor, draws_DR: Tensor, which: int) -> Tensor:
+        if isinstance(self.views, ContrastiveViewConfig):
+            return contrastive(images_R, self.views, draws_DR)
+        return (strong if which else weak)(images_R, self.views, draws_DR)

@@ -175,7 +175,8 @@ class Ranks:
         networks = [module for module in method.modules() if isinstance(module, Network)]
         self._refuse(method, networks, images)
         computing = [*networks, *method.asked]
-        with shared_layers(networks, Shared(self.rows(images), images, self.sum)):
+        # A neck, and a head, see the gathered features of the whole batch.
+        with shared_layers([network.backbone for network in networks], Shared(self.rows(images), images, self.sum)):
             try:
                 for network in computing:
                     network.compute = functools.partial(self._compute, images)

@@ -29,7 +29,11 @@ class State:
         as_planned(method, plan).train()
         set_batch_norm_momentum(method.network, _resolved(optim.batch_norm_momentum))
         self.optimizer = make_optimizer(
-            method, _resolved(optim.learning_rate), _resolved(optim.momentum), _resolved(optim.weight_decay)
+            method,
+            _resolved(optim.learning_rate),
+            _resolved(optim.momentum),
+            _resolved(optim.weight_decay),
+            optim.optimizer or "sgd",
         )
         self.ema = Ema(method.network, _resolved(optim.ema_decay))
         self.ema.network.compute = None  # an evaluation keeps no activations
@@ -42,7 +46,8 @@ class State:
     def rate(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""
         optim = self.optim
-        return learning_rate(step, self.total_steps, _resolved(optim.learning_rate), _resolved(optim.warmup_steps))
+        peak, warmup_steps = _resolved(optim.learning_rate), _resolved(optim.warmup_steps)
+        return learning_rate(step, self.total_steps, peak, warmup_steps, optim.schedule or "fixmatch")
 
     def update(self, step: int) -> None:
         """Descend the gradients that are there, and let the average follow."""
