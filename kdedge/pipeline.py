@@ -89,8 +89,8 @@ def _through(begun: Begun) -> dict[str, Any]:
 
 def _opened(recipe: Recipe) -> tuple[Source, Splits]:
     root = Path(recipe.data.root) if recipe.data.root else None
-    most = recipe.data.max_unreadable_fraction
-    source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=most).decodable()
+    most, classes = recipe.data.max_unreadable_fraction, recipe.data.classes
+    source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=most, classes=classes).decodable()
     return source, make_splits(source, recipe.data.labels, recipe.seed)
 
 

@@ -128,6 +128,8 @@ def _wrong_value(path: KeyPath, value: Any, wants: list[str]) -> str:
         if "true or false" in wants and value.lower() in {"yes", "no", "on", "off", "y", "n"}:
             meant = "true" if value.lower() in {"yes", "on", "y"} else "false"
             hint = f" In YAML 1.2 '{value}' is text: write {meant}."
+    elif isinstance(value, int | float) and wants == ["text"]:
+        hint = f' Put it in quotes: "{value}".'
     elif isinstance(value, float) and value.is_integer() and "a whole number" in wants:
         hint = f" Write {int(value)}."
     return f"'{dotted(path)}' is {_shown(value)}; {wanted} was expected.{hint}"

@@ -140,7 +140,8 @@ def open_run_images(run: Run) -> RunImages:
     """The run's data, opened again and checked to be the same. DataError where it is gone or has changed."""
     config = recipe_io.load(str(run.recipe_path)).data
     root = Path(config.root) if config.root else None
-    source = open_source(config.spec, root=root, max_unreadable_fraction=config.max_unreadable_fraction)
+    most = config.max_unreadable_fraction
+    source = open_source(config.spec, root=root, max_unreadable_fraction=most, classes=config.classes)
     document = read_json(run.splits_path)
     splits = Splits.from_json(document, source)
 

@@ -17,13 +17,14 @@ from kdedge.data.memory import require_memory
 from kdedge.data.packfile import PackedImages
 from kdedge.data.parallel import Progress, run_threads
 from kdedge.data.words import counted, first_few
-from kdedge.errors import BugError, DataError
+from kdedge.errors import BugError, DataError, did_you_mean
 from kdedge_device.preprocess import ImageUnreadable, Preprocess
 
 if TYPE_CHECKING:  # torch takes seconds to import; `kdedge data check` does without
     import torch
 
 __all__ = [
+    "LEFT_OUT",
     "PARTS",
     "SMALL_PX",
     "ArrayImages",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 PARTS = ("train", "unlabeled", "val", "test")
+LEFT_OUT = "left out"
+"""The part of images whose class was not asked for."""
 SMALL_PX = 64  # shorter side up to which images are small for the strides of a network made for photographs
 Indices: TypeAlias = NDArray[np.int64]
 _Kind: TypeAlias = Literal["digits", "small", "photo"]
@@ -97,7 +100,8 @@ class FileImages:
 class Source:
     """Every image that can be read, in an order that depends on nothing but the ids.
 
-    `labels` holds the class known to the source, -1 where there is none; `part` where the source itself puts the image.
+    `labels` holds the class known to the source, -1 where there is none; `part` where the source itself puts the image,
+    LEFT_OUT where its class was not asked for.
     `unreadable` are (id, reason) of what was left out. `fingerprint` is a sha256 over ids, labels, parts and contents
     (of arrays) or sizes in bytes (of files), as found when the source was opened.
     """
@@ -206,6 +210,43 @@ class Source:
         out[row] = pixels.transpose(2, 0, 1)
         return ""
 
+    def only(self, classes: Sequence[str]) -> "Source":
+        """This source as if it had these classes alone, in its own order, whatever the order here.
+
+        Images of other classes are in no part, and keep their places; what has no label stays, whatever it shows. As
+        many labels a class by default. Same fingerprint: it is the same set on disk. DataError with the known classes
+        where one is unknown, and where one is named twice.
+        """
+        for name in classes:
+            if name not in self.classes:
+                raise DataError(
+                    f"data.classes names '{name}', which is no class of {self.name}.{did_you_mean(name, self.classes)} "
+                    f"Its classes: {', '.join(self.classes)}."
+                )
+        if len(set(classes)) < len(classes):
+            twice = next(name for name in classes if list(classes).count(name) > 1)
+            raise DataError(f"data.classes names '{twice}' twice. Name each class once.")
+        chosen = tuple(name for name in self.classes if name in set(classes))
+        if chosen == self.classes:
+            return self
+        new = np.array([chosen.index(name) if name in chosen else -2 for name in self.classes] + [-1])  # -1 is last
+        labels = new[self.labels]
+        others = labels == -2
+        unknown = int((labels == -1).sum())
+        told = (
+            f"Of {self.name} only {first_few(chosen, 10)} are used; {counted(int(others.sum()), 'image')} of other "
+            f"classes left out{f', and {unknown:,} without a label kept, whatever they show' if unknown else ''}."
+        )
+        return replace(
+            self,
+            name=f"{self.name}-{len(chosen)}of{len(self.classes)}",
+            classes=chosen,
+            labels=np.where(others, -1, labels),
+            part=np.where(others, LEFT_OUT, self.part),
+            default_labels=self.default_labels and self.default_labels // len(self.classes) * len(chosen),
+            warnings=(*self.warnings, told),
+        )
+
     def decodable(self, workers: int | None = None, progress: Progress | None = None) -> "Source":
         """This source without the files that fail only when all their pixels are decoded, which is tried here once.
 
@@ -214,12 +255,14 @@ class Source:
         """
         if not isinstance(self.images, FileImages):
             return self
-        reasons = run_threads(why_undecodable, self.images.files, workers, progress)
-        bad = [(identity, reason) for identity, reason in zip(self.ids, reasons, strict=True) if reason]
+        used = np.flatnonzero(self.part != LEFT_OUT)
+        reasons = run_threads(why_undecodable, [self.images.files[i] for i in used], workers, progress)
+        bad = [(self.ids[i], reason) for i, reason in zip(used, reasons, strict=True) if reason]
         if not bad:
             return self
-        sentence = check_unreadable(self.name, bad, len(self), self.max_unreadable_fraction, already=self.unreadable)
-        keep = np.array([not reason for reason in reasons])
+        sentence = check_unreadable(self.name, bad, len(used), self.max_unreadable_fraction, already=self.unreadable)
+        keep = np.ones(len(self), dtype=np.bool_)
+        keep[used] = [not reason for reason in reasons]
         return replace(
             self,
             ids=tuple(np.array(self.ids, dtype=object)[keep]),

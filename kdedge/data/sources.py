@@ -1,6 +1,7 @@
 """From a SPEC, as typed after --data, to a source."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +26,23 @@ def data_root(root: Path | None = None) -> Path:
     return Path(os.environ.get("KDEDGE_DATA") or "~/.cache/kdedge/data").expanduser()
 
 
-def open_source(spec: str, *, root: Path | None = None, max_unreadable_fraction: float = 0.05) -> Source:
+def open_source(
+    spec: str,
+    *,
+    root: Path | None = None,
+    max_unreadable_fraction: float = 0.05,
+    classes: Sequence[str] | None = None,
+) -> Source:
     """The images that `spec` names: a known name, a folder, a CSV, a packed file, or WebDataset shards.
 
-    Headers are read and nothing is decoded; `Source.load` does that. DataError says what was found instead, what was
-    expected and what to do.
+    Headers are read and nothing is decoded; `Source.load` does that. With `classes` it is as if there were no others
+    (`Source.only`). DataError says what was found instead, what was expected and what to do.
     """
+    source = _open(spec, root, max_unreadable_fraction)
+    return source if classes is None else source.only(classes)
+
+
+def _open(spec: str, root: Path | None, max_unreadable_fraction: float) -> Source:
     if spec in NAMES:
         source = open_named(spec, data_root(root), max_unreadable_fraction)
         if not Path(spec).is_dir():

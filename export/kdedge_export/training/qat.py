@@ -151,7 +151,8 @@ def _pool(run: Run, recipe: Recipe, student: LoadedModel, device: torch.device) 
     """What the run was trained on, without the images of the gate."""
     data = recipe.data
     root = Path(data.root) if data.root else None
-    source = open_source(data.spec, root=root, max_unreadable_fraction=data.max_unreadable_fraction)
+    most = data.max_unreadable_fraction
+    source = open_source(data.spec, root=root, max_unreadable_fraction=most, classes=data.classes)
     splits = Splits.from_json(read_json(run.splits_path), source)
     labeled, unlabeled = (np.setdiff1d(each, splits.gate) for each in (splits.labeled, splits.unlabeled))
     splits = replace(splits, labeled=labeled, unlabeled=unlabeled)
