@@ -21,6 +21,8 @@ from kdedge.models.zoo import Network
 __all__ = ["SimCLR", "SimCLRConfig", "effective_dims"]
 
 _DIMS = "effective_dims"
+_COLLAPSED = 1.1  # directions; those of sound embeddings are ten and more
+_COLLAPSE_AFTER = 0.1  # of the steps
 
 
 class SimCLRConfig(Config):
@@ -56,7 +58,20 @@ class SimCLR(Method):
         # DistributedDataParallel waits for the gradient of everything that asks for one.
         network.head.requires_grad_(False)
         self.projection = ProjectionHead(network.head.in_features, config.projection_layers, config.dims)
+        self._alarmed = False
         self.memory = _Memory(network, self.projection, config) if config.queue else None
+
+    def alarm(self, step: Step, done_fraction: float) -> str | None:
+        """Told once of a collapse, which is expected of the first steps only."""
+        dims = float(step.logs[_DIMS])
+        if self._alarmed or done_fraction < _COLLAPSE_AFTER or dims >= _COLLAPSED:
+            return None
+        self._alarmed = True
+        return (
+            f"The embeddings have collapsed: all views of this step lie along {dims:.2f} directions, of "
+            f"{self.config.dims}, and tell no images apart. Are the images alike? If not, try a lower "
+            "optim.learning_rate, a longer optim.warmup_steps, or a higher temperature."
+        )
 
     def forward(self, batch: Batch) -> Step:
         labeled = len(batch.labels_B)

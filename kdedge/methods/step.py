@@ -35,6 +35,10 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch) -> Step:
         """The loss of one batch."""
 
+    def alarm(self, step: Step, done_fraction: float) -> str | None:
+        """One sentence on what is wrong with a training of which `done_fraction` is done; asked a few times a stage."""
+        return None
+
     @property
     def asked(self) -> Sequence[Network]:
         """Networks beside `network` that a step runs on the images of the batch, and does not train."""

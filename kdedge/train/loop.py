@@ -10,7 +10,7 @@ way what is being written is written to its end.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -48,6 +48,7 @@ def fit(
     *,
     seed: int,
     validate: Callable[[Network], SliceHealth] | None = None,
+    watch: Callable[[Network], Mapping[str, float | None]] | None = None,
     class_names: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> tuple[Network, float]:
@@ -56,8 +57,9 @@ def fit(
     The seconds of a run that was resumed are those of all its parts, up to the checkpoints they left.
 
     With `validate` (on the validation split) the most accurate average seen at an evaluation is returned, otherwise
-    the last one. `class_names` are for what is said only. Raises RunError where the loss is no longer finite or a
-    checkpoint cannot be written, and KeyboardInterrupt, after saving, where SIGTERM or Ctrl-C came.
+    the last one. What `watch` says of an average is logged as often, and chooses nothing. `class_names` are for what is
+    said only. Raises RunError where the loss is no longer finite or a checkpoint cannot be written, and
+    KeyboardInterrupt, after saving, where SIGTERM or Ctrl-C came.
 
     `ranks` share every step: the share of `batches` is theirs, and of `checkpoints` and `metrics` one writes.
     """
@@ -129,11 +131,16 @@ def fit(
                 for alarm in tally.alarms(labeled_K, len(batches.pool.unlabeled), done / total, class_names):
                     metrics.write(stage, done, total_steps=total, alarm=alarm.sentence)
                     metrics.display.say(f"Stage {stage}, step {done} of {total}: {alarm.sentence}")
+                if told := method.alarm(result, done / total):
+                    metrics.write(stage, done, total_steps=total, alarm=told)
+                    metrics.display.say(f"Stage {stage}, step {done} of {total}: {told}")
 
             if validate is not None and due(done, max(total // _EVALUATIONS, 1), total):
                 checked = validate(state.ema.network)
                 metrics.write(stage, done, total_steps=total, val_accuracy=checked.accuracy, **checked.logs)
                 state.judge(checked.accuracy)
+            if watch is not None and due(done, max(total // _EVALUATIONS, 1), total):
+                metrics.write(stage, done, total_steps=total, **watch(state.ema.network))
 
             stopping = ranks.any(stop.asked)  # at the same step everywhere
             if stopping or (done < total and saver.due()):

@@ -63,11 +63,17 @@ def learning_rate(
 
 
 def make_optimizer(
-    network: nn.Module, peak: float, momentum: float, weight_decay: float, optimizer: OptimizerName = "sgd"
+    network: nn.Module,
+    peak: float,
+    momentum: float,
+    weight_decay: float,
+    optimizer: OptimizerName = "sgd",
+    *,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or LARS; weight decay, and LARS's adaptation, on convolution and linear kernels only.
 
-    So in FixMatch's code and in SimCLR's.
+    So in FixMatch's code and in SimCLR's. `fused` says how SGD's kernels are made, and rounds elsewhere.
     """
     kernels = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
@@ -75,7 +81,7 @@ def make_optimizer(
         adapted = {"params": kernels, "weight_decay": weight_decay, "adapt": True}
         return Lars([adapted, {"params": others, "adapt": False}], lr=peak, momentum=momentum)
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=peak, momentum=momentum, nesterov=momentum > 0, foreach=True)
+    return torch.optim.SGD(groups, lr=peak, momentum=momentum, nesterov=momentum > 0, foreach=not fused, fused=fused)
 
 
 def set_batch_norm_momentum(network: nn.Module, momentum: float) -> None:
