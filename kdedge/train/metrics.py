@@ -18,7 +18,7 @@ class Display(Protocol):
     """What a person sees while a run goes on. It decides nothing."""
 
     def stage(self, name: str, total_steps: int) -> None:
-        """A stage begins: `baseline`, `outer`, `trusted` or `inner`."""
+        """A stage begins: `pretrain`, `baseline`, `outer`, `trusted` or `inner`."""
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
