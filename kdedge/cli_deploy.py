@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdedge.cli_common import Reply, columns, command_output, finished_run, note
-from kdedge.errors import ExportError, KdedgeError
+from kdedge.cli_common import Interrupted, Reply, columns, command_output, finished_run, note
+from kdedge.errors import DeviceError, ExportError, KdedgeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdedge.runs import Run
     from kdedge_bench.remote import Place
+    from kdedge_export.elsewhere import Elsewhere
     from kdedge_export.export import Options
-    from kdedge_export.targets import Target
 
 __all__ = ["bench", "compare", "export", "report"]
 
@@ -70,7 +70,9 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option("--resize", type=click.Choice(["short-side-crop", "squash"]), help="MODEL.onnx: how images are fitted.")
 @click.option("--px", type=click.IntRange(min=4), help="MODEL.onnx: height and width where the file leaves them open.")
 @click.option(
-    "--on", metavar="MACHINE", help="Where what ships is decided, such as ssh://user@board; here unless given."
+    "--on",
+    metavar="MACHINE",
+    help="Where files are timed, for layers to leave in float and for what ships: ssh://user@board; here unless given.",
 )
 @click.option("--out", type=_PATH, metavar="DIR", help="The bundle's folder; RUN/bundle or MODEL.bundle unless given.")
 @command_output
@@ -97,14 +99,21 @@ def export(
     asked |= {"max_drop_points": asked.pop("max_drop"), "with_eval": asked.pop("with_eval") or 0}
     options = Options(targets=targets, **asked)
     if run is not None and (run.is_file() or run.suffix == ".onnx"):
-        document, bundle = _exported_file(run, options, calibrate, reading, out)
+        if calibrate is None:
+            raise ExportError(f"{run} brings no images; name some of its kind with --calibrate SPEC.")
+        bundle = out or run.with_suffix(".bundle")
+        there = _elsewhere(place, bundle, options)
+        document = _exported_file(run, options, calibrate, reading, bundle, there)
     else:
         given = [f"--{name}" for name, value in reading.items() if value is not None]
         if given:
             raise ExportError(f"{', '.join(given)}: a run knows its own preprocessing; these are for a MODEL.onnx.")
-        document, bundle = _exported_run(finished_run(run), options, calibrate, out)
+        finished = finished_run(run)
+        bundle = out or finished.bundle_path
+        there = _elsewhere(place, bundle, options)
+        document = _exported_run(finished, options, calibrate, bundle, there)
     if place is not None:
-        document = _decided_there(document, bundle, place, targets)
+        document = _decided_there(document, bundle, place, options)
     missed = strict and options.int8 and document["shipped"] != "int8"
     if missed:
         note(f"--strict: INT8 was asked for, and {document['shipped'].upper()} is shipped.")
@@ -124,10 +133,25 @@ def _place(on: str | None, asked: dict[str, Any]) -> "Place | None":
     return place
 
 
-def _decided_there(
-    document: dict[str, Any], bundle: Path, place: "Place", targets: "Sequence[Target]"
-) -> dict[str, Any]:
-    """The document with that machine's decision on top; this machine's stays among the targets."""
+def _elsewhere(place: "Place | None", bundle: Path, options: "Options") -> "Elsewhere | None":
+    """What that machine runs, asked before anything is exported; None where it has no say in the search."""
+    if place is None:
+        return None
+    from kdedge_bench.gate_on import elsewhere
+    from kdedge_bench.remote import run_remote
+
+    def run(folder: Path, arguments: "Sequence[str]", keep: bool) -> dict[str, Any]:
+        # What is kept lies there where the bundle will: FP32 travels once.
+        return run_remote(place, folder, arguments, say=note, clean=not keep, known_as=bundle if keep else None)
+
+    there = elsewhere(run, options.targets, options.threads, say=note)
+    if there is None and not options.int8:
+        raise ExportError(f"{place.name} has TensorRT, for which files are compared with --int8 only; give that, too.")
+    return there
+
+
+def _decided_there(document: dict[str, Any], bundle: Path, place: "Place", options: "Options") -> dict[str, Any]:
+    """The document with that machine's decision and times on top; this machine's stay among the targets."""
     from kdedge_bench.gate_on import decide_there
     from kdedge_bench.remote import run_remote
 
@@ -135,32 +159,36 @@ def _decided_there(
         return run_remote(place, bundle, arguments, say=note)
 
     try:
-        name, entry = decide_there(bundle, run, targets, say=note)
+        name, entry = decide_there(bundle, run, options.targets, options.threads, say=note)
     except KdedgeError:
-        note(f"The bundle is written: {bundle}. Only what ships on {place.name} is not decided.")
+        note(f"The bundle is written: {bundle}. Only what ships on {place.name} is undecided.")
         raise
     top = {key: entry[key] for key in ("shipped", "speedup", "drop_points", "why")}
-    return {**document, **top, "targets": {**document["targets"], name: entry}}
+    artifacts = {
+        artifact: {key: value for key, value in each.items() if not key.startswith("latency_ms_")}
+        for artifact, each in document["artifacts"].items()
+    }
+    for artifact, times in entry["latency"].items():
+        artifacts[artifact] |= {f"latency_ms_{key}": times["compute_ms"][key] for key in ("p50", "p90")}
+    targets = {**document["targets"], name: entry}
+    return {**document, **top, "artifacts": artifacts, "targets": targets}
 
 
 def _exported_run(
-    run: "Run", options: "Options", calibrate: str | None, out: Path | None
-) -> tuple[dict[str, Any], Path]:
+    run: "Run", options: "Options", calibrate: str | None, bundle: Path, there: "Elsewhere | None"
+) -> dict[str, Any]:
     from kdedge_export.export import export_run
 
-    return export_run(run, options, out=out, calibrate=calibrate, display=note), out or run.bundle_path
+    return export_run(run, options, out=bundle, calibrate=calibrate, there=there, display=note)
 
 
 def _exported_file(
-    path: Path, options: "Options", spec: str | None, reading: dict[str, Any], out: Path | None
-) -> tuple[dict[str, Any], Path]:
-    if spec is None:
-        raise ExportError(f"{path} brings no images; name some of its kind with --calibrate SPEC.")
+    path: Path, options: "Options", spec: str, reading: dict[str, Any], bundle: Path, there: "Elsewhere | None"
+) -> dict[str, Any]:
     from kdedge_export.export import export_file
     from kdedge_export.float_form.foreign import Reading
 
-    bundle = out or path.with_suffix(".bundle")
-    return export_file(path, spec, options, reading=Reading(**reading), out=bundle, display=note), bundle
+    return export_file(path, spec, options, reading=Reading(**reading), out=bundle, there=there, display=note)
 
 
 def _export_text(document: dict[str, Any], bundle: Path) -> str:
@@ -192,12 +220,11 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
     "--on", multiple=True, default=("local",), show_default=True, metavar="MACHINE",
     help="Where to measure: local, or ssh://user@board[:port].",
 )  # fmt: skip
-@click.option("--suite", metavar="NAME", help="A named set of measurements.")
+@click.option("--suite", metavar="NAME|FILE.yaml", help="A named set of measurements: quick, edge-224, or your own.")
 @click.option(
     "--effort",
     type=click.Choice(["quick", "standard", "mlperf"]),
-    default="standard",
-    show_default=True,
+    show_default="standard, or what the suite says",
     help="quick: 2 s and 1,000 runs; standard: 60 s and 2,000; mlperf: 600 s, unbroken.",
 )
 @click.option(
@@ -205,25 +232,52 @@ def _export_text(document: dict[str, Any], bundle: Path) -> str:
     type=click.IntRange(min=1),
     help="Of each file, in turn, that share the effort; 6, or 1 of mlperf, unless given.",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Inside an operator.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), show_default="1, or what the suite says", help="Inside an operator."
+)
 @click.option("--out", type=_PATH, metavar="DIR", help="Where the records go; RUN/bench unless given.")
 @command_output
-def bench(paths: tuple[Path, ...], on: tuple[str, ...], effort: str, out: Path | None, **asked: Any) -> Reply:
+def bench(
+    paths: tuple[Path, ...],
+    on: tuple[str, ...],
+    suite: str | None,
+    effort: str | None,
+    threads: int | None,
+    **asked: Any,
+) -> Reply:
     """Measure the latency of each artifact, here or on a board.
 
     One process for each measurement, the files in turn. Nothing named is the latest finished run. A board needs ssh,
-    python3, numpy, and TensorRT or ONNX Runtime.
+    python3, numpy, and TensorRT or ONNX Runtime. A suite measures many combinations in one session and tells ratios;
+    paths take the place of its models.
     """
+    if suite is not None:
+        return _suite(suite, paths, on, effort=effort, threads=threads, **asked)
     chosen = list(paths) or [finished_run(None).path]
     from kdedge_bench import bench as measure
     from kdedge_bench.latency import BoardsFailed
 
     try:
-        records = measure(chosen, effort, out, on=on, say=note, **asked)
+        records = measure(
+            chosen, effort or "standard", asked["out"], threads=threads or 1, on=on, repeats=asked["repeats"], say=note
+        )
     except BoardsFailed as failed:
         note(str(failed))
         return Reply(failed.records, _bench_text(failed.records), exit_code=failed.exit_code)
     return Reply(records, _bench_text(records))
+
+
+def _suite(name: str, paths: tuple[Path, ...], on: tuple[str, ...], **asked: Any) -> Reply:
+    """Where a round is stopped by Ctrl-C, those before it are kept, and it is said how to go on."""
+    from kdedge_bench.suite_run import Stopped, run_suite
+
+    if on != ("local",):
+        raise DeviceError("--suite measures this machine. Leave out --on, or measure a board without a suite.")
+    try:
+        found = run_suite(name, paths, say=note, **asked)
+    except Stopped as stopped:
+        raise Interrupted(str(stopped)) from None
+    return Reply(found.document, found.text, exit_code=found.exit_code)
 
 
 def _bench_text(records: list[dict[str, Any]]) -> str:
@@ -272,9 +326,12 @@ def _bench_text(records: list[dict[str, Any]]) -> str:
 @click.command()
 @click.argument("runs", metavar="[RUN]...", nargs=-1, type=_PATH)
 @click.option("--out", type=_PATH, metavar="FILE.html", help="The page; report.html in the (first) run unless given.")
+@click.option(
+    "--tables", type=_PATH, metavar="DIR", help="Write the same numbers there: report.json, report.md and CSV files."
+)
 @command_output
-def report(runs: tuple[Path, ...], out: Path | None) -> Reply:
-    """Write one self-contained page on a run.
+def report(runs: tuple[Path, ...], out: Path | None, tables: Path | None) -> Reply:
+    """Write one self-contained page on a run, or on several side by side.
 
     Its table is printed too. RUN left out is the latest finished run.
     """
@@ -282,10 +339,11 @@ def report(runs: tuple[Path, ...], out: Path | None) -> Reply:
     from kdedge_bench import as_text, summary
     from kdedge_bench import report as write_report
 
-    page = write_report(chosen, out or chosen[0].report_path)
-    tables = [summary(run) for run in chosen]
-    document = {"report": str(page), "runs": [table.to_json() for table in tables]}
-    return Reply(document, "\n".join(as_text(table) for table in tables) + f"\nReport: {page}")
+    page = write_report(chosen, out or chosen[0].report_path, tables=tables)
+    found = [summary(run) for run in chosen]
+    document = {"report": str(page), "tables": tables and str(tables), "runs": [each.to_json() for each in found]}
+    told = f"\nReport: {page}" + (f"\nTables: {tables}" if tables else "")
+    return Reply(document, "\n".join(map(as_text, found)) + told)
 
 
 @click.command()

@@ -7,6 +7,7 @@ told from what met a busy machine (`kdedge compare`).
 from collections.abc import Callable, Sequence
 
 from kdedge.errors import BundleError, DeviceError, KdedgeError
+from kdedge_bench.accuracy import accuracy_of
 from kdedge_bench.measured import Names, Outcome, Target, reasons, written
 from kdedge_device.alone import alone
 from kdedge_device.bench_all import field
@@ -51,6 +52,8 @@ def measure_here(
     for name, each in told.items():
         record = pooled(each, session)
         record["conditions"]["effort"] = told_effort(effort, repeats)
+        record["artifact"]["name"] = work[name].name or record["artifact"]["name"]
+        record["accuracy"] = accuracy_of(record, work[name].path, work[name].out, say)
         outcome.records += written(record, work[name], LOCAL, names)
     outcome.errors += [_error(name, error) for name, error in failed.items()]
     return outcome

@@ -40,7 +40,6 @@ def bench(
     *,
     threads: int = 1,
     on: Sequence[str] = (LOCAL,),
-    suite: str | None = None,
     repeats: int | None = None,
     clean: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -54,7 +53,7 @@ def bench(
     measurement fails; BoardsFailed where others did not.
     """
     repeats = usual_rounds(effort) if repeats is None else repeats
-    _refuse_what_is_not_there(effort, suite, threads, repeats)
+    _refuse_what_is_not_there(effort, threads, repeats)
     # What is named wrongly is told before anything is timed; a machine named twice is measured once.
     places = {text: None if text == LOCAL else Place.parse(text) for text in on}
     work = list(dict.fromkeys(target_of(target, out) for target in targets))
@@ -94,13 +93,9 @@ def _one_error(errors: Sequence[KdedgeError]) -> KdedgeError:
     return error
 
 
-def _refuse_what_is_not_there(effort: str, suite: str | None, threads: int, repeats: int) -> None:
+def _refuse_what_is_not_there(effort: str, threads: int, repeats: int) -> None:
     if effort not in EFFORTS:
         raise DeviceError(f"The effort '{effort}' is not known. Expected one of: {', '.join(EFFORTS)}.")
-    if suite is not None:
-        raise DeviceError(
-            f"The suite '{suite}' is not known: there are no suites yet. Name runs, bundles or models instead."
-        )
     for count, what in ((threads, "threads"), (repeats, "repeats")):
         if count < 1:
             raise DeviceError(f"{count} {what} were asked for; expected at least 1.")

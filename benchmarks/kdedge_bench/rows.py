@@ -45,6 +45,8 @@ class Row:
 
     Latencies are of one call of `batch` images, computing alone but for end to end; `p90_interval_ms` is over rounds,
     `variation` the standard deviation of all times by their mean. `made_in_s` and `peak_mib` are of making the file.
+    `own_speed` is beside the float file of the same runtime, where `speed` is beside another's. `note` is for all rows
+    of a model.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Row:
     end_to_end_p90_ms: float | None = None
     throughput_ips: float | None = None
     speed: Ratio | None = None
+    own_speed: Ratio | None = None
     accuracy: Scored | None = None
     drop_points: float | None = None
     drop_interval: Interval | None = None
@@ -71,13 +74,14 @@ class Row:
     peak_mib: float | None = None
     flags: tuple[str, ...] = ()
     why: str | None = None
+    note: str | None = None
     record: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def row_of(record: Record, model: str, way: str, **more: Any) -> Row:
+def row_of(record: Record, model: str, way: str, /, **more: Any) -> Row:
     """The row of a record; `more` is what a record does not know, such as the ratio."""
     artifact, conditions = record["artifact"], record["conditions"]
     compute = latency(record, "compute")

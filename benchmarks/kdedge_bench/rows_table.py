@@ -5,12 +5,12 @@ A column that no row has a value for is not drawn, and a row without a measureme
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from kdedge_bench.formats import milliseconds, percent, size, span
-from kdedge_bench.rows import Row
+from kdedge_bench.rows import Ratio, Row
 from kdedge_bench.stats import wilson
 
 __all__ = ["as_csv", "as_json", "as_markdown", "as_text"]
@@ -24,11 +24,17 @@ class _Column:
     left: bool = False
 
 
-def _speed(row: Row) -> str:
-    if row.speed is None:
+def _times(found: Ratio | None) -> str:
+    if found is None:
         return ""
-    told = f"{row.speed.times:.2f}x"
-    return told if row.speed.low is None else f"{told} ({row.speed.low:.2f}–{row.speed.high:.2f})"
+    told = f"{found.times:.2f}x"
+    return told if found.low is None else f"{told} ({found.low:.2f}–{found.high:.2f})"
+
+
+def _beside(heading: str, found: Iterable[Ratio | None]) -> str:
+    """With what the ratios are against, where that is the same for all."""
+    bases = {each.base for each in found if each is not None}
+    return f"{heading} beside {bases.pop()}" if len(bases) == 1 and "" not in bases else heading
 
 
 def _p90(row: Row) -> str:
@@ -71,7 +77,8 @@ _COLUMNS = (
     _Column("varies", lambda row: "" if row.variation is None else percent(row.variation)),
     _Column("end to end p90", lambda row: "" if row.end_to_end_p90_ms is None else milliseconds(row.end_to_end_p90_ms)),
     _Column("images/s", lambda row: _number(row.throughput_ips, "{:,.1f}")),
-    _Column("speed, 95 %", _speed),
+    _Column("speed", lambda row: _times(row.speed)),
+    _Column("own speed", lambda row: _times(row.own_speed)),
     _Column("energy", lambda row: _number(row.energy_mj, "{:.3g} mJ")),
     _Column("file", lambda row: "" if row.bytes is None else size(row.bytes)),
     _Column("made in", lambda row: "" if row.made_in_s is None else span(row.made_in_s)),
@@ -83,7 +90,12 @@ _COLUMNS = (
 def _drawn(rows: Sequence[Row]) -> tuple[list[_Column], list[Row]]:
     """The columns that somebody has a value for, and the rows that were measured."""
     there = [row for row in rows if row.why is None]
-    return [column for column in _COLUMNS if any(column.show(row) for row in there)], there
+    columns = [column for column in _COLUMNS if any(column.show(row) for row in there)]
+    told = {
+        "speed": _beside("speed", (row.speed for row in there)),
+        "own speed": _beside("speed", (row.own_speed for row in there)),
+    }
+    return [replace(column, heading=told.get(column.heading, column.heading)) for column in columns], there
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -135,7 +147,7 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
         elif name.endswith(("interval", "interval_ms")):
             low, high = (None, None) if value is None else value
             found |= {f"{name}.low": low, f"{name}.high": high}
-        elif name in ("speed", "accuracy"):
+        elif name in ("speed", "own_speed", "accuracy"):
             continue  # its parts are named where a row has them
         elif name == "flags":
             found[name] = " ".join(value)
@@ -149,9 +161,14 @@ def _safe(text: str) -> str:
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    """Rows that share a reason share a line."""
+    """Notes, then why what was not measured was not; rows that share one share a line."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.why is not None:
             found.setdefault(row.why, []).append(f"{row.model} {row.way}".strip())
-    return [f"{'; '.join(names)}: not measured. {why}" for why, names in found.items()]
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note is not None and row.model not in noted.setdefault(row.note, []):
+            noted[row.note].append(row.model)
+    lines = [f"{', '.join(names)}: {note}" for note, names in noted.items()]
+    return lines + [f"{'; '.join(names)}: not measured. {why}" for why, names in found.items()]

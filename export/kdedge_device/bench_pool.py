@@ -22,9 +22,10 @@ _WHILE_TIMED = {"gpu": "gpu_while_timed", "cpu": "cpu_while_timed"}
 def pooled(told: Sequence[Told], session: str) -> Record:
     """One record over all rounds: summaries of all times together, or where they are not known of the rounds' own.
 
-    `rounds_ms`: p50 and p90 of computing, one a round. The state of the machine is that before the first round and
-    after the last, its clocks while timed those of all; energy is all millijoules by all inferences. What speaks
-    against a round, or changed from one to the next, speaks against all; a brake in any round counts.
+    `rounds_ms`: p50 and p90 of computing, one a round; `rounds_ips`: the throughput of each. The state of the machine
+    is that before the first round and after the last, its clocks while timed those of all; energy is all millijoules by
+    all inferences. What speaks against a round, or changed from one to the next, speaks against all; a brake in any
+    round counts.
     """
     records = [each.record for each in told]
     first = records[0]
@@ -45,6 +46,7 @@ def pooled(told: Sequence[Told], session: str) -> Record:
         "early_stopping_p90_ms": _early(told, _headline(first)),
         "repeats": len(records),
         "rounds_ms": {key: [each[key] for each in rounds] for key in ("p50", "p90")},
+        "rounds_ips": [record["throughput_ips"] for record in records],
         "session": session,
         "throughput_ips": statistics.harmonic_mean([record["throughput_ips"] for record in records]),
         **pooled_energy([(each["energy_mj_per_inference"], each.get("energy_source")) for each in records]),

@@ -21,7 +21,7 @@ from kdedge_device.failures import (
     VersionFailure,
 )
 
-__all__ = ["Job", "Record", "Told", "in_turn", "new_session", "one_round"]
+__all__ = ["Job", "Record", "Told", "in_turn", "new_session", "one_round", "one_turn"]
 
 Record = Dict[str, Any]
 Times = Dict[str, Optional[List[int]]]
@@ -56,17 +56,32 @@ def in_turn(
     told: Dict[str, List[Told]] = {job.name: [] for job in jobs}
     failed: Dict[str, Failure] = {}
     for number in range(rounds):
-        for job in jobs if number % 2 == 0 else reversed(jobs):
-            if job.name in failed:
-                continue
-            try:
-                told[job.name].append(measure(job))
-            except Failure as error:
-                failed[job.name] = error
-                log(f"{job.name}: {error}")
-            else:
-                log(f"round {number + 1} of {rounds}, {job.name}: {_headline(told[job.name][-1].record)}")
+        for name, each in one_turn(jobs, number, rounds, measure, log, failed).items():
+            told[name].append(each)
     return {name: each for name, each in told.items() if name not in failed}, failed
+
+
+def one_turn(
+    jobs: Sequence[Job],
+    number: int,
+    rounds: int,
+    measure: Callable[[Job], Told],
+    log: Callable[[str], None],
+    failed: Dict[str, Failure],
+) -> Dict[str, Told]:
+    """Round `number`, from 0, of `rounds`: forwards, and every other one backwards. Adds to `failed`, and skips it."""
+    told: Dict[str, Told] = {}
+    for job in jobs if number % 2 == 0 else reversed(jobs):
+        if job.name in failed:
+            continue
+        try:
+            told[job.name] = measure(job)
+        except Failure as error:
+            failed[job.name] = error
+            log(f"{job.name}: {error}")
+        else:
+            log(f"round {number + 1} of {rounds}, {job.name}: {_headline(told[job.name].record)}")
+    return told
 
 
 def _headline(record: Record) -> str:

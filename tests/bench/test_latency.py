@@ -191,7 +191,6 @@ def test_what_cannot_be_measured(make_run: MakeRun, tmp_path: Path) -> None:
         ({"threads": 0}, "0 threads"),
         ({"repeats": 0}, "0 repeats"),
         ({"on": ("local", "ssh://-me@board")}, "The user '-me'"),
-        ({"suite": "mobile"}, "there are no suites yet"),
     ],
 )
 def test_what_is_not_there_yet(make_run: MakeRun, options: dict[str, Any], message: str) -> None:
