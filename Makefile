@@ -2,13 +2,14 @@
 # make test   everything the project checks of itself
 # make arm64, make interpreters   what test leaves out, because it downloads: a bundle on emulated arm64, and under every
 #                                 CPython 3.8 to 3.13 of this machine; RECORD=FILE writes down what was seen
+# make docs   the documentation site, into site/
 # All set up .venv first, once. PYTHON=/path/to/python3.12 chooses the interpreter; ARGS="-k cli" goes to pytest, which
 # tests in two processes, each file in one of them (WORKERS=0: in one).
 #
 # Names are relative and quoted throughout, and the programs of .venv are called as `python -m ...`: the checkout may lie
 # in a folder with a space in its name, which neither a make target nor the first line of a script survives.
 
-.PHONY: demo test arm64 interpreters setup lock clean
+.PHONY: demo test docs arm64 interpreters setup lock clean
 .DEFAULT_GOAL := setup
 
 PY := .venv/bin/python
@@ -32,6 +33,10 @@ test: $(STAMP)
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/mkdocs.yml
+	@echo "Open site/index.html"
 
 # Downloads go to ~/.cache/kdedge/proofs. BUNDLE=FOLDER takes a bundle of yours.
 arm64: $(STAMP)

@@ -36,7 +36,7 @@ def test_the_commands_are_those_of_the_contract() -> None:
     words = {" ".join(path) for path in EVERY if path}
     assert words == {
         "train-recipe", "export", "bench", "report", "compare", "verdict", "predict", "eval", "models", "doctor",
-        "recipes", "recipes list", "recipes show", "recipes copy", "recipes validate",
+        "study", "study simclr", "recipes", "recipes list", "recipes show", "recipes copy", "recipes validate",
         "data", "data check", "data pack",
     }  # fmt: skip
 
