@@ -86,6 +86,14 @@ def _replayed(run: "Run", replayed: "Replayed") -> Reply:
     return Reply({"run": str(run.path), **document}, "\n".join(sentences))
 
 
+def _pretrained(facts: dict[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    knn = facts["knn_accuracy"]
+    told = "" if knn is None else f"; the nearest labeled images tell {knn:.1%} of classes right"
+    return f"Pre-trained without labels: the {facts['of']}'s {facts['arch']}, {facts['seconds']:.0f} s{told}.\n"
+
+
 def _again(recipe: str, settings: tuple[str, ...], flags: dict[str, Any]) -> str:
     """The same command, to go on with."""
     shared = os.environ.get("WORLD_SIZE", "1") != "1"
@@ -103,4 +111,5 @@ def _text(path: Path, result: dict[str, Any]) -> str:
             accuracy = part["test_accuracy"]
             shown = "-" if accuracy is None else f"{accuracy:.4f}"
             rows.append((name, part["arch"], f"{part['params']:,}", shown, f"{part['seconds']:.0f}"))
-    return f"{columns(rows)}\n\nRun: {path}\nNext: kdedge export {shlex.quote(str(path))} --int8"
+    pretrained = _pretrained(result.get("pretrain"))
+    return f"{columns(rows)}\n{pretrained}\nRun: {path}\nNext: kdedge export {shlex.quote(str(path))} --int8"

@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdedge.data.leaks import looks_for_near
 from kdedge.data.views import columns
 from kdedge.methods.health import summary as pseudo_label_summary
 from kdedge.models.weights import load_model
-from kdedge.models.zoo import num_params
+from kdedge.models.zoo import build, num_params
 from kdedge.predictions import add_predictions
 from kdedge.run_begin import Begun, SplitImages
 from kdedge.run_pool import held_back_truth
@@ -33,6 +34,7 @@ def finish(begun: Begun, val: SplitImages | None) -> dict[str, Any]:
         "data": begun.source.name,
         "labels": splits.labels or len(splits.labeled) + len(splits.val),
         "seed": recipe.seed,
+        "pretrain": _pretrained(begun, stages),
         "teacher": None,
         "baseline": None,
         "trusted": None,
@@ -65,6 +67,24 @@ def finish(begun: Begun, val: SplitImages | None) -> dict[str, Any]:
         if not recipe.engine.keep_checkpoints:
             shutil.rmtree(run.checkpoint_path, ignore_errors=True)
     return result
+
+
+def _pretrained(begun: Begun, stages: dict[str, Any]) -> dict[str, Any] | None:
+    """What the stage "pretrain" made; parameters of the backbone alone, since nothing else is always kept."""
+    config, facts = begun.recipe.pretrain, stages.get("pretrain")
+    if config is None or facts is None:
+        return None
+    spec = begun.pretrained_spec(config.of)
+    with torch.device("meta"):
+        params = num_params(build(spec).backbone)
+    return {
+        "of": config.of,
+        "arch": spec.arch,
+        "params": params,
+        "steps": facts["steps"],
+        "knn_accuracy": facts["knn_accuracy"],
+        "seconds": facts["seconds"],
+    }
 
 
 def _trusted(begun: Begun) -> tuple[dict[str, Any], int | None]:

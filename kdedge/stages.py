@@ -27,8 +27,9 @@ from kdedge.run_result import finish
 from kdedge.run_training import Training, stored_answers, training_of
 from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.engine import EnginePlan, available_cores
-from kdedge.train.evaluate import predict
+from kdedge.train.evaluate import features, predict
 from kdedge.train.fastest import measure_plan
+from kdedge.train.knn import features_of_some, knn_accuracy
 from kdedge.train.loop import fit
 from kdedge.train.metrics import MetricsLog
 from kdedge.train.probe import fit_head
@@ -186,6 +187,7 @@ class Stages:
 
     def _fit(self, training: Training) -> None:
         stage, ready = training.stage, self._ready(training)
+        watch = self._watch(training, ready.plan)
         average, elapsed_s = fit(
             ready.method,
             ready.batches,
@@ -196,6 +198,7 @@ class Stages:
             self.metrics,
             seed=self.recipe.seed,
             validate=self._validate(training, ready.plan),
+            watch=watch,
             class_names=self.source.classes,
             ranks=self.ranks,
         )
@@ -208,6 +211,7 @@ class Stages:
             seconds=round(elapsed_s, 2),
             images_per_second=round(images / elapsed_s, 1),
             flops=images * (_TRAINING_FLOPS * macs + ready.method.extra_flops_an_image),
+            **({} if watch is None else {"steps": training.optim.total_steps, **watch(average)}),
         )
         if self.ranks.is_first:
             self.run.failure_path.unlink(missing_ok=True)  # a step was lost, and has been got through since
@@ -232,6 +236,25 @@ class Stages:
             return slice_health(logits, val.labels, threshold)
 
         return score
+
+    def _watch(self, training: Training, plan: EnginePlan) -> Callable[[Network], dict[str, float | None]] | None:
+        """For features that were never told a class: how well the nearest labeled images tell it.
+
+        Of val where there is one, else of each labeled image by the others. It is logged, and chooses nothing.
+        """
+        if training.stage != "pretrain":
+            return None
+        pool, val = self.pool, self.val
+
+        def look(network: Network) -> dict[str, float | None]:
+            bank = features_of_some(network, pool.images, pool.labeled, pool.mean, pool.std, plan, self.ranks)
+            labels = pool.labels.cpu()
+            if val is None or not len(val.labels):
+                return {"knn_accuracy": knn_accuracy(bank, labels)}
+            query = features(network, val.images, pool.mean, pool.std, plan, self.ranks)
+            return {"knn_accuracy": knn_accuracy(query, val.labels, bank, labels)}
+
+        return look
 
     def _plan(self, training: Training, method: Method) -> EnginePlan:
         """The plan that was noted, the recipe's, or one measured now; written down."""
