@@ -1,6 +1,7 @@
 """Tables of every key of a recipe, read from the classes that read them: key, what it may be, default, comment."""
 
 import ast
+import html
 import inspect
 import io
 import textwrap
@@ -34,12 +35,14 @@ def _part(name: str, model: type[BaseModel]) -> str:
     lines = [f"### {name or 'A recipe'}", "", inspect.getdoc(model) or "", ""]
     lines += ["| key | may be | unless given | |", "| --- | --- | --- | --- |"]
     for key, (may_be, default, comment) in _fields(model).items():
-        lines.append(f"| {_cell(f'`{key}`')} | {_cell(f'`{may_be}`')} | {_cell(f'`{default}`')} | {_cell(comment)} |")
+        parts = (_code(key), _code(may_be), _code(default), comment.replace("|", "&#124;"))
+        lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return "" if text == "``" else text.replace("|", "\\|")
+def _code(text: str) -> str:
+    # An entity, since a table's cell ends at a bar, also within backticks.
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>" if text else ""
 
 
 def _fields(model: type[BaseModel]) -> dict[str, tuple[str, str, str]]:
@@ -69,12 +72,15 @@ def _plain(annotation: ast.expr) -> str:
         return f"{_plain(annotation.left)} | {_plain(annotation.right)}"
     if isinstance(annotation, ast.Constant) and annotation.value is None:
         return "null"
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
+        parts = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        return " | ".join(ast.unparse(part).strip("'") for part in parts)
+    if ast.unparse(annotation).endswith("Config"):
+        return "its own keys, below"
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
         name, parts = ast.unparse(annotation.value), annotation.slice.elts
         if name == "Annotated":
             return " ".join([_plain(parts[0]), *(_bounds(part) for part in parts[1:])]).strip()
-        if name == "Literal":
-            return " | ".join(ast.unparse(part).strip("'") for part in parts)
     return ast.unparse(annotation)
 
 

@@ -60,6 +60,8 @@ def test_equations_are_drawn(site: Path) -> None:
     pages = html(site)
     assert any("<math" in page for page in pages.values())
     assert [name for name, page in pages.items() if "arithmatex" in page or "<merror" in page] == []
+    drawn = [(name, math) for name, page in pages.items() for math in re.findall(r"<math.*?</math>", page, re.DOTALL)]
+    assert [(name, math) for name, math in drawn if "\\" in math] == []  # a command that the converter does not know
 
 
 def commands(group: click.Group, before: str) -> Iterator[str]:
