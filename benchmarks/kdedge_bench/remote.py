@@ -42,13 +42,15 @@ def run_remote(
     extra: Mapping[str, Path] | None = None,
     say: Say = lambda _: None,
     clean: bool = False,
+    known_as: Path | None = None,
 ) -> Document:
     """The JSON document of `run.pyz ARGUMENTS` in the copied `bundle`; with `clean` the copy is removed afterwards.
 
-    `extra` files travel along, under their names there. BudgetFailed, BundleError or DeviceError with the board's own
-    sentence; ConnectionLost where it was reached and is gone.
+    `extra` files travel along, under their names there. `known_as`: the path that the board's copy is named after,
+    where `bundle` is one that will lie there. BudgetFailed, BundleError or DeviceError with the board's own sentence;
+    ConnectionLost where it was reached and is gone.
     """
-    with finished_on(place, bundle, arguments, extra=extra, say=say, clean=clean) as document:
+    with finished_on(place, bundle, arguments, extra=extra, say=say, clean=clean, known_as=known_as) as document:
         return document
 
 
@@ -62,6 +64,7 @@ def finished_on(
     say: Say = lambda _: None,
     clean: bool = False,
     stopped: threading.Event | None = None,
+    known_as: Path | None = None,
 ) -> Iterator[Document]:
     """As `run_remote`, also for a model file; a block that fails, say for a full disk here, leaves the result there.
 
@@ -69,7 +72,7 @@ def finished_on(
     that the document is no good, and the board forgets it.
     """
     with tempfile.TemporaryDirectory() as work, Link(place, say, stopped) as link:
-        parcel = pack(target, Path(work), extra)
+        parcel = pack(target, Path(work), extra, known_as)
         # run.pyz finds a bundle around itself; a model has to be named.
         given = [arguments[0], *([parcel.model] if parcel.model else []), *arguments[1:], "--json"]
         job = _Job(link, say, parcel, given, clean)

@@ -37,9 +37,10 @@ class Parcel:
         return {name: [sha256_file(path), path.stat().st_size] for name, path in self.files.items()}
 
 
-def pack(target: Path, work: Path, extra: Mapping[str, Path] | None = None) -> Parcel:
+def pack(target: Path, work: Path, extra: Mapping[str, Path] | None = None, known_as: Path | None = None) -> Parcel:
     """The parcel of a bundle folder or a model file, and with it `extra` files. `work`: an empty folder, used as long.
 
+    It is named after `known_as`, or else after `target`.
     BundleError where the bundle is not what its manifest says, DeviceError for what no board can use.
     """
     model = None
@@ -53,7 +54,7 @@ def pack(target: Path, work: Path, extra: Mapping[str, Path] | None = None) -> P
         if not path.is_file():
             raise DeviceError(f"{path} does not exist; it was to travel to the board.")
         files[name] = path
-    return Parcel(_name(target), files, model)
+    return Parcel(_name(known_as or target), files, model)
 
 
 def _of_bundle(folder: Path) -> dict[str, Path]:

@@ -33,6 +33,7 @@ from kdedge_export.bundle import (
     write_manifest,
 )
 from kdedge_export.cpu.cpu_form import trt_form
+from kdedge_export.elsewhere import Elsewhere, Trials
 from kdedge_export.files import Files, TensorRt, make_tensorrt
 from kdedge_export.float_form.foreign import Reading
 from kdedge_export.judging.divergence import compare_layers
@@ -87,37 +88,51 @@ class Options:
 
 
 def export_run(
-    run: Run, options: Options, *, out: Path | None = None, calibrate: str | None = None, display: Say | None = None
+    run: Run,
+    options: Options,
+    *,
+    out: Path | None = None,
+    calibrate: str | None = None,
+    there: Elsewhere | None = None,
+    display: Say | None = None,
 ) -> dict[str, Any]:
     """Write the bundle of a finished run and give the document of `kdedge export --json`.
 
-    `calibrate`: a data SPEC to calibrate on instead of the run's own images. `display`: told each step in a sentence.
-    Raises RunError, DataError, ExportError; a bundle is complete or absent.
+    `calibrate`: a data SPEC to calibrate on instead of the run's own images. `there`: by its times layers go back to
+    float, not by this machine's. `display`: told each step in a sentence. Raises RunError, DataError, ExportError; a
+    bundle is complete or absent.
     """
     say = display or (lambda sentence: None)
     if options.qat:
         require_teacher(run, qat_config(options.settings, options.qat_steps))
     subject = run_subject(run, calibrate, say)
-    return _Export(subject, options, run.bundle_path if out is None else out, say).whole()
+    return _Export(subject, options, run.bundle_path if out is None else out, there, say).whole()
 
 
 def export_file(
-    path: Path, spec: str, options: Options, *, reading: Reading, out: Path | None = None, display: Say | None = None
+    path: Path,
+    spec: str,
+    options: Options,
+    *,
+    reading: Reading,
+    out: Path | None = None,
+    there: Elsewhere | None = None,
+    display: Say | None = None,
 ) -> dict[str, Any]:
     """The same for a float ONNX file that was trained elsewhere, calibrated and judged on the images of `spec`."""
     say = display or (lambda sentence: None)
     if options.qat:
         raise ExportError(f"{path} is an ONNX file, and --qat trains the student of a run. Leave it out.")
     subject = file_subject(path, spec, reading, say)
-    return _Export(subject, options, path.with_suffix(".bundle") if out is None else out, say).whole()
+    return _Export(subject, options, path.with_suffix(".bundle") if out is None else out, there, say).whole()
 
 
 @final
 class _Export:
     """One export. Its steps in the order of `whole`; what a step leaves for later ones is an attribute."""
 
-    def __init__(self, subject: Subject, options: Options, out: Path, say: Say) -> None:
-        self.subject, self.options, self.out, self.say = subject, options, out, say
+    def __init__(self, subject: Subject, options: Options, out: Path, there: Elsewhere | None, say: Say) -> None:
+        self.subject, self.options, self.out, self.there, self.say = subject, options, out, there, say
         self.preprocess, self.images = subject.preprocess, subject.images
         self.qat = qat_config(options.settings, options.qat_steps)
         self.raced: dict[str, tuple[bytes, Race]] = {}  # by file; the content that was timed
@@ -161,6 +176,7 @@ class _Export:
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".kdedge-export-") as scratch,
         ):
             self.folder, self.scratch = folder, Path(scratch)
+            self.trials = self._trials()
             self.files = Files(
                 folder, self.preprocess, uint8_input=self.options.uint8_input, threads=self.options.threads
             )
@@ -184,6 +200,11 @@ class _Export:
         """Where an interrupted calibration goes on from: beside the bundle, which does not exist before it is whole."""
         return self.out.parent / f".{self.out.name}-calibration.npz"
 
+    def _trials(self) -> Trials | None:
+        if self.there is None:
+            return None
+        return Trials(self.there, self.scratch / "trial", self.preprocess, self.subject.classes, self.say)
+
     def _gate_images(self) -> GateImages:
         part = self.images.gate
         stored = store(part, self.preprocess, self.scratch / "gate.npy")
@@ -202,6 +223,7 @@ class _Export:
             scratch=self.scratch,
             state=self._state_path,
             say=self.say,
+            timed_on=self.there.name if self.there else "this machine",
         )
         self.files.write("int8", found.model)
         self.gate_int8 = self.gate.logits(found.model)
@@ -257,8 +279,10 @@ class _Export:
         some = some_images(self.images, self.preprocess, HALF_IMAGES)
         return overflowing(self.subject.model, [self.preprocess.normalize(some[i : i + 1]) for i in range(len(some))])
 
-    def _speed(self, model: onnx.ModelProto) -> Speedup:
+    def _speed(self, model: onnx.ModelProto) -> Speedup | None:
         self.files.write("int8", model)
+        if self.trials is not None:
+            return self.trials.speed(self.files.path("fp32"), self.files.path("int8"))
         return self._race("int8").speedups["int8"]
 
     def _race(self, name: str) -> Race:
@@ -280,20 +304,25 @@ class _Export:
         return found
 
     def _decisions(self, quantized: Quantized | None) -> list[Decision]:
-        """What ships on this machine's CPU, and what is known of TensorRT's files before they were timed."""
+        """What ships on this machine's CPU, and what is known of TensorRT's files before they were timed.
+
+        Where another machine decides, this one is not timed unless a target asks for it, and then judges the same file.
+        """
         budget, here = self.options.max_drop_points, []
         names = tuple(name for name in ("int8", "fp16") if name in self.files.names and self._asked(name))
+        same = {each.name for each in self.options.targets if self._is_here(each)}
         for name in names:
             found = quantized.searched.agreement if quantized and name == "int8" else self._agreement(name)
-            here.append(Candidate(name, name, found, self._race(name).speedups[name]))
+            timed = self._race(name).speedups[name] if same or self.there is None else None
+            here.append(Candidate(name, name, found, timed))
         known = {each.name: each.agreement for each in here}
         decisions = [judge(CPU, here, budget)]
         if quantized:
             decisions.append(judge(TENSORRT, self._untimed(TENSORRT_FILES, known), budget))
         for target in self.options.targets:
             wanted = target.candidates(self.files.names)
-            timed = [each for each in here if (each.name, each.precision) in wanted] if self._is_here(target) else []
-            decisions.append(judge(target.name, timed or self._untimed(wanted, known), budget))
+            ours = [each for each in here if (each.name, each.precision) in wanted] if target.name in same else []
+            decisions.append(judge(target.name, ours or self._untimed(wanted, known), budget))
         for each in decisions:
             if each.warning:
                 self.say(each.warning)
@@ -310,6 +339,8 @@ class _Export:
 
     def _is_here(self, target: Target) -> bool:
         """Whether what was timed on this machine's CPU is a measurement of `target`."""
+        if self.there is not None and target.name == self.there.target:
+            return False
         if target.runtime != "onnxruntime" or not target.fits(identify().model, platform.machine()):
             return False
         if target.threads != self.options.threads:

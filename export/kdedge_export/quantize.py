@@ -44,7 +44,8 @@ TRAINED = "trained"
 UNIFORM, BY_IMAGES = "mse", "calibrated, by images"
 Say = Callable[[str], None]
 Logits = npt.NDArray[np.float32]
-Speed = Callable[[onnx.ModelProto], Speedup]
+Speed = Callable[[onnx.ModelProto], Speedup | None]
+"""FP32's latency over that of a file; None where the machine cannot tell any more."""
 Train = Callable[[onnx.ModelProto, Plan, RangeTable], tuple[onnx.ModelProto, RangeTable]]
 """Quantization-aware training: from the numbers of calibration to trained ones."""
 
@@ -113,12 +114,13 @@ def quantize(
     scratch: Path,
     state: Path,
     say: Say,
+    timed_on: str = "this machine",
 ) -> Quantized:
     """From the float `model` in opset 17 to the numbers of its INT8 files.
 
-    `speed` gives FP32's latency over that of a file; None where the target cannot be measured. `train`: None without
-    QAT. `scratch`: a folder for images. `state`: a file that an interrupted calibration goes on from. DataError
-    without images to calibrate on.
+    `speed`: on the machine that `timed_on` names; None where no target can be measured. `train`: None without QAT.
+    `scratch`: a folder for images. `state`: a file that an interrupted calibration goes on from. DataError without
+    images to calibrate on.
     """
     form = cpu_form(model)
     maker = _Maker(make_plan(form), preprocess, calibration, gate, scratch, state, say)
@@ -145,6 +147,8 @@ def quantize(
     enough = [each.left_float for each in searched.tries if each.agreement.within(max_drop_points)]
     left = frozenset(searched.left_float[: min(enough)] if enough else searched.left_float)
     document = maker.document(ways, best, plan, searched)
+    document["fallback"]["timed_on"] = timed_on if any(each.speedup for each in searched.tries) else None
+    document["kept_float"] = _why_float(plan, searched, left, timed_on)
     made_of = maker.partly_float(best, frozenset(searched.left_float))
     return Quantized(searched.candidate, made_of, best, plan, searched, left, document)
 
@@ -152,6 +156,16 @@ def quantize(
 def _best(ways: list[Numbers]) -> Numbers:
     """The first of those that diverge least."""
     return min(ways, key=lambda way: way.badness)
+
+
+def _why_float(
+    plan: Plan, searched: Search[onnx.ModelProto], accuracy: frozenset[str], timed_on: str
+) -> dict[str, str]:
+    """By layer in float, why; of those that the search gave back, which side of the gate asked for it."""
+    for_speed = f"left in float for speed: with it in 8 bits the file was no faster than FP32 on {timed_on}"
+    for_accuracy = "left in float for accuracy: of those in 8 bits it was among the layers that lose most"
+    given = {name: for_accuracy if name in accuracy else for_speed for name in searched.left_float}
+    return {name: given.get(name, why) for name, why in plan.kept_float.items()}
 
 
 def _told(ways: list[Numbers], best: Numbers) -> str:

@@ -1,5 +1,6 @@
 """The search on made-up files: what each prefix of the order would lose and how fast it would be is known."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -142,3 +143,21 @@ def test_one_layer_or_none() -> None:
             BUDGET,
         )
         assert (found.candidate, found.held) == (0, False)
+
+
+def test_a_machine_that_is_gone_leaves_accuracy_alone_to_decide() -> None:
+    world = World(accurate_from(5), lambda file: 0.5)
+    found = search(world.order, world.make, world.accuracy, lambda file: None, BUDGET)
+    assert (found.candidate, found.held, found.speedup) == (5, True, None)
+    world = World(accurate_from(0), lambda file: 0.9)
+    speeds = iter([world.speed(0), None])
+    found = search(world.order, world.make, world.accuracy, lambda file: next(speeds), BUDGET)
+    assert (found.candidate, found.held) == (0, False), "what was slow before it was gone is not called fast"
+    assert "could not be measured any more" in found.why
+
+
+def test_few_files_are_timed_whatever_happens() -> None:
+    for needed in (0, 1, 7):
+        world = World(accurate_from(needed), lambda file: 0.5 + 0.01 * file)
+        world.run()
+        assert len(world.timed) <= 1 + math.log2(1 + len(LAYERS) / 2)

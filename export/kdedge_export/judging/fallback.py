@@ -2,7 +2,8 @@
 
 Only prefixes of the order are tried (partial quantization, Wu et al. 2020, arXiv 2004.09602, section 5), and each try
 costs seconds to minutes: doubling finds a prefix that is accurate enough, bisection the shortest one, since the fewer
-layers are in float the faster the file is, nearly always. Speed is measured only of files that are accurate enough.
+layers are in float the faster the file is, nearly always. Speed is measured only of files that are accurate enough, and
+of prefixes that double: of at most 1 + log2(1 + n / 2) files of n layers, seven for a hundred and fifty.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ def search(
     order: Callable[[], Sequence[str]],
     make: Callable[[frozenset[str]], C],
     accuracy: Callable[[C], Agreement],
-    speed: Callable[[C], Speedup] | None,
+    speed: Callable[[C], Speedup | None] | None,
     max_drop_points: float,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Search[C]:
@@ -72,8 +73,9 @@ def search(
 
     `order`: layers, the most sensitive first; asked only where the file without any in float is not good enough.
     `accuracy(file)` and `speed(file)` are called once for each prefix at most; `make(leave_float)` again where a file
-    is needed once more, since only one is held. `speed` None: the target cannot be measured here, and accuracy alone
-    decides. Where no prefix holds both, the file returned is the shortest accurate one, or the most accurate of all.
+    is needed once more, since only one is held. `speed` None, and from the first None that it gives: the target cannot
+    be measured, and accuracy alone decides. Where no prefix holds both, the file returned is the shortest accurate one,
+    or the most accurate of all.
     """
     walk = _Walk(order, make, accuracy, speed, max_drop_points, say)
     if walk.accurate(0) and walk.fast(0):
@@ -93,6 +95,12 @@ def search(
     before = 0.0
     for count in walk.from_here(shortest):
         if walk.accurate(count) and walk.fast(count):
+            if walk.speed is None and count > shortest:
+                return walk.found(
+                    shortest,
+                    f"With {shortest} of {len(walk.layers)} layers in float the file is no faster than FP32; whether "
+                    "more of them make it so could not be measured any more.",
+                )
             return walk.found(count, f"{count} of {len(walk.layers)} layers are in float, the most sensitive ones.")
         measured = walk.tried[count].speedup
         if measured is not None and measured.value <= before:
@@ -116,7 +124,7 @@ class _Walk(Generic[C]):
         order: Callable[[], Sequence[str]],
         make: Callable[[frozenset[str]], C],
         accuracy: Callable[[C], Agreement],
-        speed: Callable[[C], Speedup] | None,
+        speed: Callable[[C], Speedup | None] | None,
         max_drop_points: float,
         say: Callable[[str], None],
     ) -> None:
@@ -148,14 +156,15 @@ class _Walk(Generic[C]):
         return self.tried[count].agreement.within(self.max_drop_points)
 
     def fast(self, count: int) -> bool:
-        if self.speed is None:
-            return True
-        if self.tried[count].speedup is None:
+        if self.speed is not None and self.tried[count].speedup is None:
             found = self.speed(self.file(count))
+            if found is None:
+                self.speed = None
+                return True
             self.tried[count] = replace(self.tried[count], speedup=found)
             self.say(f"It runs at {found.value:.2f} times the speed of FP32 ({found.low:.2f} to {found.high:.2f})")
         measured = self.tried[count].speedup
-        return measured is not None and measured.value >= 1.0
+        return self.speed is None if measured is None else measured.value >= 1.0
 
     def shortest_accurate(self) -> int | None:
         """By doubling, then bisection; None where not even the whole order but one layer is enough."""
@@ -185,6 +194,6 @@ class _Walk(Generic[C]):
         entry = self.tried[count]
         speedup = entry.speedup
         held = entry.agreement.within(self.max_drop_points)
-        held = held and (self.speed is None or (speedup is not None and speedup.value >= 1.0))
+        held = held and (self.speed is None if speedup is None else speedup.value >= 1.0)
         left = self.layers[:count] if count else ()
         return Search(self.file(count), left, entry.agreement, speedup, held, why, tuple(self.tried.values()))
