@@ -20,7 +20,7 @@ from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.record import cores_available
 
-__all__ = ["Exam", "accuracy_of", "exam_of", "keep", "kept"]
+__all__ = ["Exam", "accuracy_of", "carried_exam", "exam_of", "keep", "kept", "told"]
 
 CHUNK = 256  # images in memory at a time
 Say = Callable[[str], None]
@@ -49,10 +49,11 @@ def exam_of(path: Path) -> Exam | None:
         test = (splits.get("splits") or {}).get("test") or {}
         if test.get("count") and test.get("sha256"):
             return Exam(folder, "val" if splits.get("test_is_val") else "test", str(test["sha256"]), run.path)
-    return _carried(folder)
+    return carried_exam(folder)
 
 
-def _carried(folder: Path) -> Exam | None:
+def carried_exam(folder: Path) -> Exam | None:
+    """The labelled images in a bundle, its eval.npz; None where it has none."""
     try:
         entry = Bundle(folder).document["files"].get("eval.npz")
     except Failure:
@@ -75,7 +76,7 @@ def accuracy_of(record: Record, path: Path, keep_in: Path, say: Say) -> Accuracy
         found = _scored(record, exam, say)
     except (KdedgeError, Failure) as error:
         say(f"{record['artifact']['name']} is not scored on the {exam.split} images: {error}")
-        carried = _carried(exam.bundle) if exam.run is not None else None
+        carried = carried_exam(exam.bundle) if exam.run is not None else None
         if carried is None:
             return None
         exam = carried
@@ -134,11 +135,11 @@ def _scored(record: Record, exam: Exam, say: Say) -> Accuracy:
         say(f"Scoring {artifact['name']} on the bundle's eval images; kept for the next time")
         found = evaluate(bundle, None, name, cores_available(), runtime)
         _same(str(found["sha256"]), artifact)
-        return _told(found["correct"], found["images"], exam)
+        return told(found["correct"], found["images"], exam)
     with open_runner(bundle, name, cores_available(), runtime) as runner:
         _same(sha256_file(runner.model_path), artifact)
         correct, images = _on_test(bundle, runner, exam.run, str(artifact["name"]), say)
-    return _told(correct, images, exam)
+    return told(correct, images, exam)
 
 
 def _artifact(bundle: Bundle, sha256: str) -> str:
@@ -171,7 +172,8 @@ def _on_test(bundle: Bundle, runner: Runner, run: Path, name: str, say: Say) -> 
     return correct, int(known.sum())
 
 
-def _told(correct: int, images: int, exam: Exam) -> Accuracy:
+def told(correct: int, images: int, exam: Exam) -> Accuracy:
+    """What a record says."""
     return {
         "value": correct / images,
         "correct": correct,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from kdedge.errors import KdedgeError
+from kdedge_bench.accuracy_there import score_there
 from kdedge_bench.measured import Names, Outcome, Target, reasons, unmeasured, written
 from kdedge_bench.records import Record
 from kdedge_bench.remote import Place, finished_on
@@ -74,6 +75,7 @@ def measure_remote(
         records = written(document, target, str(place), names or Names())
     for why in reasons(document, "not_run"):
         say(f"{place.name}: {why}")
+    score_there(place, target, records, names or Names(), say, stopped=stopped, clean=clean)
     failures = unmeasured(document, place.name)
     if failures and errors is None:
         raise failures[0]

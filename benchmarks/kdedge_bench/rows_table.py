@@ -15,6 +15,9 @@ from kdedge_bench.stats import wilson
 
 __all__ = ["as_csv", "as_json", "as_markdown", "as_text"]
 
+MOST_NAMED = 4
+"""Rows with one reason; all of them are in the CSV and the JSON."""
+
 
 @final
 @dataclass(frozen=True)
@@ -171,4 +174,10 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
         if row.note is not None and row.model not in noted.setdefault(row.note, []):
             noted[row.note].append(row.model)
     lines = [f"{', '.join(names)}: {note}" for note, names in noted.items()]
-    return lines + [f"{'; '.join(names)}: not measured. {why}" for why, names in found.items()]
+    return lines + [f"{_some(names)}: not measured. {why}" for why, names in found.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    """A runtime that is not here is missing in many rows."""
+    more = len(names) - MOST_NAMED
+    return "; ".join([*names[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])

@@ -78,10 +78,13 @@ def base_of(row: Combination, suite: Suite) -> Combination:
     )
 
 
-def way(row: Combination, suite: Suite) -> str:
-    """What a table calls it: the precision, and whatever differs between the rows of this suite."""
+def way(row: Combination, suite: Suite, usual: str | None = None) -> str:
+    """What a table calls it: the precision, and whatever differs between the rows of this suite.
+
+    `usual`: the one runtime that runs here, which goes without saying.
+    """
     parts = [row.precision.upper()]
-    parts += [row.runtime] if len(suite.runtimes) > 1 else []
+    parts += [row.runtime] if len(suite.runtimes) > 1 and row.runtime != usual else []
     parts += [f"{row.threads} thread{'s' if row.threads > 1 else ''}"] if len(suite.threads) > 1 else []
     parts += ["offline"] if row.mode == "offline" else []
     several = len(suite.offline if row.mode == "offline" else suite.single_stream) > 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 from kdedge.errors import DeviceError
-from kdedge.runs import Run, write_bytes, write_json
+from kdedge.runs import Run, read_json, write_bytes, write_json
 from kdedge_bench.accuracy import accuracy_of
 from kdedge_bench.records import Record, check_record, file_name
 from kdedge_bench.rows import Row, ratio, row_of
@@ -164,8 +164,12 @@ class _Measured:
             raise DeviceError(f"Nothing of the suite {self.found.name} could be measured. " + " ".join(reasons))
         rows = [self._row(each, records) for each in self.planned]
         folder = self.out / "records"
-        for record in records.values():
-            write_json(folder / file_name(record, record["artifact"]["name"]), record)
+        written = {file_name(record, record["artifact"]["name"]): record for record in records.values()}
+        for name, record in written.items():
+            write_json(folder / name, record)
+        for path in folder.glob("*.json"):
+            if path.name not in written and "suite" in read_json(path):
+                path.unlink()  # of another session: beside these it would be taken for one of them
         document = self._document(rows, next(iter(records.values())))
         write_json(self.out / "suite.json", document)
         write_bytes(self.out / "suite.csv", as_csv(rows).encode())
@@ -207,7 +211,7 @@ class _Measured:
 
     def _row(self, planned: Planned, records: Mapping[str, Record]) -> Row:
         row, suite = planned.combination, self.found.suite
-        label = way(row, suite)
+        label = way(row, suite, self._usual_runtime)
         record = records.get(row.name)
         if record is None:
             known: dict[str, Any] = {"precision": row.precision, "runtime": row.runtime, "threads": row.threads}
@@ -218,6 +222,12 @@ class _Measured:
             compared = ratio(records[base.name], record, _base_label(base, row, suite.base.model))
         note = RANDOM if self.models[row.model].random else None
         return row_of(record, row.model, label, speed=compared, note=note, record=file_name(record, row.name))
+
+    @property
+    def _usual_runtime(self) -> str | None:
+        """Where it is the only one that runs here."""
+        run = {each.combination.runtime for each in self.planned if each.job is not None}
+        return run.pop() if len(run) == 1 else None
 
     def _document(self, rows: list[Row], record: Record) -> dict[str, Any]:
         return {
