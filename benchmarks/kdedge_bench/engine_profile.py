@@ -28,7 +28,7 @@ from kdedge.methods.fixmatch import logits_of
 from kdedge.models.zoo import Network, architecture, count_macs
 from kdedge.runs import write_json
 from kdedge.train import engine
-from kdedge.train.engine import EnginePlan, available_cores, pick_device, prepare, using
+from kdedge.train.engine import EnginePlan, arranged, available_cores, pick_device, prepare, using
 from kdedge_bench.engine_sides import PX, fixmatch_on_pictures, state_of
 from kdedge_device.record import load_average, machine, now
 
@@ -42,7 +42,13 @@ def profile(network: str, halvings: int, options: argparse.Namespace) -> dict[st
     """Milliseconds and shares of each part of a step: the medians of `options.steps`, after one that is not counted."""
     device = pick_device(options.device)
     method, batches = fixmatch_on_pictures(network, halvings, options.labeled, options.ratio, device)
-    plan = EnginePlan(memory_format=options.format, threads=options.threads, precision=options.precision)
+    plan = EnginePlan(
+        memory_format=options.format,
+        layers=options.layers,
+        threads=options.threads,
+        precision=options.precision,
+        update=options.update,
+    )
     state = state_of(method, plan)
     times_s: dict[str, list[float]] = {part: [] for part in PARTS}
 
@@ -54,7 +60,7 @@ def profile(network: str, halvings: int, options: argparse.Namespace) -> dict[st
         times_s[part].append(time.perf_counter() - started_at_s)
         return done
 
-    with using(plan, device):
+    with using(plan, device), arranged([method], plan):
         for number in range(options.steps + 1):
             batch = timed("views", batches.at, number)
             batch = dataclasses.replace(batch, images=prepare(batch.images, plan))
@@ -167,6 +173,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--device", default="auto")
     flags.add_argument("--threads", type=int, default=available_cores())
     flags.add_argument("--format", choices=("contiguous", "channels-last"), default="channels-last")
+    flags.add_argument("--layers", choices=("torch", "own"), default="own")
+    flags.add_argument("--update", choices=("foreach", "fused"), default="fused")
     flags.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     flags.add_argument("--memory", choices=("kept", "returned"), default="kept", help="what a step frees")
     flags.add_argument("--out", type=Path, required=True, help="the record")

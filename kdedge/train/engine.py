@@ -1,40 +1,37 @@
-"""How a step is computed: memory format, threads, precision. Measured once, then kept.
+"""How a step is computed: memory format, layers, threads, precision, compiler, update. Measured once, then kept.
 
 Channels-last is up to ten times faster for depthwise networks on a CPU and slower for some others, so it is measured
-on the run's own network and batch at the first start. The plan is written to the manifest: a resume and a seed then
-mean the same computation.
+on the run's own network and batch at the first start (`kdedge.train.fastest`). The plan is written to the manifest: a
+resume and a seed then mean the same computation.
 """
 
-import copy
 import ctypes
-import dataclasses
 import os
 import re
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from kdedge.config import Config
-from kdedge.data.batches import Batch, Batches
-from kdedge.errors import DeviceError
-from kdedge.methods.step import Method
+from kdedge.errors import DeviceError, RunError
+from kdedge.models.zoo import Network
+from kdedge.train.layers import own_layer, replaced
 from kdedge_device.record import cores_available
 
 __all__ = [
     "EngineConfig",
     "EnginePlan",
+    "arranged",
     "as_planned",
     "available_cores",
     "expect_determinism",
-    "measure_plan",
     "pick_device",
     "prepare",
     "using",
@@ -42,18 +39,27 @@ __all__ = [
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_BUDGET_S = 1.0  # seconds a candidate may take after its first step
+Compile = Literal["none", "default", "reduce-overhead"]
+
+_BACKEND = "inductor"  # of torch.compile
+
+
+def _compile_of_old(value: object) -> object:
+    """Runs that began before there was a choice have it as false."""
+    return "none" if value is False else value
 
 
 class EnginePlan(Config):
     """How the steps of one stage are computed."""
 
     memory_format: Literal["contiguous", "channels-last"] = "contiguous"
+    layers: Literal["torch", "own"] = "torch"  # own: kdedge.train.layers, the same sums in another order
     threads: Annotated[int, Field(gt=0)] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     parts: Annotated[int, Field(gt=0)] = 1  # a batch goes through the network in as many; more where memory is short
     deterministic: bool = False  # only kernels that give the same bits each time; on a GPU they are the slower ones
-    compile: Literal[False] = False  # torch.compile: not used yet; recorded so that a later plan differs visibly
+    compile: Annotated[Compile, BeforeValidator(_compile_of_old)] = "none"  # mode of torch.compile for the backbone
+    update: Literal["foreach", "fused"] = "foreach"  # of SGD's kernels; fused rounds elsewhere
 
 
 def _known_device(name: str) -> str:
@@ -164,6 +170,39 @@ def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
         settings.fill_uninitialized_memory = fills
 
 
+@contextmanager
+def arranged(networks: Sequence[nn.Module], plan: EnginePlan) -> Iterator[None]:
+    """Inside the block `networks` train with the layers of the plan, their backbones compiled where it says so.
+
+    A backbone is compiled at its first batch; views, loss and update are not. RunError for a plan that says so for a
+    batch in parts, or one that several processes share.
+    """
+    with ExitStack() as stack:
+        if plan.layers == "own":
+            stack.enter_context(replaced(networks, own_layer))
+        if plan.compile != "none":
+            stack.enter_context(_compiled(networks, plan))
+        yield
+
+
+@contextmanager
+def _compiled(networks: Sequence[nn.Module], plan: EnginePlan) -> Iterator[None]:
+    if plan.parts > 1 or (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        raise RunError(
+            f"The plan asks for torch.compile ({plan.compile}) of a batch that is computed in parts or shared by "
+            "several processes, which it is not made for. Set engine.plan.compile to none."
+        )
+    backbones = [module.backbone for network in networks for module in network.modules() if isinstance(module, Network)]
+    for backbone in backbones:
+        mode = None if plan.compile == "default" else plan.compile
+        backbone.compile(dynamic=False, backend=_BACKEND, mode=mode)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for backbone in backbones:
+            backbone._compiled_call_impl = None
+
+
 @lru_cache(maxsize=1)
 def _keep_freed_memory() -> None:
     """Let this process keep the memory that a step frees, for the next step.
@@ -177,57 +216,3 @@ def _keep_freed_memory() -> None:
     if libc is not None and hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def _bf16_pays(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported())
-
-
-def measure_plan(
-    method: Method, batches: Batches, device: torch.device, *, deterministic: bool = False
-) -> tuple[EnginePlan, list[dict[str, object]]]:
-    """The fastest plan for this method and batch, and the milliseconds a step of each candidate.
-
-    First the memory format with all cores, then fewer threads, then bf16 where the hardware has it. The method is
-    copied: measuring changes neither its weights nor its statistics.
-    """
-    cores = available_cores()
-    batch = batches.at(0)
-    timings: list[dict[str, object]] = []
-
-    def milliseconds(plan: EnginePlan) -> float:
-        elapsed_ms = _step_ms(method, batch, plan, device)
-        timings.append(plan.model_dump() | {"step_ms": round(elapsed_ms, 2)})
-        return elapsed_ms
-
-    start = EnginePlan(threads=cores, deterministic=deterministic)
-    candidates = [start, start.model_copy(update={"memory_format": "channels-last"})]
-    best_ms, best = min(((milliseconds(plan), plan) for plan in candidates), key=lambda pair: pair[0])
-    others = [best.model_copy(update={"threads": cores // 2})] if device.type == "cpu" and cores > 1 else []
-    others += [best.model_copy(update={"precision": "bf16"})] if _bf16_pays(device) else []
-    for plan in others:
-        if (elapsed_ms := milliseconds(plan)) < best_ms:
-            best_ms, best = elapsed_ms, plan
-    return best, timings
-
-
-def _step_ms(method: Method, batch: Batch, plan: EnginePlan, device: torch.device) -> float:
-    """The fastest of a few forward and backward passes, milliseconds."""
-    trial = as_planned(copy.deepcopy(method), plan).train()
-    ready = dataclasses.replace(batch, images=prepare(batch.images, plan))
-    fastest = float("inf")
-    started_at_s = time.perf_counter()
-    with using(plan, device):
-        for repeat in range(6):
-            before_s = time.perf_counter()
-            trial(ready).loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat > 0 or time.perf_counter() - started_at_s > _BUDGET_S:
-                fastest = min(fastest, time.perf_counter() - before_s)
-            if repeat > 0 and time.perf_counter() - started_at_s > _BUDGET_S:
-                break
-    return fastest * 1e3

@@ -22,7 +22,7 @@ from kdedge.runs import Run
 from kdedge.train.checkpoint import Checkpoints
 from kdedge.train.distributed import ALONE, Ranks
 from kdedge.train.due import due
-from kdedge.train.engine import EngineConfig, EnginePlan, as_planned, prepare, using
+from kdedge.train.engine import EngineConfig, EnginePlan, arranged, as_planned, prepare, using
 from kdedge.train.guard import Guard, gradient_norm
 from kdedge.train.metrics import MetricsLog
 from kdedge.train.optim import OptimConfig
@@ -82,8 +82,9 @@ def fit(
     pace = Pace(stage, first, batches)
 
     # ---- train
-    sharing = ranks.sharing(method, batches.images_per_step)
-    with stop_asked() as stop, using(plan, device), sharing, Saver(checkpoints, engine.checkpoint_every_s) as saver:
+    computing, sharing = arranged([method], plan), ranks.sharing(method, batches.images_per_step)
+    saving = Saver(checkpoints, engine.checkpoint_every_s)
+    with stop_asked() as stop, using(plan, device), computing, sharing, saving as saver:
         run = Run(metrics.path.parent) if metrics.writes else None
         guard = Guard(stage, state, batches, run, first, lambda: max(first, saver.settled_step()))
         for step in range(first, total):

@@ -14,7 +14,7 @@ from kdedge.data.batches import Batches, step_seed
 from kdedge.errors import RunError
 from kdedge.methods.step import Method
 from kdedge.train.checkpoint import Checkpoints
-from kdedge.train.engine import EnginePlan, prepare, using
+from kdedge.train.engine import EnginePlan, arranged, prepare, using
 from kdedge.train.guard import gradient_norm, numbers, terms_of, weights_norm
 from kdedge.train.optim import OptimConfig
 from kdedge.train.state import State
@@ -87,7 +87,7 @@ def replay(
             f"The last checkpoint of stage {stage} is of step {first}, and step {to_step} was to be replayed. "
             "Expected one before it; the run has gone past that step since. There is nothing to replay."
         )
-    with using(plan, state.device), _outputs(method) as outputs:
+    with using(plan, state.device), arranged([method], plan), _outputs(method) as outputs:
         for step in range(first, to_step):
             outputs.clear()
             torch.manual_seed(step_seed(seed, stage, "network", step))

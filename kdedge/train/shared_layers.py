@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from kdedge.errors import RunError
+from kdedge.train.layers import alike, replaced
 
 __all__ = ["Shared", "SharedBatchNorm2d", "shared_layers"]
 
@@ -38,20 +39,8 @@ def shared_layers(networks: Sequence[nn.Module], shared: Shared) -> Iterator[Non
     The replacements hold the very same parameters and buffers under the same names: optimizer, averages and
     checkpoints do not notice. RunError where a layer normalises by the batch in a way that is not known here.
     """
-    replaced = [
-        (module, name, child, made)
-        for network in networks
-        for module in network.modules()
-        for name, child in module.named_children()
-        if (made := _shared(child, shared)) is not None
-    ]
-    for module, name, _, made in replaced:
-        setattr(module, name, made)
-    try:
+    with replaced(networks, lambda layer: _shared(layer, shared)):
         yield
-    finally:
-        for module, name, child, made in replaced:
-            setattr(module, name, child.train(made.training))
 
 
 def _shared(layer: nn.Module, shared: Shared) -> nn.Module | None:
@@ -59,9 +48,7 @@ def _shared(layer: nn.Module, shared: Shared) -> nn.Module | None:
     if isinstance(layer, nn.Dropout | StochasticDepth) and layer.p > 0:
         return _SharedDropout(layer.p, shared, isinstance(layer, StochasticDepth)).train(layer.training)
     if isinstance(layer, nn.BatchNorm2d):
-        made = SharedBatchNorm2d.__new__(SharedBatchNorm2d)
-        made.__dict__ |= layer.__dict__ | {"shared": shared}  # the same parameters, buffers and settings
-        return made
+        return alike(layer, SharedBatchNorm2d, shared=shared)
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         raise RunError(
             f"The network has a layer {type(layer).__name__}, whose statistics several processes cannot share. "

@@ -34,6 +34,7 @@ class State:
             _resolved(optim.momentum),
             _resolved(optim.weight_decay),
             optim.optimizer or "sgd",
+            fused=plan.update == "fused",
         )
         self.ema = Ema(method.network, _resolved(optim.ema_decay))
         self.ema.network.compute = None  # an evaluation keeps no activations

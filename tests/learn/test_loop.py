@@ -20,9 +20,10 @@ from kdedge.methods.health import SliceHealth, pseudo_label_logs
 from kdedge.methods.step import Method, Step
 from kdedge.methods.thresholds import ThresholdConfig, make_policy
 from kdedge.models.zoo import ModelSpec, Network
+from kdedge.train import engine
 from kdedge.train.checkpoint import Checkpoints, tensors_hash
 from kdedge.train.due import due, to_steps
-from kdedge.train.engine import EngineConfig, EnginePlan, measure_plan, prepare
+from kdedge.train.engine import EngineConfig, EnginePlan, prepare
 from kdedge.train.loop import fit
 from kdedge.train.metrics import MetricsLog, SilentDisplay
 from kdedge.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -151,14 +152,23 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k not in timings} for entry in entries]
 
 
-@pytest.mark.parametrize("spec", [SPEC, MOBILE], ids=["wide-resnet", "mobilenet"])
-def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path, spec) -> None:
-    whole = train(tmp_path / "whole", spec=spec, every=4)
+OWN = PLAN.model_copy(update={"layers": "own", "update": "fused"})
+COMPILED = PLAN.model_copy(update={"compile": "default"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "plan"),
+    [(SPEC, PLAN), (MOBILE, PLAN), (MOBILE, OWN), (SPEC, COMPILED)],
+    ids=["wide-resnet", "mobilenet", "own-layers", "compiled"],
+)
+def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path, monkeypatch, spec, plan) -> None:
+    monkeypatch.setattr(engine, "_BACKEND", "eager")  # traced, but no C++ compiler is asked
+    whole = train(tmp_path / "whole", spec=spec, every=4, plan=plan)
     for die in (1, 5, 11):  # between two lines: what was counted since the last one is in the checkpoint
         folder = tmp_path / f"dies-at-{die}"
         with pytest.raises(Killed):
-            train(folder, die=die, spec=spec, every=4)
-        assert weights(train(folder, spec=spec, every=4)) == weights(whole)
+            train(folder, die=die, spec=spec, every=4, plan=plan)
+        assert weights(train(folder, spec=spec, every=4, plan=plan)) == weights(whole)
         assert logged(folder) == logged(tmp_path / "whole")
 
 
@@ -394,17 +404,6 @@ def test_durations_become_steps_at_the_border() -> None:
     with pytest.raises(ValueError, match="total_steps and total_images are both set"):
         to_steps(5, None, 65, batch=64, images_an_epoch=1)
     assert [k for k in range(1, 11) if due(k, 4, 10)] == [4, 8, 10]
-
-
-def test_measuring_a_plan_leaves_the_method_as_it_was() -> None:
-    method = fixmatch()
-    before = tensors_hash(method.state_dict())
-    batches = Batches(toy_pool(), VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer")
-    plan, timings = measure_plan(method, batches, torch.device("cpu"))
-    assert tensors_hash(method.state_dict()) == before
-    assert all(p.grad is None for p in method.parameters())
-    fastest = min(timings, key=lambda t: t["step_ms"])
-    assert plan.model_dump() == {k: v for k, v in fastest.items() if k != "step_ms"}
 
 
 def test_one_channel_really_becomes_channels_last() -> None:
