@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import SPEC, VIEWS, toy_network, toy_pool
 
 from kdedge.data.batches import Batches
+from kdedge.data.contrastive_views import ContrastiveViewConfig
 from kdedge.errors import RunError
 from kdedge.methods.distill import DistillConfig
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
 from kdedge.methods.health import slice_health
 from kdedge.methods.kd_fixmatch import KDFixMatch, KDFixMatchConfig, TrustedTargets
+from kdedge.methods.simclr import SimCLR, SimCLRConfig
 from kdedge.methods.step import Method
 from kdedge.methods.teacher import LiveTeacher, StoredTeacher, Teacher
 from kdedge.methods.thresholds import ThresholdConfig, make_policy
@@ -62,6 +64,19 @@ def kd_fixmatch(distill: DistillConfig | None = None) -> KDFixMatch:
     return KDFixMatch(toy_network().double(), config, make_policy(config.thresholds, 3, 60), trusted, teacher)
 
 
+def simclr(queue: int) -> SimCLR:
+    return SimCLR(toy_network(), SimCLRConfig(temperature=0.5, dims=16, queue=queue, chunk=11)).double()
+
+
+def pairs(ranks: Ranks) -> Batches:
+    """Two views of 13 images: the first of two ranks has both of none."""
+    views = ContrastiveViewConfig(
+        smallest_area=0.4, flip=True, jitter_strength=0.5, grayscale_probability=0.2, blur_probability=0.0
+    )
+    share = (ranks.rank, ranks.world)
+    return Batches(toy_pool(), views, labeled_batch=0, unlabeled_batch=13, seed=0, stage="pretrain", share=share)
+
+
 def batches(ranks: Ranks, labeled: int) -> Batches:
     share = (ranks.rank, ranks.world)
     return Batches(
@@ -69,12 +84,21 @@ def batches(ranks: Ranks, labeled: int) -> Batches:
     )
 
 
-def trained(ranks: Ranks, method: Method, *, steps: int, labeled: int = 7, momentum: float = 0.1) -> dict[str, Tensor]:
+def trained(
+    ranks: Ranks,
+    method: Method,
+    *,
+    steps: int,
+    labeled: int = 7,
+    momentum: float = 0.1,
+    drawn: Batches | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Tensor]:
     """In float64: weights, statistics and state after some steps of 5 * `labeled` images, and the loss of each."""
     method.train().network.double()
     set_batch_norm_momentum(method.network, momentum)
-    drawn = batches(ranks, labeled)
-    optimizer = make_optimizer(method, 0.03, 0.9, 5e-4)
+    drawn = drawn or batches(ranks, labeled)
+    optimizer = optimizer or make_optimizer(method, 0.03, 0.9, 5e-4)
     step_of, losses = ranks.parallel(method), []
     with ranks.sharing(method, drawn.images_per_step):
         for step in range(steps):
@@ -86,6 +110,12 @@ def trained(ranks: Ranks, method: Method, *, steps: int, labeled: int = 7, momen
             optimizer.step()
             losses.append(result.loss.detach())
     return {**method.state_dict(), "losses": torch.stack(losses)}
+
+
+def contrasted(ranks: Ranks, queue: int) -> dict[str, Tensor]:
+    method = simclr(queue)
+    lars = make_optimizer(method, 1.0, 0.9, 1e-4, "lars")
+    return trained(ranks, method, steps=6, drawn=pairs(ranks), optimizer=None if queue else lars)
 
 
 def fitted(ranks: Ranks, folder: Path) -> dict[str, Tensor]:
@@ -166,6 +196,8 @@ EXPERIMENTS: dict[str, Callable[[Ranks, Path], dict[str, Tensor]]] = {
     "live-teacher": lambda ranks, _: trained(ranks, kd_fixmatch(DistillConfig(views="same")), steps=4),
     "frozen": lambda ranks, _: trained(ranks, fixmatch("fixed"), steps=3, momentum=0.0),
     "dropout": lambda ranks, _: trained(ranks, fixmatch("fixed", MOBILE), steps=3),
+    "simclr": lambda ranks, _: contrasted(ranks, 0),
+    "simclr-queue": lambda ranks, _: contrasted(ranks, 40),
     "loop": fitted,
     "scored": scored,
     "clustered": clustered,

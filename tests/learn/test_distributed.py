@@ -72,7 +72,10 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float((error / sum(float(expected[n].double().square().sum()) for n in floats)) ** 0.5)
 
 
-@pytest.mark.parametrize("name", ["fixmatch", "freematch", "kd-fixmatch", "live-teacher", "frozen", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    ["fixmatch", "freematch", "kd-fixmatch", "live-teacher", "frozen", "dropout", "simclr", "simclr-queue"],
+)
 def test_two_processes_train_in_float64_what_one_does(found, tmp_path, name) -> None:
     """Uneven shares too: 35 images a step, but 30 for freematch."""
     alone, (first, second) = EXPERIMENTS[name](ALONE, tmp_path), (each[name] for each in found)
