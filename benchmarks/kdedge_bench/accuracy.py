@@ -1,16 +1,19 @@
 """Accuracy of the very file that was measured: on the run's own test images, else on the images that a bundle carries.
 
-Scored once for the same bytes, images and runtime, and kept in `scored/` beside the records. What cannot be scored is
-null and said so, never taken from elsewhere.
+Scored once for the same bytes, images and runtime, and kept in the user's cache. What cannot be scored is null and said
+so, never taken from elsewhere.
 """
 
+import contextlib
+import functools
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from kdedge.errors import KdedgeError
+from kdedge.errors import KdedgeError, RunError
 from kdedge.runs import Run, read_json, write_json
 from kdedge_bench.records import Record
 from kdedge_device.bench_subject import Runner
@@ -20,7 +23,7 @@ from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.record import cores_available
 
-__all__ = ["Exam", "accuracy_of", "carried_exam", "exam_of", "keep", "kept", "told"]
+__all__ = ["Exam", "accuracy_of", "carried_exam", "exam_of", "keep", "kept", "scores_folder", "told"]
 
 CHUNK = 256  # images in memory at a time
 Say = Callable[[str], None]
@@ -36,6 +39,11 @@ class Exam:
     split: str
     sha256: str
     run: Path | None = None
+
+
+def scores_folder() -> Path:
+    """Where scores are kept, whatever they were measured for: in KDEDGE_CACHE, else in ~/.cache/kdedge."""
+    return Path(os.environ.get("KDEDGE_CACHE") or "~/.cache/kdedge").expanduser() / "scored"
 
 
 def exam_of(path: Path) -> Exam | None:
@@ -61,7 +69,7 @@ def carried_exam(folder: Path) -> Exam | None:
     return None if entry is None else Exam(folder, "eval", str(entry["sha256"]))
 
 
-def accuracy_of(record: Record, path: Path, keep_in: Path, say: Say) -> Accuracy | None:
+def accuracy_of(record: Record, path: Path, say: Say) -> Accuracy | None:
     """{"value", "correct", "images", "split", "sha256"} of the file that `record` names, which lies in or at `path`.
 
     None without labelled images, and where the file is no longer the one that was measured.
@@ -69,7 +77,7 @@ def accuracy_of(record: Record, path: Path, keep_in: Path, say: Say) -> Accuracy
     exam = exam_of(path)
     if exam is None:
         return None
-    found = kept(keep_in, record, exam)
+    found = kept(record, exam)
     if found is not None:
         return found
     try:
@@ -80,19 +88,19 @@ def accuracy_of(record: Record, path: Path, keep_in: Path, say: Say) -> Accuracy
         if carried is None:
             return None
         exam = carried
-        found = kept(keep_in, record, exam)
+        found = kept(record, exam)
         try:
             found = found or _scored(record, exam, say)
         except (KdedgeError, Failure) as second:
             say(f"{record['artifact']['name']} is not scored on the {exam.split} images: {second}")
             return None
-    keep(keep_in, record, exam, found)
+    keep(record, exam, found)
     return found
 
 
-def kept(folder: Path, record: Record, exam: Exam) -> Accuracy | None:
+def kept(record: Record, exam: Exam) -> Accuracy | None:
     """What was found before for the same bytes, images, runtime and machine."""
-    path = _path(folder, record, exam)
+    path = _path(record, exam)
     if not path.is_file():
         return None
     try:
@@ -103,8 +111,10 @@ def kept(folder: Path, record: Record, exam: Exam) -> Accuracy | None:
     return document.get("accuracy") if same else None
 
 
-def keep(folder: Path, record: Record, exam: Exam, found: Accuracy) -> None:
-    write_json(_path(folder, record, exam), {"schema": 1, "of": _key(record, exam), "accuracy": found})
+def keep(record: Record, exam: Exam, found: Accuracy) -> None:
+    """Where the cache cannot be written, it is scored again the next time."""
+    with contextlib.suppress(RunError):
+        write_json(_path(record, exam), {"schema": 1, "of": _key(record, exam), "accuracy": found})
 
 
 def _key(record: Record, exam: Exam) -> dict[str, Any]:
@@ -119,10 +129,10 @@ def _key(record: Record, exam: Exam) -> dict[str, Any]:
     }
 
 
-def _path(folder: Path, record: Record, exam: Exam) -> Path:
+def _path(record: Record, exam: Exam) -> Path:
     artifact = record["artifact"]
     runtime = f"{artifact.get('runtime')}-{record['machine'].get('architecture')}"
-    return folder / "scored" / f"{str(artifact['sha256'])[:16]}-{exam.sha256[:16]}-{runtime}.json"
+    return scores_folder() / f"{str(artifact['sha256'])[:16]}-{exam.sha256[:16]}-{runtime}.json"
 
 
 def _scored(record: Record, exam: Exam, say: Say) -> Accuracy:
@@ -156,9 +166,7 @@ def _same(sha256: str, artifact: Mapping[str, Any]) -> None:
 
 def _on_test(bundle: Bundle, runner: Runner, run: Path, name: str, say: Say) -> tuple[int, int]:
     """(right, images) of the test images whose class is known."""
-    from kdedge_export.images import open_run_images  # with it comes torch: seconds that a kept result does not need
-
-    part = open_run_images(Run(run)).test
+    part = _test_of(run)
     known = part.labels >= 0
     if not known.any():
         raise Failure("the class of no test image is known.")
@@ -170,6 +178,14 @@ def _on_test(bundle: Bundle, runner: Runner, run: Path, name: str, say: Say) -> 
         correct += int(((guesses == labels) & (labels >= 0)).sum())
         start += len(images)
     return correct, int(known.sum())
+
+
+@functools.lru_cache(maxsize=1)
+def _test_of(run: Path) -> Any:
+    """Opened once for all files of a run: looking through a large folder takes seconds."""
+    from kdedge_export.images import open_run_images  # with it comes torch, which a kept result does not need
+
+    return open_run_images(Run(run)).test
 
 
 def told(correct: int, images: int, exam: Exam) -> Accuracy:

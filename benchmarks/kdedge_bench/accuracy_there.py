@@ -29,14 +29,14 @@ def score_there(
     if exam is None:
         return
     for record in records:
-        found = kept(target.out, record, exam)
+        found = kept(record, exam)
         if found is None:
             try:
                 found = _asked(place, target, record, exam, say, stopped, clean)
             except KdedgeError as error:
                 say(f"{place.name}: {record['artifact']['name']} is not scored on the eval images: {error}")
                 continue
-            keep(target.out, record, exam, found)
+            keep(record, exam, found)
         record["accuracy"] = found
         write_json(names.path(str(place), target.out, record, record["artifact"]["name"]), record)
 

@@ -53,7 +53,7 @@ def measure_here(
         record = pooled(each, session)
         record["conditions"]["effort"] = told_effort(effort, repeats)
         record["artifact"]["name"] = work[name].name or record["artifact"]["name"]
-        record["accuracy"] = accuracy_of(record, work[name].path, work[name].out, say)
+        record["accuracy"] = accuracy_of(record, work[name].path, say)
         outcome.records += written(record, work[name], LOCAL, names)
     outcome.errors += [_error(name, error) for name, error in failed.items()]
     return outcome

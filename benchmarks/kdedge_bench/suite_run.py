@@ -202,7 +202,7 @@ class _Measured:
             "weights": "random" if subject.random else None,
         }
         if subject.path is not None and not subject.random:
-            record["accuracy"] = accuracy_of(record, subject.path, self.out, self.say)
+            record["accuracy"] = accuracy_of(record, subject.path, self.say)
         return record
 
     def _why(self, planned: Planned) -> str | None:

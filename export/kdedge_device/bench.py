@@ -16,6 +16,7 @@ from kdedge_device.clock import (
     Timed,
     collect,
     early_stopping_p90,
+    quantiles,
     stopwatch,
     summarize,
     warm_up,
@@ -98,6 +99,7 @@ def measure(
     }
     document = told(begun, ran, watch, summarize(queries), batch * len(queries), sum(queries) / 1e9, more)
     document["latency_ms"] = {part: None if each is None else summarize(each) for part, each in times.items()}
+    document["quantiles_ms"] = {part: None if each is None else quantiles(each) for part, each in times.items()}
     document["early_stopping_p90_ms"] = early_stopping_p90(queries)
     return Measured(document, times)
 

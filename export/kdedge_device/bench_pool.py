@@ -9,7 +9,7 @@ import statistics
 from typing import Any, Dict, List, Optional, Sequence
 
 from kdedge_device.bench_rounds import Record, Told
-from kdedge_device.clock import early_stopping_p90, summarize, variation
+from kdedge_device.clock import early_stopping_p90, quantiles, summarize, variation
 from kdedge_device.clock_span import joined, moved
 from kdedge_device.energy import pooled_energy
 
@@ -22,10 +22,10 @@ _WHILE_TIMED = {"gpu": "gpu_while_timed", "cpu": "cpu_while_timed"}
 def pooled(told: Sequence[Told], session: str) -> Record:
     """One record over all rounds: summaries of all times together, or where they are not known of the rounds' own.
 
-    `rounds_ms`: p50 and p90 of computing, one a round; `rounds_ips`: the throughput of each. The state of the machine
-    is that before the first round and after the last, its clocks while timed those of all; energy is all millijoules by
-    all inferences. What speaks against a round, or changed from one to the next, speaks against all; a brake in any
-    round counts.
+    `rounds_ms`: p50 and p90 of computing, one a round; `rounds_ips`: the throughput of each; `quantiles_ms`: of all
+    times, where they are known. The state of the machine is that before the first round and after the last, its clocks
+    while timed those of all; energy is all millijoules by all inferences. What speaks against a round, or changed from
+    one to the next, speaks against all; a brake in any round counts.
     """
     records = [each.record for each in told]
     first = records[0]
@@ -43,6 +43,7 @@ def pooled(told: Sequence[Told], session: str) -> Record:
         **first,
         "conditions": conditions,
         "latency_ms": latency_ms,
+        "quantiles_ms": {part: None if (times := _times(part, told)) is None else quantiles(times) for part in _PARTS},
         "early_stopping_p90_ms": _early(told, _headline(first)),
         "repeats": len(records),
         "rounds_ms": {key: [each[key] for each in rounds] for key in ("p50", "p90")},

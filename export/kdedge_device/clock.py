@@ -18,6 +18,7 @@ __all__ = [
     "collect",
     "early_stopping_p90",
     "percentile",
+    "quantiles",
     "stopwatch",
     "summarize",
     "told_effort",
@@ -31,6 +32,7 @@ FEWEST_QUERIES = 64  # MLPerf's least for its estimate of p90
 MAX_VARIATION = 0.025  # standard deviation by mean, of times that are called stable
 MAX_TAIL = 1.5  # and their p99 by p50
 STEADY = 0.02  # medians this close are called equal
+_DRAWN = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 _WINDOWS = 5  # of the warm-up; the last three are compared
 
 Timed = Callable[[int], int]
@@ -148,6 +150,13 @@ def summarize(times_ns: Sequence[int]) -> Dict[str, Any]:
         "std": spread,
         "count": count,
     }
+
+
+def quantiles(times_ns: Sequence[int]) -> Dict[str, float]:
+    """{"1": ms, "5", "10", "25", "50", "75", "90", "95", "99"}, for a picture of them; "99" from 1,000 runs on."""
+    ordered = sorted(value / 1e6 for value in times_ns)
+    known = [percent for percent in _DRAWN if percent < 99 or len(ordered) >= P99_RUNS]
+    return {str(percent): percentile(ordered, percent) for percent in known}
 
 
 def early_stopping_p90(times_ns: Sequence[int]) -> Optional[float]:

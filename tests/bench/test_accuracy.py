@@ -62,6 +62,11 @@ def bundle(folder: Path, *, carried: bool = True) -> Made:
     return Made(folder, images, labels, weights)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDEDGE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every time that a file is scored."""
@@ -83,7 +88,7 @@ def test_on_the_images_that_a_bundle_carries(tmp_path: Path, counted: list[str])
     right = made.right(made.images, made.labels)
     assert 0 < right < 70
     for _ in range(2):
-        found = accuracy_of(made.record(), made.bundle, tmp_path / "out", lambda _: None)
+        found = accuracy_of(made.record(), made.bundle, lambda _: None)
         assert found == {
             "value": right / 70,
             "correct": right,
@@ -92,18 +97,19 @@ def test_on_the_images_that_a_bundle_carries(tmp_path: Path, counted: list[str])
             "sha256": sha256_file(str(made.bundle / "eval.npz")),
         }
     assert counted == ["eval"], "the second time it is known"
-    of_file = accuracy_of(made.record(), made.bundle / "model.onnx", tmp_path / "out", lambda _: None)
+    assert len(list((tmp_path / "cache" / "scored").iterdir())) == 1
+    of_file = accuracy_of(made.record(), made.bundle / "model.onnx", lambda _: None)
     assert of_file == found
-    accuracy_of(made.record(version="2.0"), made.bundle, tmp_path / "out", lambda _: None)
+    accuracy_of(made.record(version="2.0"), made.bundle, lambda _: None)
     assert len(counted) == 2, "another runtime may give other classes"
 
 
 def test_a_file_that_changed_is_not_what_was_measured(tmp_path: Path, counted: list[str]) -> None:
     made = bundle(tmp_path / "net")
     record = made.record()
-    first = accuracy_of(record, made.bundle, tmp_path / "out", lambda _: None)
+    first = accuracy_of(record, made.bundle, lambda _: None)
     said: list[str] = []
-    assert accuracy_of(made.record(sha256="f" * 64), made.bundle, tmp_path / "out", said.append) is None
+    assert accuracy_of(made.record(sha256="f" * 64), made.bundle, said.append) is None
     assert "no file of" in said[0]
     assert "f" * 12 in said[0]
     network(made.bundle / "model.onnx", -made.weights)
@@ -111,7 +117,7 @@ def test_a_file_that_changed_is_not_what_was_measured(tmp_path: Path, counted: l
     from kdedge_export.bundle import write_manifest
 
     write_manifest(made.bundle, {"fp32": {"golden_tolerance": 0.1}}, PREPROCESS, ("a", "b", "c"), "fp32", {}, {})
-    again = accuracy_of(made.record(), made.bundle, tmp_path / "out", lambda _: None)
+    again = accuracy_of(made.record(), made.bundle, lambda _: None)
     assert first is not None
     assert again is not None
     assert again["correct"] != first["correct"]
@@ -121,13 +127,13 @@ def test_a_file_that_changed_is_not_what_was_measured(tmp_path: Path, counted: l
 
 def test_other_images_are_another_exam(tmp_path: Path, counted: list[str]) -> None:
     made = bundle(tmp_path / "net")
-    accuracy_of(made.record(), made.bundle, tmp_path / "out", lambda _: None)
+    accuracy_of(made.record(), made.bundle, lambda _: None)
     np.savez(made.bundle / "eval.npz", images=made.images[:40], labels=made.labels[:40])
     (made.bundle / "manifest.json").unlink()
     from kdedge_export.bundle import write_manifest
 
     write_manifest(made.bundle, {"fp32": {"golden_tolerance": 0.1}}, PREPROCESS, ("a", "b", "c"), "fp32", {}, {})
-    found = accuracy_of(made.record(), made.bundle, tmp_path / "out", lambda _: None)
+    found = accuracy_of(made.record(), made.bundle, lambda _: None)
     assert found is not None
     assert (found["images"], found["correct"]) == (40, made.right(made.images[:40], made.labels[:40]))
     assert len(counted) == 2
@@ -154,7 +160,7 @@ def test_on_the_runs_own_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     opened = type("Images", (), {"test": _Part(made.images, labels)})
     monkeypatch.setattr("kdedge_export.images.open_run_images", lambda run: opened)
     monkeypatch.setattr("kdedge_bench.accuracy.CHUNK", 16)
-    found = accuracy_of(made.record(), made.bundle, tmp_path / "out", lambda _: None)
+    found = accuracy_of(made.record(), made.bundle, lambda _: None)
     known = labels >= 0
     right = made.right(made.images[known], labels[known])
     assert found == {"value": right / 60, "correct": right, "images": 60, "split": "test", "sha256": "5" * 64}
@@ -174,7 +180,7 @@ def test_where_the_runs_images_are_gone_those_in_the_bundle_do(
 
     monkeypatch.setattr("kdedge_export.images.open_run_images", gone)
     said: list[str] = []
-    found = accuracy_of(made.record(), made.bundle, tmp_path / "out", said.append)
+    found = accuracy_of(made.record(), made.bundle, said.append)
     assert found is not None
     assert (found["split"], found["correct"]) == ("eval", made.right(made.images, made.labels))
     assert "fp32 is not scored on the test images: The images are gone." in said
@@ -183,10 +189,10 @@ def test_where_the_runs_images_are_gone_those_in_the_bundle_do(
 def test_what_nobody_labelled_has_no_accuracy(tmp_path: Path) -> None:
     made = bundle(tmp_path / "net", carried=False)
     assert exam_of(made.bundle) is None
-    assert accuracy_of(made.record(), made.bundle, tmp_path / "out", lambda _: None) is None
+    assert accuracy_of(made.record(), made.bundle, lambda _: None) is None
     network(tmp_path / "bare.onnx", made.weights)
-    assert accuracy_of(made.record(), tmp_path / "bare.onnx", tmp_path / "out", lambda _: None) is None
-    assert not (tmp_path / "out").exists()
+    assert accuracy_of(made.record(), tmp_path / "bare.onnx", lambda _: None) is None
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("altered", [False, True])

@@ -12,6 +12,7 @@ from kdedge_device.clock import (
     collect,
     early_stopping_p90,
     percentile,
+    quantiles,
     stopwatch,
     summarize,
     variation,
@@ -143,3 +144,9 @@ def test_efforts_are_those_of_the_contract() -> None:
         "standard": (60.0, 2000),
         "mlperf": (600.0, 2000),
     }
+
+
+def test_quantiles_for_a_picture() -> None:
+    found = quantiles([1_000_000 * i for i in range(100, 0, -1)])
+    assert found == {str(each): float(each) for each in (1, 5, 10, 25, 50, 75, 90, 95)}, "99 would be noise"
+    assert quantiles(list(range(1, 1001)))["99"] == 990 / 1e6
