@@ -6,34 +6,10 @@ from typing import Any
 
 from kdedge_bench import formats
 from kdedge_bench.facts import Facts
-from kdedge_bench.records import flags, latency, machine_name
-from kdedge_bench.table import artifact_label
+from kdedge_bench.records import flags, machine_name
+from kdedge_bench.report_tables import Column, Table
 
-__all__ = ["commands", "conditions", "hashes", "latencies", "provenance", "stages"]
-
-
-def latencies(facts: Facts) -> list[tuple[str, ...]]:
-    """Rows of the table of latencies: every part of every measurement."""
-    parts = {"compute": "compute", "with_copies": "with copies", "end_to_end": "end to end"}
-    rows = []
-    for record in sorted(
-        facts.records, key=lambda record: (machine_name(record), str(record["artifact"].get("precision")))
-    ):
-        for part, name in parts.items():
-            times = latency(record, part)
-            if times:
-                numbers = [
-                    formats.milliseconds(times.get(key)) for key in ("p50", "p90", "p99", "min", "max", "mean", "std")
-                ]
-                rows.append(
-                    (
-                        artifact_label(str(record["artifact"].get("precision"))),
-                        name,
-                        *numbers,
-                        formats.count(times.get("count")),
-                    )
-                )
-    return rows
+__all__ = ["commands", "conditions", "hashes", "provenance", "stages"]
 
 
 def conditions(facts: Facts) -> list[tuple[str, str]]:
@@ -107,23 +83,29 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def stages(facts: Facts) -> list[tuple[str, ...]]:
-    """Rows of the table of training stages: name, steps, time, images a second, and the engine plan."""
-    rows: list[tuple[str, ...]] = []
+def stages(facts: Facts) -> Table:
+    """A row a stage of the training: steps, time, images a second, and the engine plan."""
+    rows = []
     plans = facts.manifest.get("engine_plan") or {}
     for stage, done in (facts.manifest.get("stages") or {}).items():
-        steps = max((line["step"] for line in facts.metrics if line.get("stage") == stage), default=None)
         plan = (plans.get(stage) or {}).get("plan") or {}
         rows.append(
-            (
-                stage,
-                formats.count(steps),
-                formats.span(done.get("seconds")),
-                formats.count(done.get("images_per_second")),
-                ", ".join(f"{_lower(_words(key))} {_text(value)}" for key, value in plan.items()) or formats.DASH,
-            )
+            {
+                "stage": stage,
+                "steps": max((line["step"] for line in facts.metrics if line.get("stage") == stage), default=None),
+                "seconds": done.get("seconds"),
+                "images_per_second": done.get("images_per_second"),
+                "plan": ", ".join(f"{_lower(_words(key))} {_text(value)}" for key, value in plan.items()) or None,
+            }
         )
-    return rows
+    columns = (
+        Column("Stage", ("stage",), text=True),
+        Column("Steps", ("steps",), formats.count),
+        Column("Time", ("seconds",), formats.span),
+        Column("Images a second", ("images_per_second",), formats.count),
+        Column("Engine plan", ("plan",), text=True),
+    )
+    return Table("stages", "Stages of the training", columns, tuple(rows))
 
 
 def provenance(facts: Facts) -> list[tuple[str, str]]:

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdedge_bench.facts import Facts
-from kdedge_bench.formats import DASH, count, milliseconds, percent, shorten, unique_short
-from kdedge_bench.svg import HEIGHT_IN, INK, MUTED, drawing, to_svg
-from kdedge_bench.table import Summary
+from kdedge_bench.formats import DASH, count, percent, unique_short
+from kdedge_bench.svg import INK, MUTED, drawing, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,23 +27,23 @@ __all__ = [
     "pseudo_label_accuracy",
     "pseudo_label_classes",
     "sensitivity",
-    "tradeoff",
     "trusted",
     "validation_accuracy",
 ]
 
 STAGES = {
     "baseline": ("baseline", "#8a949e"),
+    "pretrain": ("pretraining", "#009E73"),
     "outer": ("outer (teacher)", "#D55E00"),
     "inner": ("inner (student)", "#0072B2"),
 }
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-ROW_COLOURS = {"fp32": "#0072B2", "int8": "#D55E00"}
 FILES = {"int8": ("INT8, ONNX Runtime", "#D55E00"), "trt": ("INT8, TensorRT (emulated)", "#009E73")}
 LAYERS_SHOWN = 12
 MAX_NAMED = 20  # classes; more names than this cannot be read on an axis of 3 inches
 MAX_NUMBERED = 12  # classes; more numbers than this cannot be read in the cells
 SMOOTH_FROM = 80  # points
+BLUE, WHITE = (0.04, 0.33, 0.58), "#fefefe"  # of the confusion matrix; this white is not the page's, which may be dark
 
 Curve = tuple[str, str, list[float], list[float]]  # name, colour, steps, values
 
@@ -241,7 +240,7 @@ def validation_accuracy(facts: Facts, key: str) -> str | None:
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], key: str, artifact: str) -> str:
     """Counts [K true, K predicted]; a cell's colour is its share of the true class, so rare classes show too."""
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     many = len(classes)
@@ -250,7 +249,9 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], key: str, a
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
         # Square root: one mistake in a hundred is still seen.
-        axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="none", aspect="equal")
+        # Of one colour, more or less see-through: the page shines through it, light or dark.
+        blues = LinearSegmentedColormap.from_list("blues", [(*BLUE, 0.0), (*BLUE, 1.0)])
+        axes.imshow(shares, cmap=blues, norm=PowerNorm(0.5, 0, 1), interpolation="none", aspect="equal")
         axes.set_xlabel("Predicted class")
         axes.set_ylabel("True class")
         if many <= MAX_NAMED:
@@ -258,7 +259,7 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], key: str, a
         if many <= MAX_NUMBERED:
             for (row, column), number in np.ndenumerate(matrix):
                 if number:
-                    colour = "white" if shares[row, column] > 0.36 else INK
+                    colour = WHITE if shares[row, column] > 0.45 else INK
                     axes.text(column, row, f"{number}", ha="center", va="center", color=colour)
         right = int(np.trace(matrix))
         title = f"Confusion matrix of {artifact} on the test images"
@@ -273,64 +274,6 @@ def _class_ticks(axes: "Axes", classes: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=90 if long else 0)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
-
-
-def tradeoff(summaries: Sequence[Summary], key: str) -> str | None:
-    """Test accuracy with its interval against p90 latency; what has no latency is a line across."""
-    points = [
-        (found, row) for found in summaries for row in found.rows if row.p90_ms is not None and row.accuracy is not None
-    ]
-    if not points:
-        return None
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    with drawing(HEIGHT_IN if len(summaries) == 1 else HEIGHT_IN + 0.18 * len(summaries)) as (figure, axes):
-        latencies = [row.p90_ms or 0.0 for _, row in points]
-        for index, found in enumerate(summaries):
-            _plot_run(axes, found, PALETTE[index % len(PALETTE)], alone=len(summaries) == 1)
-        axes.set_xlabel("Latency of one image (p90), ms")
-        axes.set_ylabel("Test accuracy, %")
-        _percent_axis(axes.yaxis)
-        if max(latencies) > 10 * min(latencies):
-            _log_axis(axes.xaxis)
-            axes.set_xlim(min(latencies) / 1.5, max(latencies) * 3)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.set_xlim(0, max(latencies) * 1.5)
-        axes.margins(y=0.15)
-        figure.legend(loc="outside upper left", ncols=2 if len(summaries) == 1 else 1)
-        described = "; ".join(
-            f"{found.run} {row.name}: {percent(row.accuracy)} at {milliseconds(row.p90_ms)} ms" for found, row in points
-        )
-        return to_svg(figure, key, "Test accuracy against latency", described)
-
-
-def _plot_run(axes: "Axes", found: Summary, colour: str, alone: bool) -> None:
-    """The points of one run. Alone, rows have names and colours of their own; among others, the run has."""
-    named = False
-    for row in found.rows:
-        if row.accuracy is None:
-            continue
-        if row.p90_ms is None:
-            if alone:
-                dashes = "-." if row.key == "teacher" else ":"
-                axes.axhline(row.accuracy, color=MUTED, linewidth=1.1, linestyle=dashes, label=row.name)
-            continue
-        low, high = (row.accuracy if limit is None else limit for limit in (row.low, row.high))
-        own = ROW_COLOURS.get(row.key, PALETTE[-1]) if alone else colour
-        fill = own if row.shipped else "white"
-        mark = "o" if row.key == "fp32" else "s"
-        axes.errorbar(
-            [row.p90_ms], [row.accuracy], yerr=[[row.accuracy - low], [high - row.accuracy]], color=own,
-            fmt=mark, capsize=3, markersize=6, markerfacecolor=fill,
-        )  # fmt: skip
-        # The legend gets marks of its own: an error bar in it looks like data.
-        if alone:
-            axes.plot([], [], mark, color=own, markersize=6, markerfacecolor=fill, label=row.name)
-        elif not named:
-            axes.plot([], [], "s", color=own, markersize=6, label=shorten(found.run, 44))
-            named = True
 
 
 def trusted(facts: Facts, classes: Sequence[str], key: str) -> str | None:

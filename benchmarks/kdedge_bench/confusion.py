@@ -1,12 +1,15 @@
 """What is taken for what: counts over the test images, class by class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ClassRow", "class_rows", "confusion_matrix"]
+from kdedge_bench.formats import DASH, count, percent
+from kdedge_bench.report_tables import Column, Table
+
+__all__ = ["ClassRow", "class_rows", "class_table", "confusion_matrix"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,21 @@ def class_rows(matrix: npt.NDArray[np.int64], names: Sequence[str]) -> list[Clas
             )
         )
     return rows
+
+
+def class_table(rows: Sequence[ClassRow], title: str, numbered: bool) -> Table:
+    """The rows for a reader; `numbered` where the confusion matrix has numbers instead of names."""
+    columns = (
+        Column("Class", ("name",), text=True),
+        *([Column("No.", ("number",))] if numbered else []),
+        Column("Test images", ("images",), count),
+        Column("Right", ("right",), count),
+        Column("Recall", ("recall",), percent),
+        Column("Precision", ("precision",), percent),
+        Column("Most often taken for", ("taken_for", "taken_for_count"), _taken_for, text=True),
+    )
+    return Table("classes", title, columns, tuple(asdict(row) for row in rows))
+
+
+def _taken_for(name: str | None, images: int) -> str:
+    return DASH if name is None else f"{name} ({images}\N{MULTIPLICATION SIGN})"

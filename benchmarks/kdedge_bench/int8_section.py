@@ -1,6 +1,6 @@
 """The report on INT8: what each file says beside FP32, what it cost and where, from the bundle's own proof."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,15 @@ import numpy as np
 
 from kdedge_bench import formats
 from kdedge_bench.facts import Facts
-from kdedge_bench.pictures import WRONG_SHOWN, Load, Strip, strip_of
+from kdedge_bench.pictures import WRONG_SHOWN, Load, Strip, probabilities, strip_of
+from kdedge_bench.report_classes import changes
+from kdedge_bench.report_tables import Column, Table
 from kdedge_bench.table import artifact_label
 
-__all__ = ["FILE_HEADINGS", "Int8Section", "int8_section"]
+__all__ = ["Int8Section", "int8_section"]
 
-FILE_HEADINGS = ("", "Right, %", "Another class, %", "Logit error, % of span", "Signal to noise, dB")
 CLASSES_SHOWN = 8
+NOT_SCORED = Strip(problem="The run has no predictions of FP32 and INT8 on test images of known class.")
 NAMES = {
     "torch": "torch",
     "trt": "INT8 for TensorRT 8.5 to 10",
@@ -32,15 +34,18 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Int8Section:
-    """Rows as text, in the order of their headings; empty where the bundle does not say."""
+    """Tables without rows where the bundle does not say."""
 
-    files: list[tuple[str, ...]]
+    files: Table
     images: str
-    classes: list[tuple[str, ...]]
-    ways: list[tuple[str, ...]]
-    cures: list[tuple[str, ...]]
+    moved: Table
+    change: Table
+    ways: Table
+    cures: Table
+    layers: Table
     sentences: list[str]
     lost: Strip
+    lost_images: Table
 
 
 def int8_section(facts: Facts, load: Load | None = None) -> Int8Section | None:
@@ -50,53 +55,115 @@ def int8_section(facts: Facts, load: Load | None = None) -> Int8Section | None:
     proof, made = facts.proof or {}, facts.quantization or {}
     files: Mapping[str, Any] = proof.get("files") or {}
     what = f"{formats.count(proof['images'])} {proof['split']} images" if files else ""
+    lost = _lost(facts)
     return Int8Section(
-        files=[_file(name, found) for name, found in files.items()],
+        files=_files(files),
         images=what,
-        classes=[_class(found) for found in (files.get("int8") or {}).get("classes", [])[:CLASSES_SHOWN]],
-        ways=[_way(name, found, name == made.get("chosen")) for name, found in (made.get("ways") or {}).items()],
-        cures=[_cure(found) for found in made.get("cures") or ()],
+        moved=_moved((files.get("int8") or {}).get("classes", [])),
+        change=changes(facts),
+        ways=_ways(made),
+        cures=_cures(made.get("cures") or ()),
+        layers=_layers(made),
         sentences=_sentences(proof, made),
-        lost=_lost(facts, load),
+        lost=NOT_SCORED if lost is None else strip_of(facts, "int8", [], lost[:WRONG_SHOWN], len(lost), load),
+        lost_images=_lost_images(facts, lost or []),
     )
 
 
-def _file(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    error = found["logit_error"]
-    noise = error.get("sqnr_db")
-    return (
-        NAMES.get(name) or artifact_label(name),
-        formats.percent(found.get("top1")),
-        _points(found["agreement"].get("disagreement_points")),
-        _points(100 * error["rms_of_span"]),
-        formats.DASH if noise is None else f"{noise:.0f}",
+def _files(files: Mapping[str, Any]) -> Table:
+    rows = [
+        {
+            "artifact": name,
+            "name": NAMES.get(name) or artifact_label(name),
+            "right_fraction": found.get("top1"),
+            "another_class_points": found["agreement"].get("disagreement_points"),
+            "logit_error_rms_of_span": found["logit_error"]["rms_of_span"],
+            "signal_to_noise_db": found["logit_error"].get("sqnr_db"),
+        }
+        for name, found in files.items()
+    ]
+    columns = (
+        Column("File", ("name",), text=True),
+        Column("Right, %", ("right_fraction",), formats.percent),
+        Column("Another class, %", ("another_class_points",), _points),
+        Column("Logit error, % of span", ("logit_error_rms_of_span",), lambda share: _points(100 * share)),
+        Column("Signal to noise, dB", ("signal_to_noise_db",), lambda db: formats.DASH if db is None else f"{db:.0f}"),
     )
+    return Table("int8_files", "The files beside FP32", columns, tuple(rows))
 
 
-def _class(found: Mapping[str, Any]) -> tuple[str, ...]:
-    before, after = found.get("right_before"), found.get("right_after")
-    change = formats.DASH if before is None or after is None else f"{after - before:+d}".replace("-", "\N{MINUS SIGN}")
-    return str(found["name"]), str(found["given"]), str(found["left"]), str(found["joined"]), change
-
-
-def _way(name: str, found: Mapping[str, Any], chosen: bool) -> tuple[str, ...]:
-    divergence = found.get("divergence")
-    return (
-        WAYS.get(name, name),
-        _points(found.get("disagreement_points")),
-        formats.DASH if divergence is None else f"{divergence:.4f}",
-        "taken" if chosen else "",
+def _moved(classes: Sequence[Mapping[str, Any]]) -> Table:
+    keys = ("name", "given", "left", "joined", "right_before", "right_after")
+    columns = (
+        Column("Class", ("name",), text=True),
+        Column("Given by FP32", ("given",), formats.count),
+        Column("Left it", ("left",), formats.count),
+        Column("Joined it", ("joined",), formats.count),
+        Column("Right, change", ("right_before", "right_after"), _change),
     )
+    rows = tuple({key: found.get(key) for key in keys} for found in classes[:CLASSES_SHOWN])
+    return Table("int8_moved", "Answers that INT8 moves between classes", columns, rows)
 
 
-def _cure(found: Mapping[str, Any]) -> tuple[str, ...]:
-    before, after = found["divergence"]
-    return (
-        str(found["cure"]),
-        formats.DASH if before is None else f"{before:.4f}",
-        formats.DASH if after is None else f"{after:.4f}",
-        "kept" if found["kept"] else "",
+def _change(before: int | None, after: int | None) -> str:
+    return formats.DASH if before is None or after is None else f"{after - before:+d}".replace("-", "\N{MINUS SIGN}")
+
+
+def _ways(made: Mapping[str, Any]) -> Table:
+    rows = [
+        {
+            "way": WAYS.get(name, name),
+            "another_class_points": found.get("disagreement_points"),
+            "divergence_nats": found.get("divergence"),
+            "taken": name == made.get("chosen"),
+        }
+        for name, found in (made.get("ways") or {}).items()
+    ]
+    columns = (
+        Column("Way", ("way",), text=True),
+        Column("Another class, %", ("another_class_points",), _points),
+        Column("Divergence, nats", ("divergence_nats",), _nats),
+        Column("Decision", ("taken",), lambda taken: "taken" if taken else "", text=True),
     )
+    return Table("int8_ways", "Ways to quantize that were tried", columns, tuple(rows))
+
+
+def _cures(cures: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        {
+            "cure": str(found["cure"]),
+            "divergence_before_nats": found["divergence"][0],
+            "divergence_after_nats": found["divergence"][1],
+            "kept": bool(found["kept"]),
+        }
+        for found in cures
+    ]
+    columns = (
+        Column("Cure", ("cure",), text=True),
+        Column("Divergence before", ("divergence_before_nats",), _nats),
+        Column("after", ("divergence_after_nats",), _nats),
+        Column("Decision", ("kept",), lambda kept: "kept" if kept else "", text=True),
+    )
+    return Table("int8_cures", "Cures that were tried", columns, tuple(rows))
+
+
+def _layers(made: Mapping[str, Any]) -> Table:
+    """What each layer costs alone in INT8, the dearest first."""
+    left = set((made.get("fallback") or {}).get("left_float") or [])
+    rows = [
+        {
+            "layer": str(found["layer"]),
+            "divergence_nats": float(found["divergence"]),
+            "left_float": found["layer"] in left,
+        }
+        for found in sorted(made.get("sensitivity") or [], key=lambda each: -float(each["divergence"]))
+    ]
+    columns = (
+        Column("Layer", ("layer",), text=True),
+        Column("Divergence, nats", ("divergence_nats",), lambda nats: f"{nats:.2g}"),
+        Column("Runs in", ("left_float",), lambda left: "float" if left else "INT8", text=True),
+    )
+    return Table("sensitivity", "What each layer costs alone in INT8", columns, tuple(rows))
 
 
 def _sentences(proof: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
@@ -120,16 +187,48 @@ def _sentences(proof: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _lost(facts: Facts, load: Load | None) -> Strip:
-    """Test images that FP32 gets right and INT8 wrong, those first whose FP32 was surest."""
+def _lost(facts: Facts) -> list[int] | None:
+    """Places of the test images that FP32 gets right and INT8 wrong, those first whose FP32 was surest.
+
+    None where the run has no predictions of both on images of known class.
+    """
     labels, before, after = facts.test_labels, facts.logits("fp32"), facts.logits("int8")
     if labels is None or before is None or after is None:
-        return Strip(problem="The run has no predictions of FP32 and INT8 on test images of known class.")
+        return None
     lost = np.flatnonzero((before.argmax(1) == labels) & (after.argmax(1) != labels) & (labels >= 0))
     margin = np.take_along_axis(before, labels[:, None], 1)[:, 0] - np.take_along_axis(after, labels[:, None], 1)[:, 0]
-    shown = [int(place) for place in lost[np.argsort(-margin[lost], kind="stable")][:WRONG_SHOWN]]
-    return strip_of(facts, "int8", [], shown, len(lost), load)
+    return [int(place) for place in lost[np.argsort(-margin[lost], kind="stable")]]
+
+
+def _lost_images(facts: Facts, lost: Sequence[int]) -> Table:
+    """All of them by id, for CSV and JSON; the page shows pictures."""
+    labels, before, after = facts.test_labels, facts.logits("fp32"), facts.logits("int8")
+    ids, rows = facts.predictions.get("test_id"), []
+    if lost and labels is not None and before is not None and after is not None and ids is not None:
+        sure, unsure = probabilities(before[lost]), probabilities(after[lost])
+        rows = [
+            {
+                "image": str(ids[place]),
+                "class": facts.classes[int(labels[place])],
+                "int8_says": facts.classes[int(after[place].argmax())],
+                "fp32_confidence": float(sure[index].max()),
+                "int8_confidence": float(unsure[index].max()),
+            }
+            for index, place in enumerate(lost)
+        ]
+    columns = (
+        Column("Image", ("image",), text=True),
+        Column("Class", ("class",), text=True),
+        Column("INT8 says", ("int8_says",), text=True),
+        Column("FP32 was sure by", ("fp32_confidence",), formats.confidence),
+        Column("INT8 is sure by", ("int8_confidence",), formats.confidence),
+    )
+    return Table("lost_images", "Test images that only FP32 gets right", columns, tuple(rows))
 
 
 def _points(value: float | None) -> str:
     return formats.DASH if value is None else f"{value:.2f}"
+
+
+def _nats(value: float | None) -> str:
+    return formats.DASH if value is None else f"{value:.4f}"

@@ -9,6 +9,7 @@ import numpy as np
 
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import count, percent
+from kdedge_bench.report_tables import Column, Table
 
 __all__ = ["alarms", "filters", "guards", "stage_ends"]
 
@@ -24,21 +25,26 @@ def alarms(facts: Facts) -> list[str]:
     ]
 
 
-def stage_ends(facts: Facts) -> list[tuple[str, ...]]:
-    """Rows: stage, kept share and right share of its last logged pseudo labels, the same two on the held-back slice."""
-    rows = []
+def stage_ends(facts: Facts) -> Table:
+    """A row a stage: kept and right share of its last logged pseudo labels, and the same two on the held-back slice."""
+    rows: list[dict[str, Any]] = []
     for stage, name in STAGES.items():
         pool = _last(facts, stage, "kept_fraction")
         if pool:
             held_back = _last(facts, stage, "val_kept_fraction")
-            shares = (
-                pool.get("kept_fraction"),
-                pool.get("pseudo_label_accuracy"),
-                held_back.get("val_kept_fraction"),
-                held_back.get("val_pseudo_label_accuracy"),
+            rows.append(
+                {"stage": stage, "name": name}
+                | {key: pool.get(key) for key in ("step", "kept_fraction", "pseudo_label_accuracy")}
+                | {key: held_back.get(key) for key in ("val_kept_fraction", "val_pseudo_label_accuracy")}
             )
-            rows.append((name, *(percent(share) for share in shares)))
-    return rows
+    columns = (
+        Column("At the end of", ("name",), text=True),
+        Column("Kept", ("kept_fraction",), percent),
+        Column("Right", ("pseudo_label_accuracy",), percent),
+        Column("Held-back: kept", ("val_kept_fraction",), percent),
+        Column("Held-back: right", ("val_pseudo_label_accuracy",), percent),
+    )
+    return Table("pseudo_labels", "Pseudo labels at the end of each stage", columns, tuple(rows))
 
 
 def _last(facts: Facts, stage: str, key: str) -> dict[str, Any]:
@@ -46,22 +52,30 @@ def _last(facts: Facts, stage: str, key: str) -> dict[str, Any]:
     return lines[-1] if lines else {}
 
 
-def filters(facts: Facts) -> list[tuple[str, str, str]]:
-    """Rows: what is left after each filter, how many images, and the right share of their labels."""
+def filters(facts: Facts) -> Table:
+    """A row a filter of the trusted set: how many images are left after it, and the right share of their labels."""
     part, why = (facts.result or {}).get("trusted"), facts.trusted.get("why")
-    if not part or why is None:
-        return []
-    passed = ~np.isin(why, ("outlier", "its label differs", "low confidence"))
-    agreed = passed & (why != "cluster disagrees")
-    found = [
-        ("All pseudo labels", len(why), "precision_before_filters"),
-        ("Confident", int(passed.sum()), "precision_after_confidence"),
-        ("Confident, and their cluster agrees", int(agreed.sum()), "precision_after_clusters"),
-        ("Trusted", part.get("size"), "precision"),
-        ("By confidence alone, as many of each class", part.get("size"), "confidence_only_precision"),
-    ]
-    rows = [(name, count(size), percent(part[key])) for name, size, key in found if key in part]
-    return rows if len(rows) > 1 else []  # the size alone stands in a sentence
+    rows: list[dict[str, Any]] = []
+    if part and why is not None:
+        passed = ~np.isin(why, ("outlier", "its label differs", "low confidence"))
+        agreed = passed & (why != "cluster disagrees")
+        found = [
+            ("All pseudo labels", len(why), "precision_before_filters"),
+            ("Confident", int(passed.sum()), "precision_after_confidence"),
+            ("Confident, and their cluster agrees", int(agreed.sum()), "precision_after_clusters"),
+            ("Trusted", part.get("size"), "precision"),
+            ("By confidence alone, as many of each class", part.get("size"), "confidence_only_precision"),
+        ]
+        rows = [{"kept": name, "images": size, "right_fraction": part[key]} for name, size, key in found if key in part]
+    columns = (
+        Column("Unlabeled images", ("kept",), text=True),
+        Column("Images", ("images",), count),
+        Column("Labels right", ("right_fraction",), percent),
+    )
+    # The size alone stands in a sentence.
+    return Table(
+        "trusted_set", "What each filter of the trusted set leaves", columns, tuple(rows if len(rows) > 1 else ())
+    )
 
 
 def guards(facts: Facts) -> list[str]:

@@ -21,6 +21,12 @@ INK, MUTED, GRID = "#1f2933", "#5f6b76", "#e3e7eb"
 # 4.6 in are 442 CSS px; on a 400 px telephone the figure is shown at 368 px, and 9 pt text at 10 px.
 WIDTH_IN, HEIGHT_IN = 4.6, 3.0
 
+# Colours as they are drawn -> the page's own for them, which differ in light, dark and print.
+THEME = {
+    INK: "--ink", MUTED: "--muted", GRID: "--hair", "#8a949e": "--grey", "#0072B2": "--c1", "#D55E00": "--c2",
+    "#009E73": "--c3", "#CC79A7": "--c4", "#56B4E9": "--c5", "#E69F00": "--c6",
+}  # fmt: skip
+
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and is drawn in the page's own font
     "svg.hashsalt": "kdedge",  # the same figure gets the same ids
@@ -91,6 +97,8 @@ def _inline(text: str, key: str, title: str, description: str) -> str:
     body = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', body)
     body = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{key}-\2"', body)
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", body)
+    for colour, name in THEME.items():
+        body = re.sub(rf"(?<=: ){colour}\b", f"var({name})", body, flags=re.IGNORECASE)
     body = re.sub(r'\bd="([^"]+)"', lambda found: f'd="{_round(found[1])}"', body)
     view = re.search(r'viewBox="([^"]+)"', body)
     inside = body[body.index(">") + 1 :]

@@ -1,7 +1,8 @@
-"""The page in headless Chromium: silent, offline, no sideways scrolling, legible at 1280 and 400 px."""
+"""The page in headless Chromium: silent, offline, legible, no sideways scrolling; for keyboard and screen reader too."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,9 @@ from kdedge_bench import report
 from kdedge_bench.facts import Facts
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.browser
-MakeRun = Callable[..., Path]
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -35,18 +35,24 @@ def noise(_: Facts, ids: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
     return [np.random.default_rng(index).integers(0, 255, (96, 96, 3), np.uint8) for index in range(len(ids))]
 
 
-@pytest.fixture
-def pages(make_run: MakeRun, tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def pages(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A usual page, and one of several runs with everything long and many."""
-    usual = make_run()
+    from .conftest import build
+
+    usual, folder = run_folder, tmp_path_factory.mktemp("pages")
     names = [
         f"number{index}of_the_very_long_names_without_a_single_space_that_a_flower_may_have" for index in range(60)
     ]
     long_name = "a-run-with-a-name-that-is-longer-than-anybody-should-make-it-but-somebody-will-2500-s17"
     ids = [f"x/{index}.jpg" for index in range(600)]
-    many = make_run(long_name, classes=names, labels=np.arange(600) % 60, ids=ids,
-                    right={"baseline": 200, "teacher": 550, "student": 500, "fp32": 500, "int8": 490})  # fmt: skip
-    return [report([usual], load=noise), report([many, usual], tmp_path / "all.html", load=noise)]
+    many = build(folder / long_name, classes=names, labels=np.arange(600) % 60, ids=ids,
+                 right={"baseline": 200, "teacher": 550, "student": 500, "fp32": 500, "int8": 490})  # fmt: skip
+    again = build(folder / "again", right={"int8": 380})
+    return [
+        report([usual], folder / "one.html", load=noise),
+        report([many, usual, again], folder / "all.html", load=noise),
+    ]
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -89,3 +95,91 @@ def _check_figures(page: object, width: int) -> None:
         assert height_px >= 9, (text, height_px, width)
         assert inside_x_px >= -3, (text, inside_x_px, width)
         assert inside_y_px >= -3, (text, inside_y_px, width)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(browser: "Browser", pages: list[Path], scheme: str) -> None:
+    """By axe-core's rules, best practices among them; in the dark, which changes colours only, those of contrast.
+
+    It leaves to others the contrast of text in drawings, which is checked here, and of cells that are scrolled away,
+    whose colours are those of their neighbours.
+    """
+    axe = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
+    some = "{runOnly: ['color-contrast']}" if scheme == "dark" else "{}"
+    for path in pages[:1] if scheme == "dark" else pages:
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        page.evaluate(axe)
+        found = page.evaluate(f"axe.run(document, {some})")
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+        assert len(found["passes"]) >= (1 if scheme == "dark" else 30)
+        undecided = [node["html"] for each in found["incomplete"] for node in each["nodes"]]
+        assert [each for each in undecided if not each.startswith(("<text", "<td", "<th "))] == []
+        _check_contrast_of_drawings(page)
+        page.close()
+
+
+def _check_contrast_of_drawings(page: "Page") -> None:
+    """WCAG's 4.5 for text beside marks, and 3 for marks, lines of networks among them, on the page's own ground."""
+    ratios = page.evaluate("""(() => {
+        const light = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(value => {
+            value /= 255; return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4; });
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        const ground = light(getComputedStyle(document.body).backgroundColor);
+        const white = 'rgb(254, 254, 254)';
+        const text = [...document.querySelectorAll('figure svg text')].map(each => getComputedStyle(each).fill);
+        const marks = [...document.querySelectorAll('.hand .mark')].map(each => getComputedStyle(each).stroke);
+        return [text.filter(colour => colour !== white).map(colour => ratio(light(colour), ground)),
+                marks.map(colour => ratio(light(colour), ground))];
+    })()""")
+    text, marks = ratios
+    assert min(text) >= 4.5
+    assert min(marks) >= 3.0
+    assert len(text) > 50
+    assert len(marks) > 5
+
+
+def test_every_point_is_told_to_mouse_and_keyboard(browser: "Browser", pages: list[Path]) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(pages[0].as_uri())
+    spots = page.locator(".spot")
+    assert spots.count() == 2 + 4  # files with a latency, and all networks by their size
+    first, second = spots.nth(0), spots.nth(1)
+    assert not first.locator(".tip").is_visible()
+    first.locator(".ring").hover()
+    assert first.locator(".tip").is_visible()
+    second.focus()  # what is pointed at goes before what is focused: one box is shown
+    assert first.locator(".tip").is_visible()
+    assert not second.locator(".tip").is_visible()
+    page.mouse.move(0, 0)
+    assert second.locator(".tip").is_visible()
+    page.keyboard.press("Tab")
+    assert not second.locator(".tip").is_visible()
+    assert page.evaluate("document.activeElement.className") == "spot"
+    told = [spots.nth(index).get_attribute("aria-label") or "" for index in range(6)]
+    assert any("Student INT8, ships. 95.6\xa0% of 540 test images right" in text for text in told)
+    # The mark under the ring is that of the drawing.
+    mark, ring = page.locator(".plot").first.locator("svg .mark").first, first.locator(".ring")
+    boxes = mark.bounding_box(), ring.bounding_box()
+    assert boxes[0]
+    assert boxes[1]
+    for side, size in (("x", "width"), ("y", "height")):
+        middle = [box[side] + box[size] / 2 for box in boxes]  # type: ignore[literal-required]
+        assert abs(middle[0] - middle[1]) < 2.5
+    page.close()
+
+
+def test_print_is_light_and_shows_what_is_folded(browser: "Browser", pages: list[Path]) -> None:
+    page = browser.new_page(viewport={"width": 794, "height": 1123}, color_scheme="dark")
+    page.goto(pages[0].as_uri())
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(31, 41, 51)"
+    folded = "[...document.querySelectorAll('details table')].map(each => each.getBoundingClientRect().height)"
+    assert min(page.evaluate(folded)) > 20
+    assert not page.locator(".hint").first.is_visible()
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()

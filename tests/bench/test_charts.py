@@ -14,7 +14,6 @@ from kdedge_bench import charts
 from kdedge_bench.confusion import class_rows, confusion_matrix
 from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.svg import drawing, to_svg
-from kdedge_bench.table import summarize
 
 MakeRun = Callable[..., Path]
 
@@ -37,7 +36,7 @@ def test_every_figure_is_well_formed_and_self_contained(facts: Facts) -> None:
     matrix = np.eye(10, dtype=np.int64) * 5
     drawn = [
         charts.loss(facts, "a"), charts.learning_rate(facts, "b"), charts.kept_share(facts, "c"),
-        charts.pseudo_label_accuracy(facts, "d"), charts.tradeoff([summarize(facts)], "e"),
+        charts.pseudo_label_accuracy(facts, "d"), charts.sensitivity(facts.quantization, "e"),
         charts.confusion(matrix, facts.classes, "f", "Student INT8"), charts.trusted(facts, facts.classes, "g"),
         charts.pseudo_label_classes(facts, facts.classes, "h"),
     ]  # fmt: skip
@@ -54,6 +53,18 @@ def test_every_figure_is_well_formed_and_self_contained(facts: Facts) -> None:
         assert set(targets) <= set(found)
         ids += found
     assert len(ids) == len(set(ids))
+
+
+def test_colours_are_those_of_the_page(facts: Facts) -> None:
+    """So that one drawing serves light, dark and print."""
+    matrix = np.eye(3, dtype=np.int64)
+    drawn = [charts.loss(facts, "a"), charts.trusted(facts, facts.classes, "b"),
+             charts.confusion(matrix, ["x", "y", "z"], "c", "Student")]  # fmt: skip
+    for svg in drawn:
+        assert svg is not None
+        assert "var(--ink)" in svg
+        # But for the white of numbers in dark cells, and of nothing else.
+        assert set(re.findall(r"(?:fill|stroke): (#\w+)", svg)) <= {"#fefefe"}
 
 
 def test_the_same_figure_twice_is_the_same_text(facts: Facts) -> None:
@@ -86,14 +97,6 @@ def test_precision_by_class_takes_the_last_line_and_marks_what_is_not_known(fact
     assert texts(svg).count("–") == 1
     many = ({"stage": "inner", "step": 1, "pseudo_label_precision": [None, *[0.9] * 99]},)
     assert "–" not in texts(charts.precision_by_class(replace(facts, metrics=many), facts.classes, "p") or "")
-
-
-def test_tradeoff_names_the_networks(facts: Facts) -> None:
-    svg = charts.tradeoff([summarize(facts)], "t")
-    assert svg is not None
-    for name in ("Student INT8", "Student FP32", "Teacher", "Baseline, labels only"):
-        assert texts(svg).count(name) == 1
-    assert "Student INT8: 95.6\xa0% at 0.0712 ms" in svg
 
 
 def test_confusion_shows_every_count() -> None:

@@ -23,11 +23,14 @@ def test_by_value(run_folder: Path) -> None:
     found = int8_section(facts, black)
     assert found is not None
     assert found.images == "540 test images"
-    assert [row[0] for row in found.files] == ["Student FP32", "Student INT8"]
-    assert found.files[1] == ("Student INT8", "95.6\N{NO-BREAK SPACE}%", "0.19", "0.20", "31")
-    assert found.classes == [("3", "54", "2", "1", "\N{MINUS SIGN}1")]
-    assert found.ways[1] == ("with the cures that helped", "0.25", "0.0012", "taken")
-    assert found.cures == [("bias correction", "0.0020", "0.0012", "kept")]
+    files = found.files.texts()
+    assert [row[0] for row in files] == ["Student FP32", "Student INT8"]
+    assert files[1] == ("Student INT8", "95.6\N{NO-BREAK SPACE}%", "0.19", "0.20", "31")
+    assert found.moved.texts() == [("3", "54", "2", "1", "\N{MINUS SIGN}1")]
+    assert found.ways.texts()[1] == ("with the cures that helped", "0.25", "0.0012", "taken")
+    assert found.cures.texts() == [("bias correction", "0.0020", "0.0012", "kept")]
+    assert found.layers.texts()[:2] == [("backbone.layer0", "0.01", "float"), ("backbone.layer1", "0.005", "INT8")]
+    assert len(found.layers.rows) == 15
     assert " ".join(found.sentences) == (
         "Ranges come from 256 images (calibration). Left in float: backbone.layer0. "
         "In no layer does the noise come within 10 dB of the signal. Most is lost at layer3 (Conv): 9 dB."
@@ -49,6 +52,8 @@ def test_lost_images_are_those_that_only_fp32_gets_right(run_folder: Path) -> No
     assert found is not None
     assert {picture.id for picture in found.lost.wrong} == lost
     assert found.lost.wrong_in_all == len(lost) > 0
+    assert {row["image"] for row in found.lost_images.rows} == lost
+    assert all(row["class"] != row["int8_says"] for row in found.lost_images.rows)
 
 
 def test_figures(run_folder: Path) -> None:
