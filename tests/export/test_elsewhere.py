@@ -29,8 +29,7 @@ Speed = Callable[[set[str]], float]
 """Of the INT8 file, from the names of its layers that are in 8 bits."""
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
+def write_toy(path: Path) -> Path:
     """Four convolutions of digits, and a linear layer; nothing that was learned."""
     rng, width, tensor = np.random.default_rng(0), 8, "input"
     nodes, weights = [], []
@@ -49,9 +48,13 @@ def model(tmp_path: Path) -> Path:
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
             for name, shape in (("input", ["batch", 1, 8, 8]), ("logits", ["batch", 10]))]  # fmt: skip
     graph = helper.make_graph(nodes, "toy", ends[:1], ends[1:], weights)
-    path = tmp_path / "toy.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_toy(tmp_path / "toy.onnx")
 
 
 @pytest.fixture(autouse=True)
