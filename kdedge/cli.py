@@ -20,6 +20,7 @@ from kdedge.cli_deploy import bench, compare, export, report
 from kdedge.cli_doctor import doctor
 from kdedge.cli_predict import evaluate, predict
 from kdedge.cli_recipes import models, recipes
+from kdedge.cli_study import study
 from kdedge.cli_train import train_recipe
 from kdedge.cli_verdict import verdict
 from kdedge.errors import KdedgeError
@@ -56,6 +57,7 @@ for command in (
     report,
     compare,
     verdict,
+    study,
     predict,
     evaluate,
     recipes,

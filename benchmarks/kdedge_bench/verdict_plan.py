@@ -10,7 +10,8 @@ from kdedge import recipe_io
 from kdedge.data import open_source
 from kdedge.data.splits import make_splits
 from kdedge.errors import DataError, RecipeError
-from kdedge.recipe import TEACHERS_WEIGHTS, Recipe
+from kdedge.methods.kd_fixmatch import KDFixMatchConfig
+from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, Recipe
 from kdedge.recipe_yaml import read_value
 from kdedge.runs import SCHEMA, sha256_bytes
 from kdedge_bench.verdict_rows import EQUAL_TOTAL, FULL, Row, choose
@@ -81,6 +82,11 @@ def make_plan(
         raise RecipeError(
             f"The recipe {recipe_name} has no teacher: it is FixMatch alone, and there is nothing to judge."
         )
+    if not isinstance(recipe.student.method, KDFixMatchConfig):
+        raise RecipeError(
+            f"The student of the recipe {recipe_name} learns by {recipe.student.method.kind}: there is no KD-FixMatch "
+            "to judge. What pre-training and fine-tuning give, kdedge study simclr asks."
+        )
     if any(setting.partition("=")[0].strip() == "seed" for setting in settings):
         raise RecipeError("--set seed=... fixes the seed that a verdict varies. Use --first-seed and --seeds.")
     chosen = choose(rows)
@@ -88,7 +94,8 @@ def make_plan(
     _refuse_an_unknown_budget(chosen, recipe)
     _refuse_different_inputs(chosen, recipe)
     root = Path(recipe.data.root) if recipe.data.root else None
-    source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=recipe.data.max_unreadable_fraction)
+    most = recipe.data.max_unreadable_fraction
+    source = open_source(recipe.data.spec, root=root, max_unreadable_fraction=most, classes=recipe.data.classes)
     splits = make_splits(source, recipe.data.labels, seeds[0])
     if not len(splits.test):
         raise DataError(f"{source.name} has no test images, so nothing can be judged. Add test/CLASS/ folders.")
@@ -111,9 +118,9 @@ def _refuse_rows_that_change_nothing(rows: Sequence[Row], recipe: Recipe) -> Non
 
     def is_so(setting: str) -> bool:
         key, _, value = setting.partition("=")
-        return bool(asked[key] == read_value(value, f"--set {setting}", tuple(key.split("."))))
+        return key in asked and bool(asked[key] == read_value(value, f"--set {setting}", tuple(key.split("."))))
 
-    same = [row.name for row in rows if row.ready_teacher and all(map(is_so, row.settings))]
+    same = [row.name for row in rows if (row.ready_teacher or row.only_named) and all(map(is_so, row.settings))]
     if same:
         left = ",".join(row.name for row in rows if row.name not in same)
         raise RecipeError(
@@ -141,7 +148,7 @@ def _refuse_different_inputs(rows: Sequence[Row], recipe: Recipe) -> None:
     if teacher is None or all(row.name == FULL for row in rows):
         return
     if teacher.ready is None:
-        decides = teacher.init is not None and student.init is None
+        decides = teacher.init not in (None, PRETRAINED) and student.init is None
     else:
         decides = student.init == TEACHERS_WEIGHTS
     missing = [f"data.{key}" for key in ("mean", "std", "image_px", "channels") if getattr(recipe.data, key) is None]

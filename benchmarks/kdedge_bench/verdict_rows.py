@@ -8,14 +8,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdedge.errors import RecipeError, did_you_mean
-from kdedge.recipe import TEACHERS_WEIGHTS, Recipe
+from kdedge.errors import BugError, RecipeError, did_you_mean
+from kdedge.methods.kd_fixmatch import KDFixMatchConfig
+from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, Recipe
 from kdedge.recipe_yaml import read_value
 
 __all__ = [
     "EQUAL_TOTAL",
     "FIXMATCH",
     "FULL",
+    "NO_SIMCLR",
     "READY",
     "ROWS",
     "SUPERVISED",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 FULL, SUPERVISED, FIXMATCH, EQUAL_TOTAL = "kd-fixmatch", "supervised", "fixmatch", "fixmatch-equal-total"
+NO_SIMCLR = "no-simclr"
 READY = "teacher.ready"
 
 
@@ -42,11 +45,12 @@ class Row:
     settings: tuple[str, ...] = ()
     needs: tuple[str, ...] = (FULL,)
     ablation: bool = False
+    only_named: bool = False  # of few recipes: made where --rows names it
 
     @property
     def ready_teacher(self) -> bool:
         """It uses the outer network of the full row of its seed, which is trained once, and counted in each."""
-        return "teacher=null" not in self.settings and self.name not in {FULL, SUPERVISED}
+        return "teacher=null" not in self.settings and self.name not in {FULL, SUPERVISED, NO_SIMCLR}
 
 
 ROWS = (
@@ -60,6 +64,10 @@ ROWS = (
     Row("no-confidence", "the confidence filter", ("trust.filters=clusters",), ablation=True),
     Row("no-sce", "symmetric cross entropy", ("student.method.robust_loss=ce",), ablation=True),
     Row("no-soft-kd", "soft distillation", ("student.method.distill.loss=none",), ablation=True),
+    # Its outer network is trained anew, as long as the recipe says, from random weights.
+    Row(
+        NO_SIMCLR, "the SimCLR start", ("pretrain=null", "teacher.init=null"), needs=(), ablation=True, only_named=True
+    ),
 )
 
 
@@ -90,9 +98,12 @@ def run_name(row: str, seed: int) -> str:
 
 
 def choose(names: Sequence[str] | None) -> tuple[Row, ...]:
-    """The rows of these names (None: all) and those they need, in the order of ROWS; KD-FixMatch is always there."""
+    """The rows of these names and those they need, in the order of ROWS; KD-FixMatch is always there.
+
+    None stands for all but those that are made only where they are named.
+    """
     known = {row.name: row for row in ROWS}
-    wanted = {FULL, *(known if names is None else names)}
+    wanted = {FULL, *((row.name for row in ROWS if not row.only_named) if names is None else names)}
     for name in wanted - known.keys():
         hint = did_you_mean(name, known)
         raise RecipeError(f"--rows: '{name}' is no row of a verdict; there are {', '.join(known)}.{hint}")
@@ -135,10 +146,14 @@ def _as_yaml(text: str) -> str:
 def _no_longer_possible(own: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
     """What the recipe says and the row cannot mean: set to what the row stands for without it."""
     student, method = recipe.student, recipe.student.method
-    found: dict[str, str] = {}
+    found = _without_its_pretraining(own, recipe)
+    if not isinstance(method, KDFixMatchConfig):
+        raise BugError(f"a verdict of a student that learns by {method.kind}")
     if "teacher" in own:  # FixMatch alone has no outer network to start from, and learns from labels and its own
         if student.init == TEACHERS_WEIGHTS:  # it starts from where the outer network did
             start = recipe.teacher.init if recipe.teacher is not None else None
+            if start == PRETRAINED:
+                found = {"pretrain.of": "student"}
             found["student.init"] = "null" if start is None else _as_yaml(start)
         found |= {
             f"student.method.{name}": "1"
@@ -157,6 +172,13 @@ def _no_longer_possible(own: Mapping[str, str], recipe: Recipe) -> dict[str, str
             if getattr(student.optim, unit) is not None
         }
     return found
+
+
+def _without_its_pretraining(own: Mapping[str, str], recipe: Recipe) -> dict[str, str]:
+    """An outer network that the row does not train is not pre-trained for it either."""
+    if recipe.pretrain is None or recipe.pretrain.of != "teacher" or not {"teacher", READY} & own.keys():
+        return {}
+    return {"pretrain": "null"} | ({"teacher.init": "null"} if READY in own else {})
 
 
 def merged(settings: Sequence[str], own: Mapping[str, str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ TITLES = {
     "no-confidence": "KD-FixMatch without confidence",
     "no-sce": "KD-FixMatch without SCE",
     "no-soft-kd": "KD-FixMatch without soft KD",
+    "no-simclr": "KD-FixMatch without the SimCLR start",
     "teacher": "its teacher, for information",
 }
 ORDER = tuple(TITLES)
