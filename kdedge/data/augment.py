@@ -24,7 +24,6 @@ __all__ = [
     "contrast",
     "cutout",
     "equalize",
-    "flip",
     "posterize",
     "sharpness",
     "shift",
@@ -166,33 +165,33 @@ def cutout(x_BCHW: Tensor, centre_B2: Tensor, side_B: Tensor, fill: float) -> Te
     rows = torch.arange(height, device=x_BCHW.device) + 0.5
     columns = torch.arange(width, device=x_BCHW.device) + 0.5
     half = side_B.view(-1, 1) / 2
-    inside_rows = (rows - centre_B2[:, :1]).abs() <= half
-    inside_columns = (columns - centre_B2[:, 1:]).abs() <= half
-    hole = (inside_rows[:, :, None] & inside_columns[:, None, :]).unsqueeze(1)
-    return torch.where(hole, fill, x_BCHW)
+    inside_rows = ((rows - centre_B2[:, :1]).abs() <= half).to(x_BCHW.dtype)
+    inside_columns = ((columns - centre_B2[:, 1:]).abs() <= half).to(x_BCHW.dtype)
+    hole = (inside_rows[:, :, None] * inside_columns[:, None, :]).unsqueeze(1)
+    # 0 and 1 make this exact, and it is five times as fast as a choice by a mask that all channels share.
+    return torch.addcmul(hole * fill, x_BCHW, 1 - hole)
 
 
-def flip(x_BCHW: Tensor, mirrored_B: Tensor) -> Tensor:
-    """Mirror the images marked true from left to right."""
-    return torch.where(_column(mirrored_B), x_BCHW.flip(3), x_BCHW)
-
-
-def shift(x_BCHW: Tensor, offset_B2: Tensor, most: int, fill: float | None = None) -> Tensor:
-    """Pad by `most` pixels (reflected, or with `fill`) and cut at `offset` (y, x; whole numbers 0..2 * most)."""
-    if most == 0:
+def shift(
+    x_BCHW: Tensor, offset_B2: Tensor, most: int, fill: float | None = None, mirrored_B: Tensor | None = None
+) -> Tensor:
+    """Pad by `most` pixels (reflected, or with `fill`), cut at `offset` (y, x; whole numbers 0..2 * most), and mirror
+    the images marked true from left to right."""
+    if most == 0 and mirrored_B is None:
         return x_BCHW
     height, width = x_BCHW.shape[2:]
     rows = offset_B2[:, :1] + torch.arange(height, device=x_BCHW.device)
     columns = offset_B2[:, 1:] + torch.arange(width, device=x_BCHW.device)
+    if mirrored_B is not None:
+        columns = torch.where(mirrored_B.view(-1, 1), columns.flip(1), columns)
     if fill is None:
         # By index and not by padding: bytes can be moved so, and nothing is copied twice.
         rows, columns = _reflected(rows - most, height), _reflected(columns - most, width)
     else:
         x_BCHW = functional.pad(x_BCHW, (most, most, most, most), value=fill)
-    # [B, H, W, C], since the two index tensors are parted by the channel slice
-    batch = torch.arange(len(x_BCHW), device=x_BCHW.device).view(-1, 1, 1)
-    cut: Tensor = x_BCHW[batch, :, rows[:, :, None], columns[:, None, :]]
-    return cut.permute(0, 3, 1, 2)
+    places_B1N = (rows[:, :, None] * x_BCHW.shape[3] + columns[:, None, :]).flatten(1).unsqueeze(1)
+    cut = x_BCHW.flatten(2).gather(2, places_B1N.expand(-1, x_BCHW.shape[1], -1))
+    return cut.unflatten(2, (height, width))
 
 
 def _reflected(places: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ columns.
 B batch, C channels, H and W pixels, D draws an image.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -78,20 +79,19 @@ def weak(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     # Reflection makes no new edges in a photograph; for digits it would double strokes, so the background moves in,
     # which need not be a whole number. What only moves bytes is done on bytes.
     fill = _known(config.fill) if config.geometric_only else None
-    x = augment.shift(images_BCHW if fill is None else images_BCHW.float(), offsets, most, fill)
-    return (augment.flip(x, draws[2] < 0.5) if config.flip else x).float()
+    x = images_BCHW if fill is None else images_BCHW.float()
+    return augment.shift(x, offsets, most, fill, draws[2] < 0.5 if config.flip else None).float()
 
 
 def strong(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     """The weak view, `operations` random operations, Cutout."""
     x = weak(images_BCHW, config, draws_DB[:_WEAK])
     height, width = x.shape[2:]
-    draws = draws_DB[_WEAK:].to(x.device)
     first = _FIRST_GEOMETRIC if config.geometric_only else 0
-    for choice, magnitude, sign in draws[:-3].reshape(config.operations, 3, len(x)).unbind(0):
+    for choice, magnitude, sign in draws_DB[_WEAK:-3].unflatten(0, (config.operations, 3)):
         operation = first + (choice * (len(OPERATIONS) - first)).long().clamp_(max=len(OPERATIONS) - first - 1)
         x = _apply(x, operation, magnitude, torch.where(sign < 0.5, -1.0, 1.0), config)
-    hole = draws[-3:]
+    hole = draws_DB[-3:].to(x.device)
     centre = hole[:2].T * hole.new_tensor([height, width])
     return augment.cutout(x, centre, hole[2] * _known(config.cutout_fraction) * min(height, width), _known(config.fill))
 
@@ -103,22 +103,31 @@ def _known(value: float | None) -> float:
 
 
 def _apply(x: Tensor, operation_B: Tensor, magnitude_B: Tensor, sign_B: Tensor, config: ViewConfig) -> Tensor:
-    """Apply operation_B[i] to image i. Images are grouped by operation, so that each kernel runs once a batch."""
-    out = x.clone()
-    for index, name in enumerate(OPERATIONS[1:_FIRST_GEOMETRIC], start=1):
-        chosen = (operation_B == index).nonzero().squeeze(1)
-        if len(chosen):
-            out[chosen] = _photometric(name, x[chosen], magnitude_B[chosen])
-    chosen = (operation_B >= _FIRST_GEOMETRIC).nonzero().squeeze(1)
-    if len(chosen):
-        height, width = x.shape[2:]
-        matrices = _matrices(operation_B[chosen], magnitude_B[chosen] * sign_B[chosen], height, width, config)
-        out[chosen] = augment.affine(x[chosen], matrices, _known(config.fill)).round()
-    return out
+    """Apply operation_B[i] to image i.
+
+    Images are put in the order of their operations, and then back, so that each kernel runs once and on images that lie
+    together. The order is found where the draws are, on the CPU: a GPU is not waited for.
+    """
+    if not len(x):
+        return x
+    order_B = operation_B.argsort(stable=True)
+    counts = torch.bincount(operation_B, minlength=len(OPERATIONS)).tolist()
+    ordered = x.index_select(0, order_B.to(x.device))
+    magnitudes = magnitude_B[order_B].to(x.device).split(counts)
+    groups = zip(OPERATIONS[:_FIRST_GEOMETRIC], ordered.split(counts), magnitudes, strict=False)
+    done = [_photometric(name, group, magnitude) for name, group, magnitude in groups if len(group)]
+    moved = ordered[sum(counts[:_FIRST_GEOMETRIC]) :]
+    if len(moved):
+        signed = (magnitude_B * sign_B)[order_B].to(x.device).split(counts)[_FIRST_GEOMETRIC:]
+        matrices = _matrices(signed, *x.shape[2:], config)
+        done.append(augment.affine(moved, matrices, _known(config.fill)).round_())
+    return torch.cat(done).index_select(0, order_B.argsort().to(x.device))
 
 
 def _photometric(name: str, x: Tensor, magnitude: Tensor) -> Tensor:
     """Ranges of the pool: enhancement factors 0.05..0.95, posterize 4..8 bits, solarize 0..256."""
+    if name == "identity":
+        return x
     if name == "autocontrast":
         return augment.autocontrast(x)
     if name == "equalize":
@@ -136,15 +145,15 @@ def _photometric(name: str, x: Tensor, magnitude: Tensor) -> Tensor:
     return enhance[name](x, 0.05 + magnitude * 0.9)
 
 
-def _matrices(operation: Tensor, signed: Tensor, height: int, width: int, config: ViewConfig) -> Tensor:
-    """[N, 2, 3] for images whose operation is one of the five geometric ones; `signed` is in -1..1."""
-    kinds = torch.stack(
+def _matrices(signed: Sequence[Tensor], height: int, width: int, config: ViewConfig) -> Tensor:
+    """[N, 2, 3] for images whose operation is rotate, or shear_x, ...: how far each of them goes, in -1..1."""
+    rotated, sheared_x, sheared_y, translated_x, translated_y = signed
+    return torch.cat(
         [
-            augment.rotation(signed * _known(config.rotate_degrees)),
-            augment.shear_x(signed * _known(config.shear), height),
-            augment.shear_y(signed * _known(config.shear), width),
-            augment.translate_x(signed * _known(config.translate_fraction) * width),
-            augment.translate_y(signed * _known(config.translate_fraction) * height),
+            augment.rotation(rotated * _known(config.rotate_degrees)),
+            augment.shear_x(sheared_x * _known(config.shear), height),
+            augment.shear_y(sheared_y * _known(config.shear), width),
+            augment.translate_x(translated_x * _known(config.translate_fraction) * width),
+            augment.translate_y(translated_y * _known(config.translate_fraction) * height),
         ]
     )
-    return kinds[operation - _FIRST_GEOMETRIC, torch.arange(len(operation), device=operation.device)]

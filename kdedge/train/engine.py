@@ -195,7 +195,7 @@ def _compiled(networks: Sequence[nn.Module], plan: EnginePlan) -> Iterator[None]
     backbones = [module.backbone for network in networks for module in network.modules() if isinstance(module, Network)]
     for backbone in backbones:
         mode = None if plan.compile == "default" else plan.compile
-        backbone.compile(dynamic=False, backend=_BACKEND, mode=mode)  # type: ignore[no-untyped-call]
+        backbone.compile(dynamic=False, backend=_BACKEND, mode=mode)
     try:
         yield
     finally:

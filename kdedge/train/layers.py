@@ -165,4 +165,5 @@ class _Clamped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (clamped,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradients[0], clamped, 0, 6)
+        descended: Tensor = torch.ops.aten.hardtanh_backward(gradients[0], clamped, 0, 6)
+        return descended

@@ -210,10 +210,17 @@ def test_shift_cuts_a_window_of_the_padded_image() -> None:
             np.testing.assert_array_equal(moved[0], padded[offset[0] :][:4, offset[1] :][:, :5])
 
 
-def test_flip_mirrors_only_the_marked_images() -> None:
-    x = torch.rand(3, 3, 4, 5)
-    out = augment.flip(x, torch.tensor([True, False, True]))
-    assert torch.equal(out, torch.stack([x[0].flip(2), x[1], x[2].flip(2)]))
+def test_only_the_marked_images_are_mirrored_after_the_shift() -> None:
+    x, marked, offsets = (
+        torch.rand(3, 3, 4, 5),
+        torch.tensor([True, False, True]),
+        torch.tensor([[0, 2], [1, 0], [2, 1]]),
+    )
+    for most, fill in ((0, None), (1, None), (1, 9.0)):
+        at = offsets if most else torch.zeros_like(offsets)
+        plain = augment.shift(x, at, most, fill)
+        mirrored = augment.shift(x, at, most, fill, marked)
+        assert torch.equal(mirrored, torch.stack([plain[0].flip(2), plain[1], plain[2].flip(2)]))
 
 
 @pytest.mark.parametrize("side", [0, 1, 7, 16, 20])
