@@ -12,6 +12,7 @@ from kdedge.errors import DataError, RecipeError, RunError
 from kdedge.methods.supervised import FineTuneConfig
 from kdedge.models.weights import load_model, read_starting_weights
 from kdedge.recipe import Recipe
+from kdedge.run_folder import check_folder
 from kdedge.runs import Run, read_json, sha256_file
 from kdedge.train.metrics import SilentDisplay
 
@@ -180,13 +181,17 @@ def test_what_cannot_be_meant_is_told_when_the_recipe_is_read(settings, said) ->
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        (["student.arch=wide-resnet-10-2"], DataError, "they are of: wide-resnet-10-1, width 1"),
-        (["pretrain={batch: 2000, of: student}", "student.init=simclr"], RecipeError, "there are 1257 training"),
+        (
+            ["pretrain=null", "student.init=FILE", "student.arch=wide-resnet-10-2"],
+            DataError,
+            "are of: wide-resnet-10-1",
+        ),
+        (["pretrain.batch=2000"], RecipeError, "there are 1257 training"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(whole, tmp_path, settings, error, said) -> None:
     with pytest.raises(error, match=said):
-        pipeline.train(toy("pretrain=null", f"student.init={whole.pretrained_path}", *settings), tmp_path / "run")
+        pipeline.train(toy(*(each.replace("FILE", str(whole.pretrained_path)) for each in settings)), tmp_path / "run")
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
@@ -218,8 +223,6 @@ def test_a_run_of_before_there_was_pre_training_is_gone_on_with(whole) -> None:
     for gone in (older, older["teacher"], older["student"], older["teacher"]["method"], older["student"]["method"]):
         for key in ("pretrain", "kind", "projection_layers"):
             gone.pop(key, None)
-    from kdedge.run_folder import check_folder
-
     run = Run(whole.path.parent / "older")
     run.path.mkdir()
     run.update_manifest(recipe=older, status="running")
