@@ -164,3 +164,28 @@ def test_a_named_target_and_what_cannot_be(bundle: Path) -> None:
     write_json(bundle / "gate.json", gate)
     with pytest.raises(DeviceError, match=r"has no INT8 file for tensorrt. Export it with --int8"):
         decide_there(bundle, Machine({"tensorrt": "10.3"}, {"fp32": ("fp32", 2.0)}))
+
+
+def test_an_engine_that_loses_says_that_no_layer_was_given_back_for_it(bundle: Path) -> None:
+    ms = {"fp32": ("fp32", 2.0), "trt": ("int8", 2.5), "fp16": ("fp16", 1.0)}
+    _, entry = decide_there(bundle, Machine({"tensorrt": "10.3"}, ms))
+    assert entry["shipped"] == "fp16"
+    assert entry["why"].endswith(
+        ". No layer goes back to float for speed there, since every try would be an engine to build."
+    )
+    gate, manifest = read_json(bundle / "gate.json"), read_json(bundle / "manifest.json")
+    assert gate["targets"]["tensorrt"]["why"] == entry["why"]
+    assert (gate["shipped"], manifest["shipped"]) == ("int8", "int8"), "what ONNX Runtime runs is this machine's"
+
+
+def test_fp16_alone_is_decided_without_int8(bundle: Path) -> None:
+    gate = read_json(bundle / "gate.json")
+    fp16 = gate["targets"]["tensorrt"]["candidates"]["fp16"]
+    gate["targets"] = {"onnxruntime-cpu": gate["targets"]["onnxruntime-cpu"] | {"candidates": {"fp16": fp16}}}
+    write_json(bundle / "gate.json", gate)
+    machine = Machine({"onnxruntime": "1.23.2"}, {"fp32": ("fp32", 9.0), "fp16": ("fp16", 3.0)})
+    _, entry = decide_there(bundle, machine, threads=3)
+    assert (entry["shipped"], read_json(bundle / "manifest.json")["shipped"]) == ("fp16", "fp16")
+    assert machine.asked[-1][-2:] == ["--threads", "3"]
+    with pytest.raises(DeviceError, match="measured no FP16 file"):
+        decide_there(bundle, Machine({"onnxruntime": "1.23.2"}, {"fp32": ("fp32", 9.0)}))
