@@ -63,6 +63,13 @@ def validate(file: str, settings: tuple[str, ...]) -> Reply:
     return Reply({"file": file, "valid": True}, f"{file} is a valid recipe.")
 
 
+_MODELS_NOTE = (
+    "Counted at the input shown, with 1000 classes (wide-resnet: 10).\n"
+    "Pre-training without labels (pretrain) is for the larger ones: it is poor on small networks (SEED, arXiv "
+    "2101.04731). Pre-train a teacher, and distil to the student: kdedge recipes show simclr"
+)
+
+
 @click.command()
 @command_output
 def models() -> Reply:
@@ -75,7 +82,7 @@ def models() -> Reply:
         (r["name"], f"{r['params'] / 1e6:.2f} M", f"{r['macs'] / 1e6:.0f} M", f"{r['input_px']} px", r["int8"])
         for r in rows
     ]
-    return Reply(rows, columns([head, *cells]) + "\n\nCounted at the input shown, with 1000 classes (wide-resnet: 10).")
+    return Reply(rows, f"{columns([head, *cells])}\n\n{_MODELS_NOTE}")
 
 
 def _as_argument(path: Path) -> str:

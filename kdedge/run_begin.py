@@ -13,7 +13,7 @@ from kdedge.data.batches import Pool
 from kdedge.data.store import open_store
 from kdedge.errors import RecipeError, RunError
 from kdedge.models.weights import LoadedModel, StartingWeights, read_starting_weights, start_from
-from kdedge.models.zoo import ModelSpec, Network, build
+from kdedge.models.zoo import ModelSpec, Network, build, num_params
 from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, Recipe, TeacherConfig, resolve
 from kdedge.run_folder import begin_manifest
 from kdedge.run_pool import describe, make_pool, pixel_statistics, read_starting
@@ -25,6 +25,8 @@ from kdedge.train.metrics import Display
 from kdedge_device.preprocess import Preprocess
 
 __all__ = ["Begun", "SplitImages", "begin"]
+
+_ENOUGH_TO_PRETRAIN = 10_000_000  # parameters: SEED's small networks have 2 to 12 million, ResNet-18 the most
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def begin(
     pool = make_pool(images, splits, preprocess)
     begun = Begun(run, resolved, source, splits, pool, preprocess, starting, display, ranks)
     _refuse_what_does_not_fit(begun)
+    if sentence := _small_to_pretrain(begun):
+        display.say(sentence)
     ranks.barrier()  # all have looked
     if ranks.is_first and writes:
         _write(begun, recipe)
@@ -184,6 +188,22 @@ def _refuse_what_does_not_fit(begun: Begun) -> None:
         begun.network(spec, "teacher")
     if from_teacher:
         refuse_other_start(begun.student_spec(), spec, begun.preprocess, reads)
+
+
+def _small_to_pretrain(begun: Begun) -> str | None:
+    pretrain = begun.recipe.pretrain
+    if pretrain is None or pretrain.of != "student":
+        return None
+    spec = begun.pretrained_spec("student")
+    with torch.device("meta"):
+        params = num_params(build(spec).backbone)
+    if params >= _ENOUGH_TO_PRETRAIN:
+        return None
+    return (
+        f"The student, {spec.arch} with {params / 1e6:.1f} M parameters, is pre-trained itself, and contrastive "
+        "pre-training is poor on small networks (SEED, arXiv 2101.04731). What it found to help: pre-train a larger "
+        "teacher, and distil to the student. kdedge recipes show simclr"
+    )
 
 
 def _note_ready_teacher(begun: Begun, path: Path) -> None:

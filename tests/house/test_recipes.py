@@ -16,8 +16,10 @@ SHIPPED = [
     "regnet",
     "resnet",
     "shufflenet",
+    "simclr",
     "squeezenet",
     "tiny",
+    "tiny-simclr",
 ]
 
 
