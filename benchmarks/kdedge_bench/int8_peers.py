@@ -3,18 +3,22 @@
 python -m kdedge_bench.int8_peers NAME=RUN... --out RECORD.json [--peer NAME=PYTHON:FILE[:METHOD]]... [--qat]
 
 A run may be given more than once under one NAME (other seeds): its images are pooled. Every way is a process of its
-own; one that fails is a row that says how. ONNX Runtime runs every file.
+own; one that fails is a row that says how. ONNX Runtime runs every file but those of peers with a runtime of their own,
+which stand beside FP32 in that runtime too. With --keep DIR the files stay, and a second call makes only what is not
+there and times all again: make on a busy machine, time on an idle one.
 """
 
 import argparse
+import contextlib
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,160 +26,170 @@ import numpy.typing as npt
 from kdedge import __version__
 from kdedge.intervals import tango
 from kdedge.models.weights import load_model
-from kdedge.runs import Run, open_finished, read_json, write_json
-from kdedge_bench.int8_families import speed_ratio, times_ms
+from kdedge.runs import Run, open_finished, write_json
+from kdedge_bench.int8_families import SETTLE_S, speed_ratio
+from kdedge_bench.peers.peer import timed_ms
+from kdedge_bench.peers_make import BUILT_IN, Limits, Peer, Way, make_all, parse_peer
+from kdedge_bench.peers_process import PeerFailed, Served
+from kdedge_device.failures import Failure
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.record import load_average, machine, now
 from kdedge_device.runners import OrtRunner
-from kdedge_export.images import open_run_images
+from kdedge_export.images import Part, open_run_images
 
-__all__ = ["Way", "compare", "main", "parse_peer", "table"]
+__all__ = ["compare", "main"]
 
 Logits = npt.NDArray[np.float32]
-HERE = Path(__file__).resolve().parent / "peers"
-BUILT_IN = {  # ONNX Runtime is a dependency anyway
-    f"onnxruntime {method}": (sys.executable, str(HERE / "onnxruntime_static.py"), method)
-    for method in ("minmax", "entropy", "percentile")
-}
-
-
-OF_QUANTIZING = ("collection", "choice", "cures", "training")  # not the comparisons and races of the gate
-
-
-@final
-@dataclass(frozen=True)
-class Way:
-    """One file made one way from one run. `failure`: why there is none."""
-
-    seconds: float | None = None
-    peak_mib: float | None = None
-    version: str | None = None
-    bytes: int | None = None
-    failure: str | None = None
-    note: str | None = None
-
-
-def parse_peer(text: str) -> tuple[str, tuple[str, str, str]]:
-    """NAME=PYTHON:FILE[:METHOD]; FILE may be the plain name of one in kdedge_bench/peers."""
-    name, _, command = text.partition("=")
-    python, _, rest = command.partition(":")
-    file, _, method = rest.partition(":")
-    if not (name and python and file):
-        raise argparse.ArgumentTypeError(f"'{text}': NAME=PYTHON:FILE[:METHOD] was expected")
-    return name, (python, str(HERE / file) if "/" not in file else file, method)
+Times = Callable[[int], Sequence[float] | npt.NDArray[np.float64]]  # a number of queries -> milliseconds of each
+CHUNK = 256  # test images on disk at a time, for the runtimes that are not in this process
 
 
 def compare(
-    name: str, runs: Sequence[Path], peers: Mapping[str, tuple[str, str, str]], qat: bool, rounds: int, queries: int
+    name: str,
+    runs: Sequence[Path],
+    peers: Mapping[str, Peer],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """The rows of one model: every way over all of its runs, test images pooled."""
     ways: dict[str, list[Way]] = {}
     answers: dict[str, list[Logits | None]] = {}
     labels: list[npt.NDArray[np.int64]] = []
     speeds: dict[str, Any] = {}
-    for path in runs:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            made = _ours(path, folder, qat)
-            if made["kdedge"].failure is not None:  # it makes the FP32 file that all start from
-                ways.setdefault("kdedge", []).append(made["kdedge"])
-                answers.setdefault("kdedge", []).append(None)
-                continue
-            made |= _theirs(path, folder, peers)
-            files = {"fp32": folder / "kdedge" / "model.onnx"}
-            files |= {way: _file(folder, way) for way, found in made.items() if found.failure is None}
+    limits = Limits(options.limit_s, options.limit_gib * 2**10)
+    for place, path in enumerate(runs):
+        with _folder(options.keep, name, place) as folder:
+            made = make_all(path, folder, peers, limits, qat=options.qat)
             images = open_run_images(Run(path))
             preprocess = load_model(Run(path).student_path).preprocess
-            logits = dict(zip(files, images.test.logits(list(files.values()), preprocess), strict=True))
-            labels.append(images.test.labels)
-            for way in ("fp32", *made):
-                answers.setdefault(way, []).append(logits.get(way))
-                ways.setdefault(way, []).append(made.get(way, Way(bytes=files["fp32"].stat().st_size)))
-            if not speeds:  # of the first run: speed does not depend on the seed
+            found, made = _logits(made, folder, peers, images.test, preprocess, limits)
+            for way, each in made.items():
+                answers.setdefault(way, []).append(found.get(way))
+                ways.setdefault(way, []).append(each)
+            if "fp32" in found:
+                labels.append(images.test.labels)
+            if "fp32" in found and not speeds:  # of the first run: speed does not depend on the seed
                 batch = preprocess.normalize(images.gate.load(preprocess, slice(0, 32)))
-                speeds = _speeds(files, batch, rounds, queries)
-    rows = {way: _row(found, answers["fp32"], answers[way], labels, speeds.get(way)) for way, found in ways.items()}
-    return {"runs": [str(path) for path in runs], "images": int(sum(map(len, labels))), "ways": rows}
+                there = {way: made[way] for way in found}
+                speeds = _speeds(there, folder, peers, batch, options, limits)
+    rows = {way: _row(made, answers["fp32"], answers[way], labels, speeds.get(way)) for way, made in ways.items()}
+    return {"runs": [path.name for path in runs], "images": int(sum(map(len, labels))), "ways": rows}
 
 
-def _file(folder: Path, way: str) -> Path:
-    return folder / way / "model.int8.onnx"
+@contextlib.contextmanager
+def _folder(keep: Path | None, name: str, place: int) -> Any:
+    if keep is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    folder = keep.absolute() / name / str(place)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
 
 
-def _ours(run: Path, folder: Path, qat: bool) -> dict[str, Way]:
-    """`kdedge export --int8` as a user types it, and with --qat."""
-    made = {}
-    for way, flags in (("kdedge", []), ("kdedge --qat", ["--qat"])):
-        if flags and not qat:
+def _served(way: Way, folder: Path, peers: Mapping[str, Peer], limits: Limits) -> Served:
+    """The runtime of the way's own, with its file open."""
+    if way.peer not in peers:
+        raise PeerFailed(f"its file needs the runtime of --peer {way.peer}=..., which this call does not name")
+    assert way.peer is not None
+    assert way.file is not None
+    peer = peers[way.peer]
+    return Served(peer.python, peer.adapter, folder / way.file, limits.seconds)
+
+
+def _logits(
+    made: Mapping[str, Way], folder: Path, peers: Mapping[str, Peer], test: Part, preprocess: Preprocess, limits: Limits
+) -> tuple[dict[str, Logits], dict[str, Way]]:
+    """float32 [N, K] of every way that answers as FP32 does, in shape; and the ways, those that do not as failed."""
+    found: dict[str, Logits] = {}
+    told = dict(made)
+    for way, each in made.items():
+        if each.failure is not None or each.file is None:
             continue
-        out = folder / way
-        command = [sys.executable, "-m", "kdedge", "export", str(run), "--int8", *flags, "--out", str(out), "--json"]
-        done = _measured(command, folder / "usage.json")
-        if done["returncode"]:
-            made[way] = Way(failure=done["last"])
-            continue
-        table = read_json(out / "quantization.json")
-        spent = {name: table["seconds"].get(name, 0.0) for name in OF_QUANTIZING}
-        made[way] = Way(
-            seconds=sum(spent.values()),
-            peak_mib=done["peak_mib"],
-            version=f"kdedge {__version__}",
-            bytes=_file(folder, way).stat().st_size,
-            note=f"{table['chosen']}, {len(table['fallback']['left_float'])} layers left in float",
-        )
-    return made
-
-
-def _theirs(run: Path, folder: Path, peers: Mapping[str, tuple[str, str, str]]) -> dict[str, Way]:
-    images = open_run_images(Run(run))
-    preprocess: Preprocess = load_model(Run(run).student_path).preprocess
-    calibration = folder / "calibration.npy"
-    np.save(calibration, preprocess.normalize(images.calibration.load(preprocess)))
-    made = {}
-    for way, (python, file, method) in peers.items():
-        out = _file(folder, way)
-        out.parent.mkdir()
-        flags = ["--method", method] if method else []
-        model = str(folder / "kdedge" / "model.onnx")
-        done = subprocess.run(
-            [python, file, model, str(calibration), str(out), *flags], capture_output=True, text=True, check=False
-        )
         try:
-            told = json.loads(done.stdout.strip().splitlines()[-1])
-            made[way] = Way(**told, bytes=out.stat().st_size)
-        except (ValueError, IndexError, TypeError, OSError):
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            made[way] = Way(failure=f"exit code {done.returncode}: {last[0][:300]}")
-    calibration.unlink()
-    return made
+            if each.runtime is None:
+                (logits,) = test.logits([folder / each.file], preprocess)
+            else:
+                with _served(each, folder, peers, limits) as runtime:
+                    logits = _answers(runtime, test, preprocess)
+            expected = found["fp32"].shape if found else logits.shape
+            if logits.shape != expected or not np.isfinite(logits).all():
+                raise PeerFailed(
+                    f"its file gives {list(logits.shape)} of which some may not be finite; {list(expected)} "
+                    "finite numbers were expected"
+                )
+            found[way] = logits
+        except (PeerFailed, Failure) as error:
+            told[way] = replace(each, failure=f"made, but not usable: {error}")
+    return found, told
 
 
-def _measured(command: Sequence[str], usage: Path) -> dict[str, Any]:
-    """Exit code, last line of standard error and peak memory of a command."""
-    watcher = (
-        "import json, resource, subprocess, sys; "
-        "done = subprocess.run(sys.argv[2:], capture_output=True, text=True); "
-        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10; "
-        "last = (done.stderr.strip().splitlines() or ['no message'])[-1]; "
-        "json.dump({'returncode': done.returncode, 'peak_mib': peak, 'last': last}, open(sys.argv[1], 'w'))"
-    )
-    subprocess.run([sys.executable, "-c", watcher, str(usage), *command], check=True)
-    found: dict[str, Any] = read_json(usage)
-    return found
+def _answers(runtime: Served, test: Part, preprocess: Preprocess) -> Logits:
+    parts = []
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "images.npy", Path(scratch) / "logits.npy"
+        for images in test.chunks(preprocess, CHUNK):
+            np.save(asked, preprocess.normalize(images))
+            parts.append(runtime.logits(asked, answered))
+    return np.concatenate(parts)
 
 
-def _speeds(files: Mapping[str, Path], batch: npt.NDArray[np.float32], rounds: int, queries: int) -> dict[str, Any]:
-    """Of each file: median milliseconds and FP32's latency over its own, in turns, one thread, batch 1."""
-    found = {}
-    with OrtRunner(files["fp32"]) as fp32:
-        for way, file in files.items():
-            if way == "fp32":
+def _speeds(
+    made: Mapping[str, Way],
+    folder: Path,
+    peers: Mapping[str, Peer],
+    batch: npt.NDArray[np.float32],
+    options: argparse.Namespace,
+    limits: Limits,
+) -> dict[str, Any]:
+    """Of each way: median milliseconds, and FP32's latency over its own, in turns, one thread, batch 1.
+
+    `speedup` is beside FP32 in ONNX Runtime, `own_speedup` beside FP32 in the way's own runtime.
+    """
+    found: dict[str, Any] = {}
+    for way, each in made.items():
+        if way == "fp32":
+            continue
+        with contextlib.ExitStack() as stack:
+            images = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "images.npy"
+            np.save(images, batch)
+            sides = {"fp32": made["fp32"], "int8": each}
+            if each.base in made and each.base is not None:
+                sides["own"] = made[each.base]
+            try:
+                times = _in_turns(
+                    {name: _timer(side, folder, peers, images, stack, limits) for name, side in sides.items()}, options
+                )
+            except (PeerFailed, Failure) as error:
+                found[way] = {"failure": str(error)}
                 continue
-            with OrtRunner(file) as int8:
-                times = times_ms({"fp32": fp32, "int8": int8}, batch, rounds, queries)
-            found[way] = {"latency_ms": float(np.median(times["int8"])), "speedup": speed_ratio(times)}
-            found["fp32"] = {"latency_ms": float(np.median(times["fp32"]))}
+        found[way] = {"latency_ms": float(np.median(times["int8"])), "speedup": speed_ratio(times)}
+        if "own" in times:
+            found[way]["own_speedup"] = speed_ratio({"fp32": times["own"], "int8": times["int8"]})
+        found["fp32"] = {"latency_ms": float(np.median(times["fp32"]))}
     return found
+
+
+def _timer(
+    way: Way, folder: Path, peers: Mapping[str, Peer], images: Path, stack: contextlib.ExitStack, limits: Limits
+) -> Times:
+    """What times a number of queries of a way's file, open until `stack` is closed."""
+    assert way.file is not None
+    if way.runtime is not None:
+        served = stack.enter_context(_served(way, folder, peers, limits))
+        return partial(served.times_ms, images)
+    runner = stack.enter_context(OrtRunner(folder / way.file))
+    singles = [image[None] for image in np.load(images)]
+    return partial(timed_ms, runner.run, singles)
+
+
+def _in_turns(timers: Mapping[str, Times], options: argparse.Namespace) -> dict[str, npt.NDArray[np.float64]]:
+    """Milliseconds [rounds, queries] of each, in turns, so that whatever slows the machine slows all."""
+    until = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < until:
+        for timer in timers.values():
+            timer(5)
+    rounds = [{name: timer(options.queries) for name, timer in timers.items()} for _ in range(options.rounds)]
+    return {name: np.array([each[name] for each in rounds], np.float64) for name in timers}
 
 
 def _row(
@@ -199,44 +213,17 @@ def _row(
     }
 
 
-def table(*records: Mapping[str, Any]) -> str:
-    """Markdown: a row for each model and way. Drop of accuracy in points with its 95 % interval; speed beside FP32."""
-    rows = [
-        "| model | way | top-1 | drop, points | agrees with FP32 | speed | file | made in | peak |",
-        "|" + " --- |" * 9,
-    ]
-    for record in records:
-        for model, found in record["models"].items():
-            rows += [_line(model, way, row) for way, row in found["ways"].items()]
-    return "\n".join(rows)
-
-
-def _line(model: str, way: str, row: Mapping[str, Any]) -> str:
-    made = row["made"][0]
-    if made["failure"]:
-        return f"| {model} | {way} | failed: {made['failure']} |" + " |" * 6
-    if way == "fp32":
-        return f"| {model} | FP32 | {row['accuracy']:.4f} | | | | {_mib(made['bytes'])} | | |"
-    low, high = row["drop_points_interval"]
-    speed = row["speed"]["speedup"]["median"]
-    return (
-        f"| {model} | {way} | {row['accuracy']:.4f} | {row['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) "
-        f"| {100 * row['agreement']:.1f} % | {speed:.2f}x | {_mib(made['bytes'])} | {made['seconds']:.0f} s "
-        f"| {made['peak_mib']:,.0f} MiB |"
-    )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
-
-
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m kdedge_bench.int8_peers", description=__doc__)
     flags.add_argument("runs", nargs="+", metavar="NAME=RUN")
     flags.add_argument("--peer", action="append", default=[], type=parse_peer, metavar="NAME=PYTHON:FILE[:METHOD]")
     flags.add_argument("--qat", action="store_true", help="also our quantization-aware training")
+    flags.add_argument("--without", action="append", default=[], choices=BUILT_IN, help="leave one out")
+    flags.add_argument("--keep", type=Path, metavar="DIR", help="the files stay here, and are not made again")
     flags.add_argument("--rounds", type=int, default=9)
     flags.add_argument("--queries", type=int, default=50)
+    flags.add_argument("--limit-s", type=float, default=1800.0, help="of making one file, and of one answer")
+    flags.add_argument("--limit-gib", type=float, default=8.0, help="memory of making one file")
     flags.add_argument("--out", type=Path, required=True, help="the record")
     return flags
 
@@ -251,21 +238,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not path:
             raise SystemExit(f"'{text}': NAME=RUN was expected")
         models.setdefault(name, []).append(open_finished(Path(path)).path)
+    peers = {way: peer for way, peer in BUILT_IN.items() if way not in options.without} | dict(options.peer)
     record: dict[str, Any] = {
-        "schema": 1,
-        "command": " ".join(["python", "-m", "kdedge_bench.int8_peers", *arguments]),
+        "schema": 2,
+        "command": " ".join(["python", "-m", "kdedge_bench.int8_peers", *map(without_folders, arguments)]),
         "date": now(),
         "machine": machine(),
         "kdedge": __version__,
-        "conditions": {"threads": 1, "batch": 1, "rounds": options.rounds, "queries": options.queries},
+        "conditions": {
+            "threads": 1,
+            "batch": 1,
+            "rounds": options.rounds,
+            "queries": options.queries,
+            "limit_s": options.limit_s,
+            "limit_gib": options.limit_gib,
+        },
         "models": {},
     }
     for name, runs in models.items():
         before = load_average()
-        found = compare(name, runs, BUILT_IN | dict(options.peer), options.qat, options.rounds, options.queries)
+        found = compare(name, runs, peers, options)
         record["models"][name] = found | {"load_average": {"before": before, "after": load_average()}}
         print(json.dumps({name: {way: row.get("drop_points") for way, row in found["ways"].items()}}), file=sys.stderr)
         write_json(options.out, record)
+
+
+def without_folders(argument: str) -> str:
+    """A command for a record: what a file is called, not where it lay on this machine."""
+    head, equals, tail = argument.rpartition("=")
+    return head + equals + ":".join(part.rsplit("/", 1)[-1] for part in tail.split(":"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from kdedge_bench import int8_peers
-from kdedge_bench.int8_peers import BUILT_IN, HERE, Way, parse_peer, table
+from kdedge_bench.int8_peers import without_folders
 from kdedge_bench.int8_students import RECIPE, STEPS
+from kdedge_bench.peers_make import BUILT_IN, HERE, Peer, Way, parse_peer
+from kdedge_bench.peers_table import MARKS, draw_into, rows, table
 from kdedge_device.preprocess import Preprocess
 from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import run_onnx
@@ -23,12 +25,30 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2-cores"
 
 
-def test_a_peer_is_a_name_a_python_and_a_file() -> None:
-    assert parse_peer("x=/a/python:nncf_ptq.py:mixed") == ("x", ("/a/python", str(HERE / "nncf_ptq.py"), "mixed"))
-    assert parse_peer("x=python:/there/y.py") == ("x", ("python", "/there/y.py", ""))
+def test_a_peer_is_a_name_a_python_and_a_file(tmp_path: Path) -> None:
+    assert parse_peer("x=/a/python:nncf_ptq.py:mixed") == ("x", Peer("/a/python", str(HERE / "nncf_ptq.py"), "mixed"))
+    (tmp_path / "y.py").touch()
+    assert parse_peer(f"x=python:{tmp_path}/y.py") == ("x", Peer("python", f"{tmp_path}/y.py"))
     with pytest.raises(argparse.ArgumentTypeError, match="was expected"):
         parse_peer("x=python")
-    assert all((HERE / Path(file).name).is_file() for _, file, _ in BUILT_IN.values())
+    with pytest.raises(argparse.ArgumentTypeError, match=r"there is no file .*Known: litert.py, modelopt_onnx.py"):
+        parse_peer("x=python:nothing.py")
+    assert all(Path(peer.adapter).is_file() for peer in BUILT_IN.values())
+
+
+def test_every_adapter_has_its_requirements() -> None:
+    others = {"litert.py", "modelopt_onnx.py", "nncf_openvino.py", "nncf_ptq.py", "olive_static.py"}
+    assert {each.name for each in HERE.glob("*.py")} == others | {
+        "__init__.py",
+        "onnxruntime_static.py",
+        "peer.py",
+        "watch.py",
+    }
+    for name in ("litert", "lightly_train", "modelopt", "nncf", "olive"):
+        pins = (HERE / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        lines = [line for line in pins if line and not line.startswith("#")]
+        assert lines
+        assert all("==" in line and "/" not in line for line in lines), "versions, and no hosts"
 
 
 def test_a_row_counts_what_is_lost_and_won() -> None:
@@ -56,7 +76,8 @@ def test_the_adapter_of_onnxruntime_quantizes(tmp_path: Path) -> None:
     command = [python, file, str(tmp_path / "m.onnx"), str(tmp_path / "c.npy"), str(tmp_path / "q.onnx")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    assert told["seconds"] > 0 < told["peak_mib"]
+    assert told["seconds"] > 0
+    assert told["version"].startswith("onnxruntime ")
     quantized = onnx.load(str(tmp_path / "q.onnx"))
     assert any(node.op_type == "QuantizeLinear" for node in quantized.graph.node)
     assert (
@@ -64,25 +85,84 @@ def test_the_adapter_of_onnxruntime_quantizes(tmp_path: Path) -> None:
     )
 
 
-def test_a_peer_that_fails_is_a_row_that_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise SystemExit('no such runtime')")
+def _record(ways: dict[str, Any], model: str = "net") -> dict[str, Any]:
+    return {"schema": 2, "models": {model: {"runs": ["a"], "images": 1000, "ways": ways}}}
 
-    class Images:
-        calibration = type("Part", (), {"load": lambda self, preprocess: np.zeros((2, 4, 4, 3), np.uint8)})()
 
-    preprocess = Preprocess(4, 4, 3, "squash", (0.5,) * 3, (0.25,) * 3)
-    monkeypatch.setattr(int8_peers, "open_run_images", lambda run: Images())
-    monkeypatch.setattr(int8_peers, "load_model", lambda path: type("Model", (), {"preprocess": preprocess})())
-    made = int8_peers._theirs(tmp_path, tmp_path, {"x": (sys.executable, str(broken), "")})
-    assert made["x"].failure == "exit code 1: no such runtime"
+def _measured(**more: Any) -> dict[str, Any]:
+    made = {"seconds": 12.0, "peak_mib": 900.0, "version": "x", "bytes": 2**20, "failure": None, "note": None}
+    found = {"accuracy": 0.5, "agreement": 0.975, "drop_points": 1.0, "drop_points_interval": [0.2, 1.8]}
+    ratio = {"median": 2.0, "min": 1.9, "max": 2.1, "interval": [1.95, 2.05]}
+    return found | {"made": [made], "speed": {"latency_ms": 4.0, "speedup": ratio}} | more
+
+
+def test_the_table_says_what_was_lost_how_fast_it_is_and_what_failed() -> None:
+    fp32 = _measured(
+        accuracy=0.51,
+        speed={"latency_ms": 8.0},
+        made=[{"seconds": None, "peak_mib": None, "bytes": 2**22, "failure": None}],
+    )
+    own = {
+        "latency_ms": 3.0,
+        "speedup": {"median": 2.7, "interval": None},
+        "own_speedup": {"median": 1.5, "min": 1.4, "max": 1.6, "interval": [1.4, 1.6]},
+    }
+    failed = {"made": [{"failure": "exit code 1: no such | runtime"}], "speed": None}
+    record = _record({"fp32": fp32, "kdedge": _measured(), "theirs": _measured(speed=own), "z": failed})
+    lines = table(record).replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert "speed beside FP32 in ONNX Runtime" in lines[0]
+    assert "speed beside FP32 in its own runtime" in lines[0]
+    assert lines[2].startswith("| net | FP32 | 51.00 % (47.9–54.1) |  |")
+    assert "| +1.00 (+0.20 to +1.80) |" in lines[3]
+    assert "| 2.00x (1.95–2.05) |" in lines[3]
+    assert "| 2.70x | 1.50x (1.40–1.60) |" in lines[4]
+    assert lines[-1] == "- net z: not measured. exit code 1: no such \\| runtime"
+
+
+def test_records_of_one_model_are_one_part_of_the_table() -> None:
+    first, later = _record({"kdedge": _measured()}), _record({"kdedge --qat": _measured(accuracy=0.7)})
+    other = _record({"kdedge": _measured()}, "other")
+    assert [(row.model, row.way) for row in rows(first, other, later)] == [
+        ("net", "kdedge"),
+        ("net", "kdedge --qat"),
+        ("other", "kdedge"),
+    ]
+    (row,) = rows(first, _record({"kdedge": _measured(accuracy=0.9)}))
+    assert row.accuracy is not None
+    assert row.accuracy.value == 0.9
+
+
+def test_a_way_that_failed_for_some_seeds_is_not_told_from_the_others() -> None:
+    made = [{"failure": None, "bytes": 1}, {"failure": "it broke"}]
+    (row,) = rows(_record({"theirs": {"made": made, "speed": None}}))
+    assert row.why == "it broke (1 of 2 runs)"
+
+
+def test_the_table_is_drawn_between_its_marks_alone() -> None:
+    text = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
+    drawn = draw_into(text, "new\n")
+    assert drawn == f"before\n{MARKS[0]}\nnew\n{MARKS[1]}\nafter\n"
+    assert draw_into(drawn, "new\n") == drawn
+    with pytest.raises(SystemExit, match="once each"):
+        draw_into("no marks", "new\n")
+
+
+def test_a_recorded_command_names_no_folders_of_this_machine() -> None:
+    said = [without_folders(each) for each in ("a=/x/runs/b", "--peer", "n=/v/bin/python:litert.py:float", "--qat")]
+    assert said == ["a=b", "--peer", "n=python:litert.py:float", "--qat"]
 
 
 def test_the_readme_says_what_the_records_say() -> None:
     records = sorted(RECORDS.glob("int8-peers*.json"))
     assert records
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert table(*(json.loads(each.read_text(encoding="utf-8")) for each in records)) in text
+    drawn = table(*(json.loads(each.read_text(encoding="utf-8")) for each in records))
+    assert draw_into(text, drawn) == text, "draw it again: the command is in the README"
+
+
+def test_no_record_names_a_folder_of_the_machine() -> None:
+    for each in RECORDS.glob("int8-peers*.json"):
+        assert "/work/" not in each.read_text(encoding="utf-8")
 
 
 def test_the_students_of_the_table_have_a_recipe() -> None:
