@@ -28,7 +28,8 @@ __all__ = ["ContrastiveViewConfig", "contrastive", "contrastive_draws"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-_DRAWS = 14  # area, aspect, top, left; mirror; jitter or not, in which order, four factors; grey; blur or not, how far
+# area, aspect, top, left; mirror; jitter or not, in which order, four factors; grey; blur or not, how far; rotation
+_DRAWS = 15
 _ORDERS = torch.tensor(list(permutations(range(4))))
 _BLUR_FRACTION = 0.1  # of the height: the width of the kernel
 _BLUR_SIGMA = (0.1, 2.0)  # pixels
@@ -38,11 +39,13 @@ class ContrastiveViewConfig(Config):
     """How far contrastive views go. What is null is resolved from the kind of images.
 
     Published: smallest_area 0.08, flip true, grayscale 0.2, and jitter_strength 1 with blur 0.5 for photographs, 0.5
-    without blur for small images. Digits have neither a mirror image nor colours.
+    without blur for small images. Digits have neither a mirror image nor colours; rotation, which is ours, makes up for
+    that: a network told apart parts of digits by how thick and how steep their strokes are, and not by their shapes.
     """
 
     smallest_area: Annotated[float, Field(gt=0, le=1)] | None = None  # of the image's; a part has this area or more
     widest_aspect: Annotated[float, Field(ge=1)] = 4 / 3  # of a part, width over height; the narrowest is its inverse
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0  # either way
     flip: bool | None = None  # mirror left to right, half of the images
     # s: brightness, contrast and saturation are multiplied by 1 - 0.8 s to 1 + 0.8 s, hue turned by up to 0.2 s
     jitter_strength: Annotated[float, Field(ge=0, le=2.5)] | None = None
@@ -61,7 +64,13 @@ def contrastive(images_BCHW: Tensor, config: ContrastiveViewConfig, draws_DB: Te
     if not len(images_BCHW):
         return images_BCHW.float()
     draws = draws_DB.cpu()
-    x = _part(images_BCHW.float(), config, draws[:4], draws[4] < 0.5 if _known(config.flip) else None)
+    theta = _rectangle(images_BCHW, config, draws[:4])
+    if config.rotate_degrees:  # what is cut out, about its own centre
+        turned = augment.rotation(config.rotate_degrees * (2 * draws[14] - 1))
+        theta[:, :, :2] = theta[:, :, :2].diagonal(dim1=1, dim2=2).unsqueeze(2) * turned[:, :, :2]
+    if _known(config.flip):
+        theta[:, :, 0] = torch.where(draws[4, :, None] < 0.5, -theta[:, :, 0], theta[:, :, 0])
+    x = _part(images_BCHW.float(), theta)
     x = _jittered(x, _known(config.jitter_strength) * (draws[5] < config.jitter_probability), draws[6:11])
     if x.shape[1] == 3:
         x = _where(x, draws[11] < _known(config.grayscale_probability), augment.color, torch.zeros(len(x)))
@@ -89,29 +98,35 @@ def _where(x: Tensor, chosen_B: Tensor, apply: Callable[[Tensor, Tensor], Tensor
     return x.index_copy(0, rows, apply(x[rows], values))
 
 
-def _part(x: Tensor, config: ContrastiveViewConfig, draws_4B: Tensor, mirrored_B: Tensor | None) -> Tensor:
-    """A rectangle of each image, stretched over the whole; bicubic, rounded to bytes.
+def _rectangle(images_BCHW: Tensor, config: ContrastiveViewConfig, draws_4B: Tensor) -> Tensor:
+    """Where a rectangle of each image lies, [B, 2, 3], in grid_sample's units: -1 to 1 over the image.
 
-    A part is never larger than what it is stretched over, so that nothing is made smaller and no filter against
-    aliasing is needed. Its area is even in smallest_area..1, and its aspect even, in the logarithm, among those that
-    fit with this area; published code draws both until they fit, which makes the largest areas a little rarer.
+    Its area is even in smallest_area..1, and its aspect even, in the logarithm, among those that fit with this area;
+    published code draws both until they fit, which makes the largest areas a little rarer.
     """
     area, aspect, top, left = draws_4B
     smallest = _known(config.smallest_area)
     area = smallest + (1 - smallest) * area
-    square = x.shape[2] / x.shape[3]  # the aspect of fractions of the sides is that of pixels times this
+    # The aspect of fractions of the sides is that of pixels times this.
+    square = images_BCHW.shape[2] / images_BCHW.shape[3]
     widest = -area.log()  # a part with a higher aspect would be wider than the image
     low = torch.full_like(area, math.log(square / config.widest_aspect)).clamp(-widest, widest)
     high = torch.full_like(area, math.log(square * config.widest_aspect)).clamp(-widest, widest)
     half = (low + (high - low) * aspect) / 2
     width, height = area.sqrt() * half.exp(), area.sqrt() * (-half).exp()
     theta = torch.zeros(len(area), 2, 3)
-    # grid_sample counts from -1 to 1 over the image
-    theta[:, 0, 0] = width if mirrored_B is None else torch.where(mirrored_B, -width, width)
-    theta[:, 0, 2] = (1 - width) * (2 * left - 1)
-    theta[:, 1, 1] = height
-    theta[:, 1, 2] = (1 - height) * (2 * top - 1)
-    grid = functional.affine_grid(theta.to(x.device), [len(x), 1, *x.shape[2:]], align_corners=False)
+    theta[:, 0, 0], theta[:, 0, 2] = width, (1 - width) * (2 * left - 1)
+    theta[:, 1, 1], theta[:, 1, 2] = height, (1 - height) * (2 * top - 1)
+    return theta
+
+
+def _part(x: Tensor, theta_B23: Tensor) -> Tensor:
+    """A part of each image stretched over the whole; bicubic, rounded to bytes; what lies outside is mirrored.
+
+    A part is never larger than what it is stretched over, so that nothing is made smaller and no filter against
+    aliasing is needed.
+    """
+    grid = functional.affine_grid(theta_B23.to(x.device), [len(x), 1, *x.shape[2:]], align_corners=False)
     moved = functional.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return moved.round_().clamp_(0, 255)
 

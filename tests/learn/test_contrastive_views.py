@@ -100,6 +100,19 @@ def test_half_of_the_images_are_mirrored_and_only_where_that_is_allowed() -> Non
     assert 60 < sum(mirrored) < 140
 
 
+def test_a_part_is_turned_about_its_own_centre_and_no_further_than_allowed() -> None:
+    x = torch.arange(48.0).mul(5).expand(300, 3, 48, 48).to(torch.uint8)  # brighter to the right
+    out = view(x, changed(rotate_degrees=30.0)) / 5
+    across = torch.atan2(out[:, 0, 36, 24] - out[:, 0, 12, 24], out[:, 0, 24, 36] - out[:, 0, 24, 12])
+    degrees = across.abs() * 180 / torch.pi
+    assert 28 < float(degrees.max()) < 31
+    assert float(degrees.mean()) == pytest.approx(15, abs=2)
+    assert float((out[:, 0, 23:25, 23:25].mean((1, 2)) - 23.5).abs().max()) < 0.2
+    assert 100 < int((across > 0).sum()) < 200
+    small = view(x, changed(rotate_degrees=30.0, smallest_area=0.2))
+    assert not torch.equal(small, view(x, changed(smallest_area=0.2)))
+
+
 def test_jitter_is_of_its_share_and_in_every_order(monkeypatch) -> None:
     calls: list[str] = []
     for name in ("brightness", "contrast", "color"):
