@@ -4,7 +4,9 @@ python -m kdedge_bench.engine_race --out benchmarks/results/NAME/engine-race.jso
 
 Every side is a process of its own (`kdedge_bench.engine_sides`) on the same network, input, batch and precision. Sides
 take turns within each round and are stopped, loader processes and all, while others run; ratios are those of a round.
-A side that cannot run is in the record with the reason. The machine should do nothing else meanwhile.
+A side that cannot run, or ends in the middle, is in the record with how it ended: signal, exit code, its last words.
+Every side computes with `--threads` threads, ours with the plan that is measured at its start, or with `--plan`. The
+machine should do nothing else meanwhile.
 """
 
 import argparse
@@ -58,34 +60,36 @@ class _Side:
             start_new_session=True,
         )
         stack.callback(self._end)
-        self.told = self._answer()  # with "failed" where it cannot run
+        self.told = self._answer()  # with "failed" where it cannot run, or as soon as it has ended
         self._signal(signal.SIGSTOP)
 
     @property
     def failed(self) -> bool:
         return "failed" in self.told
 
-    def run(self, seconds: float) -> float:
-        """Steps a second, over at least `seconds`."""
+    def run(self, seconds: float) -> float | None:
+        """Steps a second, over at least `seconds`; None where the side has ended instead."""
         self._signal(signal.SIGCONT)
-        stdin = self._process.stdin
-        if stdin is not None:
-            stdin.write(f"{seconds}\n")
-            stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin is not None:
+                self._process.stdin.write(f"{seconds}\n")
+                self._process.stdin.flush()
         found = self._answer()
         self._signal(signal.SIGSTOP)
-        if self.failed or "failed" in found:
-            raise RuntimeError(f"A side of the race ended in its middle: {found['failed']}")
+        if "failed" in found:
+            self.told |= found
+            return None
         return float(found["steps"] / found["elapsed_s"])
 
     def _answer(self) -> dict[str, Any]:
         if self._process.stdout is not None and (line := self._process.stdout.readline()):
             answer: dict[str, Any] = json.loads(line)
             return answer
-        self._process.wait()
+        code = self._process.wait()
         self._said.seek(0)
-        lines = self._said.read().strip().splitlines()
-        return {"failed": lines[-1] if lines else f"exit code {self._process.returncode}"}
+        last = [line.strip() for line in self._said.read().splitlines() if line.strip()][-1:]
+        ended = {"signal": signal.Signals(-code).name} if code < 0 else {"exit_code": code}
+        return {"failed": ended | {"last_line": last[0] if last else None}}
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -108,39 +112,55 @@ def race(network: str, halvings: int, precision: str, options: argparse.Namespac
     shared = {name: getattr(options, name) for name in ("labeled", "ratio", "device", "threads", "workers")}
     flags = [word for name, value in (shape | shared).items() for word in (f"--{name}", str(value))]
     with contextlib.ExitStack() as stack:
-        sides = {"ours": _Side("ours", flags, stack)}
+        given = [] if options.plan is None else ["--plan", options.plan]
+        sides = {"ours": _Side("ours", [*flags, *given], stack)}
         if sides["ours"].failed:
             return shape | {"failed": sides["ours"].told["failed"]}
         plan = json.dumps(sides["ours"].told["plan"])
         for name in (name for name in _PEERS if name in options.sides):
             sides[name] = _Side(name, [*flags, "--plan", plan], stack)
-        running = {name: side for name, side in sides.items() if not side.failed}
-        unlabeled = options.labeled * options.ratio
-        rates: dict[str, list[float]] = {name: [] for name in running}
-        for turn in _turns(list(running), options.rounds):
-            for name in turn:
-                rates[name].append(running[name].run(options.seconds) * unlabeled)
+        rates = _rates(sides, options)
         told = {name: side.told for name, side in sides.items()}
+    if sides["ours"].failed:
+        return shape | {"failed": sides["ours"].told["failed"]}
     found: dict[str, Any] = {"unlabeled_images_per_second": _rounded(rates), "ours_over": {}, "sides": told}
-    for name in running:
+    for name in rates:
         if name not in ("ours", "supervised"):
             found["ours_over"][name] = ratios(rates["ours"], rates[name])
-    if "supervised" in running:
+    if "supervised" in rates:
         found["share_of_supervised"] = ratios(rates["ours"], rates["supervised"])
-    return shape | {"labeled": options.labeled, "unlabeled": unlabeled, "px": PX} | found
+    return shape | {"labeled": options.labeled, "unlabeled": options.labeled * options.ratio, "px": PX} | found
+
+
+def _rates(sides: Mapping[str, _Side], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Unlabeled images a second of every side, round by round, without the sides that ended before the last one."""
+    rates: dict[str, list[float]] = {name: [] for name, side in sides.items() if not side.failed}
+    for turn in _turns(list(rates), options.rounds):
+        for name in turn:
+            if name in rates and (steps_a_second := sides[name].run(options.seconds)) is not None:
+                rates[name].append(steps_a_second * options.labeled * options.ratio)
+            else:
+                rates.pop(name, None)
+    return rates
 
 
 def markdown_row(found: Mapping[str, Any]) -> str:
-    """One race under `ROWS_HEAD`: medians, and the extremes of the ratios over the rounds."""
+    """One race under `ROWS_HEAD`: medians and extremes of the ratios over the rounds; of a side that ended, how."""
 
-    def told(ratio: Mapping[str, float] | None) -> str:
-        return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    def told(ratio: Mapping[str, float] | None, name: str) -> str:
+        if ratio is not None:
+            return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        ended = found["sides"].get(name, {}).get("failed")
+        if not isinstance(ended, Mapping):
+            return "-"
+        return f"ended: {ended.get('signal') or 'exit code ' + str(ended['exit_code'])}"
 
     over = found["ours_over"]
     rate = statistics.median(found["unlabeled_images_per_second"]["ours"])
     network = f"{found['network']}, {found['halvings']} halvings, {found['precision']}"
-    ratios_told = (told(over.get("published")), told(over.get("semilearn")), told(found.get("share_of_supervised")))
-    return f"| {network} | {found['labeled']} + {found['unlabeled']} | {rate:.0f} | {' | '.join(ratios_told)} |"
+    cells = [told(over.get(name), name) for name in ("published", "semilearn")]
+    cells.append(told(found.get("share_of_supervised"), "supervised"))
+    return f"| {network} | {found['labeled']} + {found['unlabeled']} | {rate:.0f} | {' | '.join(cells)} |"
 
 
 def _turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
@@ -166,6 +186,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--device", default="auto")
     flags.add_argument("--threads", type=int, default=available_cores())
     flags.add_argument("--workers", type=int, default=2, help="of each of a peer's two loaders")
+    flags.add_argument("--plan", metavar="JSON", help="of our side; measured unless given")
     flags.add_argument("--out", type=Path, required=True, help="the record")
     return flags
 

@@ -126,14 +126,17 @@ def _ours(options: argparse.Namespace, device: torch.device) -> Side:
 
 
 def _plan(method: FixMatch, batches: Batches, device: torch.device, options: argparse.Namespace) -> EnginePlan:
-    """The one measured, with the precision and the threads that are raced."""
-    plan, _ = measure_plan(method, batches, device)
+    """The one given, or else the one measured; with the precision and the threads that are raced."""
+    if options.plan is None:
+        plan, _ = measure_plan(method, batches, device)
+    else:
+        plan = EnginePlan.model_validate_json(options.plan)
     return plan.model_copy(update={"precision": options.precision, "threads": options.threads})
 
 
 def _supervised(options: argparse.Namespace, device: torch.device) -> Side:
     """A plain step on as many images, which lie there ready: forward, backward, optimizer. With the plan of `ours`."""
-    plan = EnginePlan.model_validate(json.loads(options.plan))
+    plan = EnginePlan() if options.plan is None else EnginePlan.model_validate_json(options.plan)
     images, labels = (torch.from_numpy(each[: options.labeled * (1 + 2 * options.ratio)]) for each in pictures())
     x_BCHW = prepare(((images.permute(0, 3, 1, 2) / 255 - 0.47) / 0.25).to(device), plan)
     labels_B = labels.to(device)
@@ -195,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--device", default="cpu")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--workers", type=int, default=2, help="of each loader of a peer")
-    flags.add_argument("--plan", default=EnginePlan().model_dump_json(), help="of the supervised side: that of ours")
+    flags.add_argument("--plan", metavar="JSON", help="of ours, which measures it unless it is given; and supervised's")
     return flags
 
 

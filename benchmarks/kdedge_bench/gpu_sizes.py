@@ -50,7 +50,7 @@ TOY = Sizes(
     race_s=0.0,
     races=(("wide-resnet-10-1", "fp32"),),
     race=(
-        *("--sides", "supervised", "--workers", "1", "--threads", "1"),
+        *("--sides", "supervised", "--workers", "1", "--threads", "1", "--plan", "{}"),
         *("--labeled", "2", "--ratio", "1", "--rounds", "1", "--seconds", "0.1"),
     ),
     settings=(

@@ -82,18 +82,20 @@ def test_every_side_is_first_in_turn() -> None:
 
 
 SIDE = """
-import json, sys
+import json, os, sys
 name = sys.argv[2]
-if name == "semilearn":
-    sys.exit("ModuleNotFoundError: No module named 'semilearn'")
+if name == "semilearn" and "wide-resnet-10-1" in sys.argv:
+    sys.exit("Traceback (most recent call last):\\nModuleNotFoundError: No module named 'semilearn'\\n")
 print(json.dumps({"plan": {"threads": 1}}), flush=True)
 for line in sys.stdin:
+    if name == "semilearn":
+        os.kill(os.getpid(), 9)  # as the kernel does where memory is short
     steps = {"ours": 6, "published": 2, "supervised": 8}[name]
     print(json.dumps({"steps": steps, "elapsed_s": float(line)}), flush=True)
 """
 
 
-def test_a_race_gives_a_record_with_the_side_that_cannot_run_and_why(tmp_path, monkeypatch) -> None:
+def test_a_race_gives_a_record_with_the_side_that_ended_and_how(tmp_path, monkeypatch) -> None:
     """Sides are processes of a few lines here: they start at once and are as fast as they say."""
     (tmp_path / "side.py").write_text(SIDE)
     monkeypatch.setattr(engine_race, "_PROGRAM", (sys.executable, str(tmp_path / "side.py")))
@@ -110,7 +112,11 @@ def test_a_race_gives_a_record_with_the_side_that_cannot_run_and_why(tmp_path, m
         assert found["unlabeled_images_per_second"] == rates
         assert found["ours_over"] == {"published": {"median": 3, "min": 3, "max": 3}}
         assert found["share_of_supervised"]["median"] == 0.75
-        assert found["sides"]["semilearn"] == {"failed": "ModuleNotFoundError: No module named 'semilearn'"}
+    absent, killed = (found["sides"]["semilearn"]["failed"] for found in record["races"])
+    assert absent == {"exit_code": 1, "last_line": "ModuleNotFoundError: No module named 'semilearn'"}
+    assert killed == {"signal": "SIGKILL", "last_line": None}
+    cells = [engine_race.markdown_row(found).split(" | ")[4] for found in record["races"]]
+    assert cells == ["ended: exit code 1", "ended: SIGKILL"]
     assert record["command"].startswith("python -m kdedge_bench.engine_race --networks wide-resnet-10-1")
 
 
@@ -124,6 +130,27 @@ def test_a_side_does_steps_for_as_long_as_it_is_told(monkeypatch, capsys) -> Non
     assert first["steps"] == 1
     assert second["elapsed_s"] >= 0.01
     assert len(steps) == 2 + second["steps"]  # one of them to get ready
+
+
+def test_our_side_that_ends_is_told_and_nothing_is_compared_with_it(tmp_path, monkeypatch) -> None:
+    (tmp_path / "side.py").write_text(SIDE.replace('name == "semilearn"', 'name == "ours"'))
+    monkeypatch.setattr(engine_race, "_PROGRAM", (sys.executable, str(tmp_path / "side.py")))
+    words = ["--networks", "mobilenet-v2", "--seconds", "1", "--sides", "--device", "cpu", "--plan", '{"threads": 1}']
+    engine_race.main([*words, "--out", str(tmp_path / "race.json")])
+    (found,) = json.loads((tmp_path / "race.json").read_text())["races"]
+    assert found == {
+        "network": "mobilenet-v2",
+        "halvings": 5,
+        "precision": "fp32",
+        "failed": {"signal": "SIGKILL", "last_line": None},
+    }
+
+
+def test_our_plan_may_be_given_and_takes_the_threads_of_the_race(monkeypatch) -> None:
+    monkeypatch.setattr(engine_sides, "measure_plan", None)
+    plan = EnginePlan(layers="own", update="fused", threads=7).model_dump_json()
+    _, told = engine_sides.make_side(engine_sides.parser().parse_args(["--side", "ours", *TOY, "--plan", plan]))
+    assert told["plan"] == EnginePlan(layers="own", update="fused", threads=1).model_dump()
 
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

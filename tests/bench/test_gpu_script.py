@@ -145,6 +145,37 @@ def test_it_is_stopped_and_goes_on_elsewhere_to_the_end(
     assert len(list(second.iterdir())) <= 8  # what comes back from the machine
 
 
+SIDE = """
+import json, sys
+print(json.dumps({"plan": {}}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"steps": {"ours": 3, "supervised": 4}[sys.argv[2]], "elapsed_s": 1}), flush=True)
+"""
+
+
+def test_a_race_at_toy_size_ends_and_becomes_a_record(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sides are those of test_engine_race.py, which also does their steps: here they start at once."""
+
+    def raced(argv: Sequence[str], folder: Path, log: Path, over: Callable[[], bool]) -> gpu.Ended:
+        assert argv[:3] == [sys.executable, "-m", "kdedge_bench.engine_race"]
+        with contextlib.chdir(folder):
+            engine_race.main(argv[3:])
+        return "finished"
+
+    (tmp_path / "side.py").write_text(SIDE)
+    monkeypatch.setattr(engine_race, "_PROGRAM", (sys.executable, str(tmp_path / "side.py")))
+    monkeypatch.setattr(gpu, "_run", raced)
+    words = ["--toy", "--what", "speed", "--data", str(data), "--device", "cpu"]
+    out = tmp_path / "out"
+    assert gpu.main(ROOM / "cifar10.yaml", [*words, "--out", str(out), "--scratch", str(tmp_path / "s")]) == 0
+    document, records = records_of(out)
+    assert RACE not in document["waiting"]
+    (race,) = records[RACE]["findings"]["races"]
+    assert race["share_of_supervised"]["median"] == 0.75
+
+
 def test_a_folder_is_packed_into_parts_and_joined_again(tmp_path: Path) -> None:
     work, out, rng = tmp_path / "work", tmp_path / "out", np.random.default_rng(0)
     (work / "runs" / "a").mkdir(parents=True)
