@@ -13,6 +13,7 @@ from kdedge_device.choose_runner import why_not_onnxruntime
 from kdedge_device.clock import EFFORTS
 from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle
+from kdedge_device.openvino_runner import why_not_openvino
 from kdedge_device.trt import load_tensorrt
 
 __all__ = ["Combination", "Planned", "base_of", "combinations", "plan", "way"]
@@ -124,19 +125,24 @@ class _Planner:
         if row.precision != found:
             told = f"{path.name} is in {str(found).upper()}"
             return Planned(row, None, f"{told}; other files are made of a float one by: kdedge export {path.name}")
-        if row.runtime != "onnxruntime":
-            return Planned(row, None, f"{path.name} is no bundle; of a file ONNX Runtime alone is measured.")
-        return Planned(row, Job(row.name, [str(path), *self._words(row)]))
+        if row.runtime == "tensorrt":
+            return Planned(row, None, f"{path.name} is no bundle, which engines are built of. Make one: kdedge export")
+        if row.runtime == "openvino" and (why := why_not_openvino()):
+            return Planned(row, None, why)
+        return Planned(row, Job(row.name, [str(path), *_with(row.runtime), *self._words(row)]))
 
     def _of_bundle(self, row: Combination, bundle: Bundle) -> Planned:
         if row.runtime == "tensorrt":
             return self._engine(row, bundle)
+        why = _lacks(bundle, row.precision)
         if row.runtime == "openvino":
-            return Planned(row, None, "OpenVINO is not measured by kdedge bench yet.")
-        why = _lacks(bundle, row.precision) or why_not_onnxruntime(bundle, row.precision)
+            why = why or why_not_openvino()
+        else:
+            why = why or why_not_onnxruntime(bundle, row.precision)
         if why:
             return Planned(row, None, why)
-        return Planned(row, Job(row.name, [bundle.path, "--artifact", row.precision, *self._words(row)]))
+        chosen = ["--artifact", row.precision, *_with(row.runtime)]
+        return Planned(row, Job(row.name, [bundle.path, *chosen, *self._words(row)]))
 
     def _engine(self, row: Combination, bundle: Bundle) -> Planned:
         """Built first where it is missing. Without TensorRT nothing of a processor stands in for it."""
@@ -165,6 +171,10 @@ class _Planner:
         words = ["--seconds", repr(share.seconds), "--runs", str(runs), "--warm-up", repr(share.warm_up_seconds)]
         words += ["--threads", str(row.threads), "--batch", str(row.batch)]
         return [*words, "--offline"] if offline else words
+
+
+def _with(runtime: str) -> list[str]:
+    return ["--runtime", runtime] if runtime == "openvino" else []
 
 
 def _lacks(bundle: Bundle, precision: str) -> str:

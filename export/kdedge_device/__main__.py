@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     runtime = _Parser(add_help=False)
     runtime.add_argument(
         "--runtime",
-        choices=("onnxruntime", "tensorrt"),
+        choices=("onnxruntime", "tensorrt", "openvino"),
         help="tensorrt: an engine that `build` made, by precision (default: what the artifact is for)",
     )
 

@@ -25,7 +25,6 @@ from kdedge_device.evaluate import input_of
 from kdedge_device.failures import Failure
 from kdedge_device.manifest import sha256_file
 from kdedge_device.record import load_average, now, record
-from kdedge_device.runners import OrtRunner
 from kdedge_device.trt_launch import PLAIN, Access
 from kdedge_device.trt_runner import TrtRunner
 from kdedge_device.watch import IDLE_S, Watch
@@ -171,7 +170,7 @@ def _parts(subject: Subject, runner: Runner, pool: Pool, batch: int) -> Dict[str
     inputs = pool.batches
     whole_run = stopwatch(lambda i: runner.run(inputs[i % len(inputs)]))
     parts: Dict[str, Timed] = {}
-    if isinstance(runner, OrtRunner):
+    if not isinstance(runner, TrtRunner):
         parts["compute"] = whole_run
     else:
         engine = runner
@@ -214,7 +213,7 @@ def ran_on(subject: Subject, runner: Runner, pool: Pool, threads: int, batch: in
         "cuda_graph_why_not": None,
         "timed_by": {"compute": "the host's clock", "with_copies": None},
     }
-    if isinstance(runner, OrtRunner):
+    if not isinstance(runner, TrtRunner):
         return Ran(artifact, {**conditions, "threads": threads}, None, None)
     timed_by = {"compute": "CUDA events", "with_copies": "the host's clock, from array to array"}
     artifact["precision"] = subject.precision or runner.precision

@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, help="images a call (default 1; with --offline what the file is for, else 16)")
     add("--rounds", type=int, help=f"processes that share the effort (default 1; of all {ROUNDS}, but 1 of mlperf)")
     add("--offline", action="store_true", help="throughput of batch after batch instead of latency")
-    add("--runtime", choices=("auto", "tensorrt"), default="auto", help="tensorrt: --artifact names an engine")
+    add(
+        "--runtime",
+        choices=("auto", "tensorrt", "openvino"),
+        default="auto",
+        help="tensorrt: --artifact names an engine",
+    )
     add("--engines", metavar="FOLDER", help="where engines are looked for before the bundle")
     add("--build", action="store_true", help="with --artifact all: build the engines that are missing first")
     add("--workspace-mib", type=int, default=None, help="of --build: what a kernel may use (default 512)")
@@ -128,8 +133,9 @@ def _one(options: argparse.Namespace, work: _Work) -> Tuple[Dict[str, Any], str,
 
     tensorrt = options.runtime == "tensorrt"
     batch = 1 if options.batch is None and not options.offline else options.batch
-    subject = open_subject(work.path, options.artifact, batch or 1, tensorrt, options.engines)
-    if not tensorrt and not subject.model_path.endswith(".engine") and _engines_beside(subject.model_path):
+    openvino = options.runtime == "openvino"
+    subject = open_subject(work.path, options.artifact, batch or 1, tensorrt, options.engines, openvino)
+    if options.runtime == "auto" and not subject.model_path.endswith(".engine") and _engines_beside(subject.model_path):
         _say("There are engines, too: --runtime tensorrt measures one of them, --artifact all every one that fits.")
     access = Access(chosen_way(options.cuda), options.buffers, not options.no_cuda_graph)
     idle_s = IDLE_S if options.idle is None else max(0.0, options.idle)

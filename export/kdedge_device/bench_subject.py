@@ -13,6 +13,7 @@ from kdedge_device.choose_runner import Runner, only_engines
 from kdedge_device.evaluate import input_of
 from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle
+from kdedge_device.openvino_runner import OpenVinoRunner, artifact_for_openvino
 from kdedge_device.preprocess import Preprocess
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import Here, load_tensorrt
@@ -40,6 +41,7 @@ class Subject(NamedTuple):
     name: Optional[str] = None
     expected: Optional[Dict[str, Any]] = None
     here: Optional[Here] = None
+    openvino: bool = False
 
 
 class Pool(NamedTuple):
@@ -56,13 +58,16 @@ def open_subject(
     batch: int = 1,
     tensorrt: bool = False,
     engines: Optional[str] = None,
+    openvino: bool = False,
 ) -> Subject:
     """A bundle folder (its shipped artifact, or the one named) or a model file, with the bundle around it if any.
 
     `tensorrt`: `artifact` names a precision, whose engine for this machine is taken, from the folder `engines` first;
     without one the first that is there of INT8, FP16 and FP32. So is done too where there are engines and nothing was
-    named, but ONNX Runtime is not installed.
+    named, but ONNX Runtime is not installed. `openvino`: that runs it.
     """
+    if openvino:
+        return _for_openvino(path, artifact, batch)
     if os.path.isdir(path):
         bundle = Bundle(path)
         if tensorrt or (artifact is None and only_engines(bundle)):
@@ -89,6 +94,15 @@ def _from_bundle(bundle: Bundle, name: str, batch: int) -> Subject:
         return _around(bundle, bundle.model_path(name), entry.get("precision"))._replace(name=name)
     here = load_tensorrt()
     return _built(bundle, open_engine(bundle, name, here, batch=batch), here, name)
+
+
+def _for_openvino(path: str, artifact: Optional[str], batch: int) -> Subject:
+    if not os.path.isdir(path):
+        return open_subject(path, artifact, batch)._replace(openvino=True)
+    bundle = Bundle(path)
+    name = artifact_for_openvino(bundle, artifact)
+    subject = _around(bundle, bundle.model_path(name), bundle.artifacts[name].get("precision"))
+    return subject._replace(name=name, openvino=True)
 
 
 def _engine(bundle: Bundle, named: Optional[str], batch: int, folder: Optional[str]) -> Subject:
@@ -120,6 +134,8 @@ def _around(bundle: Bundle, path: str, precision: Optional[str]) -> Subject:
 def runner_of(subject: Subject, threads: int = 1, access: Access = PLAIN) -> Runner:
     if subject.model_path.endswith(".engine"):
         return TrtRunner(subject.model_path, subject.here, subject.expected, access)
+    if subject.openvino:
+        return OpenVinoRunner(subject.model_path, threads)
     return OrtRunner(subject.model_path, threads)
 
 

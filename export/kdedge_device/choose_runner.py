@@ -5,6 +5,7 @@ from typing import Optional, Union
 
 from kdedge_device.failures import Failure, RuntimeFailure
 from kdedge_device.manifest import Bundle
+from kdedge_device.openvino_runner import OpenVinoRunner, artifact_for_openvino
 from kdedge_device.runners import OrtRunner
 from kdedge_device.trt import load_tensorrt
 from kdedge_device.trt_build import BuildOptions
@@ -13,7 +14,7 @@ from kdedge_device.trt_runner import TrtRunner
 
 __all__ = ["Runner", "only_engines", "open_runner", "runtime_of", "why_not_onnxruntime"]
 
-Runner = Union[OrtRunner, TrtRunner]
+Runner = Union[OrtRunner, OpenVinoRunner, TrtRunner]
 
 
 def open_runner(
@@ -23,8 +24,10 @@ def open_runner(
 
     `runtime` "tensorrt" takes an engine also of what ONNX Runtime can run, by precision: int8, fp16 or fp32, the first
     that is here unless named. So does a machine that has engines and no ONNX Runtime. RuntimeFailure where the runtime,
-    or the engine, is not here.
+    or the engine, is not here. "openvino" takes FP32's file and, of INT8, the one for TensorRT.
     """
+    if runtime == OpenVinoRunner.runtime:
+        return OpenVinoRunner(bundle.model_path(artifact_for_openvino(bundle, artifact)), threads)
     if runtime == TrtRunner.runtime or (runtime is None and artifact is None and only_engines(bundle)):
         return _open_precision(bundle, artifact)
     name = bundle.artifact(artifact)

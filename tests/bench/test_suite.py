@@ -101,3 +101,10 @@ def test_what_a_row_is_compared_with() -> None:
     other = suite.model_copy(update={"base": Base(model="a", precision="fp32", threads=1)})
     assert base_of(last, other).name == "a-fp32-onnxruntime-t1-b8-offline"
     assert len({row.name for row in rows}) == len(rows) == suite.count * 2
+
+
+def test_the_suite_in_the_readme(tmp_path: Path) -> None:
+    readme = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
+    _, _, rest = readme.read_text(encoding="utf-8").partition("```yaml\n")
+    found = load(written(tmp_path, rest.partition("```")[0])).suite
+    assert (len(found.models), found.count, found.base.threads) == (2, 2 * 2 * 3 * 2 * 2, 1)

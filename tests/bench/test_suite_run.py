@@ -256,3 +256,44 @@ def test_a_real_file_in_both_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert single.throughput_ips is None
     assert offline.throughput_ips is not None
     assert offline.p90_ms is None
+
+
+def test_openvino_has_files_of_its_own(
+    make_run: MakeRun, tmp_path: Path, simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = suite(tmp_path, "runtimes: [onnxruntime, openvino]", make_run())
+    simulate()
+    monkeypatch.setattr("kdedge_bench.suite_plan.why_not_openvino", lambda: "OpenVINO is not installed.")
+    found = run_suite(text, repeats=1, out=tmp_path / "out")
+    assert [(row.way, row.why) for row in found.rows] == [
+        ("FP32", None),
+        ("INT8", None),
+        ("FP32, openvino", "OpenVINO is not installed."),
+        ("INT8, openvino", "OpenVINO is not installed."),
+    ]
+    monkeypatch.setattr("kdedge_bench.suite_plan.why_not_openvino", lambda: "")
+    asked: list[Job] = []
+    clock = simulate()
+    monkeypatch.setattr(suite_run, "one_round", lambda job: (asked.append(job), clock(job))[1])
+    found = run_suite(text, repeats=1, out=tmp_path / "out")
+    assert [row.way for row in found.rows] == [
+        f"{kind}, {runtime}" for runtime in ("onnxruntime", "openvino") for kind in ("FP32", "INT8")
+    ]
+    assert [list(job.arguments)[1:5] for job in asked[2:]] == [
+        ["--artifact", kind, "--runtime", "openvino"] for kind in ("fp32", "int8")
+    ]
+
+
+def test_a_network_of_the_zoo_is_a_bundle_without_accuracy(tmp_path: Path, simulate: Callable[..., Simulated]) -> None:
+    from kdedge_bench.accuracy import exam_of
+    from kdedge_bench.suite import Model, Suite
+    from kdedge_bench.suite_zoo import zoo_bundle
+    from kdedge_device.manifest import Bundle
+
+    model = Model(zoo="shufflenet-v2", px=32, classes=3, width=0.5)
+    made = Bundle(zoo_bundle(model, Suite(models=(model,)), tmp_path / "made"))
+    assert "run.pyz" in made.verify(), "it can travel to a board"
+    assert sorted(made.artifacts) == ["fp32", "int8"]
+    assert (made.preprocess.height, len(made.classes), made.golden()["images"].shape[1:3]) == (32, 3, (32, 32))
+    assert exam_of(Path(made.path)) is None
+    assert made.document["provenance"]["weights"] == "random"
