@@ -48,7 +48,7 @@ PRETRAIN_SETTINGS: dict[PretrainSettings, Published] = {
     "simclr.short": Published(256, None, 0.1, 1.0, 0.5, _LARS),
 }
 
-_STEPS = {"digits": 600, "small": 4000, "photo": 2000}
+_STEPS = {"digits": 300, "small": 4000, "photo": 2000}
 _PHOTO_BATCH = 32  # in two views; each a pass of the backbone at up to 224 px
 
 _PUBLISHED_VIEWS: dict[PretrainSettings, ContrastiveViewConfig] = {

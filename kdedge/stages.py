@@ -315,7 +315,9 @@ class Stages:
             seconds=round(time.perf_counter() - started_at_s, 2),
             flops=_INFERENCE_FLOPS * _macs(loaded.module, loaded.preprocess) * len(pool.unlabeled),
         )
-        self.begun.display.say(f"Trusted pseudo labels: {summary['size']} of {len(trusted.index)} unlabeled images.")
+        if self.recipe.trust.filters != "none":
+            kept, count = summary["size"], len(trusted.index)
+            self.begun.display.say(f"Trusted pseudo labels: {kept} of {count} unlabeled images.")
 
 
 def _macs(network: Network, preprocess: Preprocess) -> int:

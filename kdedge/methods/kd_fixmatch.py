@@ -177,6 +177,8 @@ class KDFixMatch(Method):
             loss_trusted = self._robust(strong_UK, trusted_U.clamp(min=0), mask_U) / share
             loss = loss + config.trusted_weight * loss_trusted
             logs["loss_trusted"] = loss_trusted.detach()
+        if not (config.unlabeled_weight or self._trusted_term):  # nobody learns from them, so nobody is warned of them
+            return loss, logs
         return loss, logs | pseudo_label_logs(target_U, weight_U, batch.truth_U, labeled_BK.shape[1])
 
     def _own_labels(self, labeled_BK: Tensor, weak_UK: Tensor, position_U: Tensor) -> PseudoLabels:
