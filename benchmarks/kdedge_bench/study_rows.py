@@ -36,6 +36,7 @@ __all__ = [
 PRETRAINING, FINE_TUNING, DISTILLATION, TRANSFER = "pre-training", "fine-tuning", "distillation", "transfer"
 LINEAR, TUNED, FIRST_LAYER, SCRATCH = "linear", "fine-tuned", "first-layer", "scratch"
 SAME, OTHER, SELF = "same", "other", "self"
+PROBE_LABELS = 40  # a class, in a run that pre-trains: with 50, a fifth of them would be held back from the pool as val
 WAYS = (LINEAR, TUNED, FIRST_LAYER, SCRATCH)
 
 
@@ -105,13 +106,14 @@ def _start_of(network: NetworkConfig) -> str:
 
 
 def _pretraining(plan: StudyPlan, network: NetworkConfig) -> StudyRow:
-    """With as few labels as the set allows, so that no image is held back from the pool; they fit a linear head."""
+    """On the pool of the first set. Its labels are for the nearest neighbours and the linear head alone."""
     first = plan.sets[0]
+    labels = min(PROBE_LABELS, *first.per_class) * len(first.classes)
     return StudyRow(
         _start_of(network),
         PRETRAINING,
         first,
-        len(first.classes),
+        labels,
         network,
         {"kind": "fine-tune", "train": "head"},
         plan.config.tune,
