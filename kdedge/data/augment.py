@@ -191,7 +191,7 @@ def shift(
         x_BCHW = functional.pad(x_BCHW, (most, most, most, most), value=fill)
     places_B1N = (rows[:, :, None] * x_BCHW.shape[3] + columns[:, None, :]).flatten(1).unsqueeze(1)
     cut = x_BCHW.flatten(2).gather(2, places_B1N.expand(-1, x_BCHW.shape[1], -1))
-    return cut.unflatten(2, (height, width))
+    return cut.view(*x_BCHW.shape[:2], height, width)
 
 
 def _reflected(places: Tensor, count: int) -> Tensor:

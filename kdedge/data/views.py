@@ -88,7 +88,7 @@ def strong(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     x = weak(images_BCHW, config, draws_DB[:_WEAK])
     height, width = x.shape[2:]
     first = _FIRST_GEOMETRIC if config.geometric_only else 0
-    for choice, magnitude, sign in draws_DB[_WEAK:-3].unflatten(0, (config.operations, 3)):
+    for choice, magnitude, sign in draws_DB[_WEAK:-3].reshape(config.operations, 3, len(x)):
         operation = first + (choice * (len(OPERATIONS) - first)).long().clamp_(max=len(OPERATIONS) - first - 1)
         x = _apply(x, operation, magnitude, torch.where(sign < 0.5, -1.0, 1.0), config)
     hole = draws_DB[-3:].to(x.device)
@@ -113,13 +113,13 @@ def _apply(x: Tensor, operation_B: Tensor, magnitude_B: Tensor, sign_B: Tensor, 
     order_B = operation_B.argsort(stable=True)
     counts = torch.bincount(operation_B, minlength=len(OPERATIONS)).tolist()
     ordered = x.index_select(0, order_B.to(x.device))
-    magnitudes = magnitude_B[order_B].to(x.device).split(counts)
-    groups = zip(OPERATIONS[:_FIRST_GEOMETRIC], ordered.split(counts), magnitudes, strict=False)
+    magnitudes = torch.split(magnitude_B[order_B].to(x.device), counts)
+    groups = zip(OPERATIONS[:_FIRST_GEOMETRIC], torch.split(ordered, counts), magnitudes, strict=False)
     done = [_photometric(name, group, magnitude) for name, group, magnitude in groups if len(group)]
     moved = ordered[sum(counts[:_FIRST_GEOMETRIC]) :]
     if len(moved):
-        signed = (magnitude_B * sign_B)[order_B].to(x.device).split(counts)[_FIRST_GEOMETRIC:]
-        matrices = _matrices(signed, *x.shape[2:], config)
+        signed = torch.split((magnitude_B * sign_B)[order_B].to(x.device), counts)[_FIRST_GEOMETRIC:]
+        matrices = _matrices(signed, x.shape[2], x.shape[3], config)
         done.append(augment.affine(moved, matrices, _known(config.fill)).round_())
     return torch.cat(done).index_select(0, order_B.argsort().to(x.device))
 

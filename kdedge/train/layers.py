@@ -79,6 +79,8 @@ class _Pointwise(nn.Conv2d):
 class _Depthwise(nn.Conv2d):
     """A depthwise convolution; on maps smaller than its kernel the kernel's gradient is summed tap by tap."""
 
+    padding: tuple[int, int]  # torch's class takes words too
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         height, width = (
             (side + 2 * pad - kernel) // stride + 1
