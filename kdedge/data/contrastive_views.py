@@ -45,7 +45,7 @@ class ContrastiveViewConfig(Config):
 
     smallest_area: Annotated[float, Field(gt=0, le=1)] | None = None  # of the image's; a part has this area or more
     widest_aspect: Annotated[float, Field(ge=1)] = 4 / 3  # of a part, width over height; the narrowest is its inverse
-    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0  # either way
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] | None = None  # either way; null, where not resolved, is none
     flip: bool | None = None  # mirror left to right, half of the images
     # s: brightness, contrast and saturation are multiplied by 1 - 0.8 s to 1 + 0.8 s, hue turned by up to 0.2 s
     jitter_strength: Annotated[float, Field(ge=0, le=2.5)] | None = None
