@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from kdedge import __version__
 from kdedge.intervals import tango
 from kdedge.models.weights import load_model
-from kdedge.runs import Run, open_finished, write_json
+from kdedge.runs import Run, open_finished, sha256_bytes, write_json
 from kdedge_bench.int8_families import SETTLE_S, speed_ratio
 from kdedge_bench.peers.peer import timed_ms
 from kdedge_bench.peers_make import BUILT_IN, Limits, Peer, Way, make_all, parse_peer
@@ -45,7 +45,6 @@ CHUNK = 256  # test images on disk at a time, for the runtimes that are not in t
 
 
 def compare(
-    name: str,
     runs: Sequence[Path],
     peers: Mapping[str, Peer],
     options: argparse.Namespace,
@@ -56,8 +55,8 @@ def compare(
     labels: list[npt.NDArray[np.int64]] = []
     speeds: dict[str, Any] = {}
     limits = Limits(options.limit_s, options.limit_gib * 2**10)
-    for place, path in enumerate(runs):
-        with _folder(options.keep, name, place) as folder:
+    for path in runs:
+        with _folder(options.keep, path) as folder:
             made = make_all(path, folder, peers, limits, qat=options.qat)
             images = open_run_images(Run(path))
             preprocess = load_model(Run(path).student_path).preprocess
@@ -76,12 +75,13 @@ def compare(
 
 
 @contextlib.contextmanager
-def _folder(keep: Path | None, name: str, place: int) -> Any:
+def _folder(keep: Path | None, run: Path) -> Iterator[Path]:
+    """Of the student's own bytes: files of another one are never taken for its."""
     if keep is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
-    folder = keep.absolute() / name / str(place)
+    folder = keep.absolute() / sha256_bytes(Run(run).student_path.read_bytes())[:16]
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
 
@@ -106,11 +106,8 @@ def _logits(
         if each.failure is not None or each.file is None:
             continue
         try:
-            if each.runtime is None:
-                (logits,) = test.logits([folder / each.file], preprocess)
-            else:
-                with _served(each, folder, peers, limits) as runtime:
-                    logits = _answers(runtime, test, preprocess)
+            kept = (folder / each.file).with_suffix(f".{test.fingerprint[:16]}.npy")
+            logits = np.load(kept) if kept.exists() else _asked(each, folder, peers, test, preprocess, limits)
             expected = found["fp32"].shape if found else logits.shape
             if logits.shape != expected or not np.isfinite(logits).all():
                 raise PeerFailed(
@@ -118,9 +115,21 @@ def _logits(
                     "finite numbers were expected"
                 )
             found[way] = logits
+            np.save(kept, logits)  # beside the file, and gone with it
         except (PeerFailed, Failure) as error:
             told[way] = replace(each, failure=f"made, but not usable: {error}")
     return found, told
+
+
+def _asked(
+    way: Way, folder: Path, peers: Mapping[str, Peer], test: Part, preprocess: Preprocess, limits: Limits
+) -> Logits:
+    assert way.file is not None
+    if way.runtime is None:
+        (logits,) = test.logits([folder / way.file], preprocess)
+        return logits
+    with _served(way, folder, peers, limits) as runtime:
+        return _answers(runtime, test, preprocess)
 
 
 def _answers(runtime: Served, test: Part, preprocess: Preprocess) -> Logits:
@@ -257,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name, runs in models.items():
         before = load_average()
-        found = compare(name, runs, peers, options)
+        found = compare(runs, peers, options)
         record["models"][name] = found | {"load_average": {"before": before, "after": load_average()}}
         print(json.dumps({name: {way: row.get("drop_points") for way, row in found["ways"].items()}}), file=sys.stderr)
         write_json(options.out, record)
