@@ -9,6 +9,7 @@ from kdedge.errors import RunError
 from kdedge.runs import Run, read_json
 from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.records import Record, flags, latency, machine_name, read_records
+from kdedge_bench.rows import scored
 from kdedge_bench.table import summarize
 
 __all__ = ["Side", "read_side"]
@@ -111,8 +112,9 @@ def _of_records(path: Path, artifact: str | None) -> Side:
     chosen = artifact or next(iter(named))
     if chosen not in named:
         raise _unknown(path, chosen, named)
-    scored = named[chosen].get("accuracy") or {}
-    return Side(path, path.name, chosen, scored.get("value"), scored.get("images"), named[chosen], scored.get("sha256"))
+    found = scored(named[chosen].get("accuracy"))
+    known = (None, None, None) if found is None else (found.value, found.images, found.sha256)
+    return Side(path, path.name, chosen, known[0], known[1], named[chosen], known[2])
 
 
 def _exam(manifest: Mapping[str, Any] | None) -> str | None:

@@ -16,7 +16,7 @@ from kdedge.errors import RecipeError, did_you_mean
 from kdedge.recipe_io import parse
 from kdedge.recipe_yaml import MAX_BYTES
 
-__all__ = ["Base", "Found", "Model", "Precision", "Runtime", "Suite", "find", "load", "names"]
+__all__ = ["Base", "Found", "Model", "Precision", "Runtime", "Suite", "find", "load", "names", "with_models"]
 
 Precision = Literal["fp32", "fp16", "int8"]
 Runtime = Literal["onnxruntime", "tensorrt", "openvino"]
@@ -172,5 +172,5 @@ def _shipped() -> Iterator[tuple[str, Any]]:
 
 def with_models(found: Found, paths: Sequence[Path]) -> Found:
     """The same ways for other models: files that were named beside the suite."""
-    models = tuple(Model(path=path.resolve()) for path in dict.fromkeys(paths))
-    return found.model_copy(update={"suite": Suite.model_validate(found.suite.model_copy(update={"models": models}))})
+    models = tuple(Model(path=path) for path in dict.fromkeys(paths))
+    return found.model_copy(update={"folder": Path(), "suite": found.suite.model_copy(update={"models": models})})

@@ -114,7 +114,7 @@ class _Measured:
         self.jobs = [each.job for each in planned if each.job is not None]
         self.failed: dict[str, Failure] = {}
         self.rounds: list[dict[str, Told]] = []
-        self.session = new_session(now())
+        self.session = self.sitting = new_session(now())
         self.sittings = 1
         of = {
             "suite": found.suite.model_dump(mode="json", by_alias=True),
@@ -133,7 +133,7 @@ class _Measured:
                 number = len(self.rounds)
                 told = one_turn(self.jobs, number, self.repeats, one_round, self.say, self.failed)
                 why = {name: str(error) for name, error in self.failed.items()}
-                self.kept.add(number, self.session, told, why)
+                self.kept.add(number, self.session, self.sitting, told, why)
                 self.rounds.append(told)
         except KeyboardInterrupt:
             done = len(self.rounds)
@@ -141,20 +141,26 @@ class _Measured:
             raise Stopped(f"Stopped by Ctrl-C. {told_of} the same command goes on from there.") from None
 
     def _begin(self) -> None:
-        session, rounds, failed = self.kept.read()
-        if session is None:
+        before = self.kept.read()
+        if before.session is None:
             self._say_how_long()
+            if self.jobs:
+                self.kept.begin()
             return
-        self.session, self.rounds = session, rounds[: self.repeats]
-        self.failed = {name: Failure(why) for name, why in failed.items()}
+        self.session, self.rounds = before.session, before.rounds[: self.repeats]
+        self.sittings = before.sittings + (len(self.rounds) < self.repeats)
+        self.failed = {name: Failure(why) for name, why in before.failed.items()}
         self.say(f"{len(self.rounds)} of {self.repeats} rounds were measured before; going on after them")
 
     def _say_how_long(self) -> None:
-        share = EFFORTS[self.effort]
-        least = len(self.jobs) * (share.seconds + share.warm_up_seconds) / 60
-        more = "; end to end as much again" if any(each.bundle for each in self.models.values()) else ""
-        count = f"{len(self.jobs)} of {len(self.planned)} combinations run here"
-        self.say(f"{count}, {self.repeats} rounds in turn: at least {max(least, 0.1):.1f} minutes{more}")
+        effort = EFFORTS[self.effort]
+        run = [each.combination for each in self.planned if each.job is not None]
+        # With the images of a bundle, single stream is timed end to end, too, for as long; at most the standard effort.
+        whole = [each for each in run if each.mode == "single stream" and self.models[each.model].bundle]
+        again = min(effort.seconds, EFFORTS["standard"].seconds) + effort.warm_up_seconds
+        least = (len(run) * (effort.seconds + effort.warm_up_seconds) + len(whole) * again) / 60
+        count = f"{len(run)} of {len(self.planned)} combinations run here"
+        self.say(f"{count}, {self.repeats} rounds in turn: at least {max(least, 0.1):.1f} minutes")
 
     def written(self) -> SuiteResult:
         """The records and the table, on disk. DeviceError where there is not a single record."""
@@ -200,6 +206,7 @@ class _Measured:
             "name": self.found.name,
             "combination": asdict(row),
             "weights": "random" if subject.random else None,
+            "sittings": self.sittings,
         }
         if subject.path is not None and not subject.random:
             record["accuracy"] = accuracy_of(record, subject.path, self.say)
@@ -242,6 +249,7 @@ class _Measured:
             "machine": record["machine"],
             "effort": told_effort(self.effort, self.repeats),
             "repeats": self.repeats,
+            "sittings": self.sittings,
             "load_average": record["conditions"].get("load_average"),
             "rows": as_json(rows),
         }
@@ -260,7 +268,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
     """What a reader of the table has to know, in sentences."""
     machine_ = document["machine"]
     name = machine_.get("gpu") or machine_.get("cpu") or machine_.get("model") or machine_.get("name")
-    rounds = f"{document['repeats']} rounds in turn, in one session"
+    sittings = f", stopped and gone on with {document['sittings'] - 1} times" if document["sittings"] > 1 else ""
+    rounds = f"{document['repeats']} rounds in turn, in one session{sittings}"
     publish = " Not for publication: --effort standard is." if document["effort"] == "quick" else ""
     return (
         f"{name}, effort {document['effort']}, {rounds}; ratios are of rows of this session, round by round.{publish} "

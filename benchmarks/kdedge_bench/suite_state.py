@@ -10,18 +10,28 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from kdedge.errors import RunError
 from kdedge.runs import read_json, write_json
 from kdedge_device.bench_rounds import Told
 
-__all__ = ["Kept", "identity"]
+__all__ = ["Before", "Kept", "identity"]
 
 
 def identity(what: Any) -> str:
     """Of a JSON document: rounds of anything else are not gone on with."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+@final
+class Before(NamedTuple):
+    """What each round told by job, why jobs failed, and in how many processes that was."""
+
+    session: str | None
+    rounds: list[dict[str, Told]]
+    failed: dict[str, str]
+    sittings: int
 
 
 @final
@@ -32,9 +42,14 @@ class Kept:
     folder: Path
     identity: str
 
-    def read(self) -> tuple[str | None, list[dict[str, Told]], dict[str, str]]:
-        """(session, what each round told by job, why jobs failed). Nothing, where it was another suite's."""
+    def begin(self) -> None:
+        """RunError where nothing can be written here, before minutes are spent."""
+        write_json(self.folder / "of.json", {"identity": self.identity})
+
+    def read(self) -> Before:
+        """Nothing, where it was another suite's."""
         session: str | None = None
+        sittings: set[str] = set()
         rounds: list[dict[str, Told]] = []
         failed: dict[str, str] = {}
         while (path := self._path(len(rounds))).is_file():
@@ -45,13 +60,16 @@ class Kept:
             if document.get("identity") != self.identity or (session or document["session"]) != document["session"]:
                 break
             session, failed = document["session"], document["failed"]
+            sittings.add(document["sitting"])
             rounds.append({name: Told(each["record"], each["times_ns"]) for name, each in document["told"].items()})
-        return session, rounds, failed
+        return Before(session, rounds, failed, len(sittings))
 
-    def add(self, number: int, session: str, told: Mapping[str, Told], failed: Mapping[str, str]) -> None:
+    def add(self, number: int, session: str, sitting: str, told: Mapping[str, Told], failed: Mapping[str, str]) -> None:
+        """Round `number`, from 0, of which `sitting` is the process that measured it."""
         document = {
             "identity": self.identity,
             "session": session,
+            "sitting": sitting,
             "told": {name: each._asdict() for name, each in told.items()},
             "failed": dict(failed),
         }

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import click
 import pytest
 
+from kdedge.cli_deploy import bench
 from kdedge.errors import RecipeError
 from kdedge_bench.suite import Base, Suite, load, names
 from kdedge_bench.suite_plan import base_of, combinations, way
@@ -24,6 +26,8 @@ def written(folder: Path, text: str) -> str:
 
 def test_those_that_ship() -> None:
     assert names() == ["edge-224", "quick"]
+    told = next(option.help for option in bench.params if isinstance(option, click.Option) and option.name == "suite")
+    assert all(name in str(told) for name in names())
     quick, edge = load("quick").suite, load("edge-224").suite
     assert [model.run for model in quick.models] == ["latest"]
     assert (quick.effort, quick.single_stream, quick.offline) == ("quick", (1,), (16,))
