@@ -23,6 +23,7 @@ __all__ = [
     "kept_share",
     "learning_rate",
     "loss",
+    "neighbours_accuracy",
     "precision_by_class",
     "pseudo_label_accuracy",
     "pseudo_label_classes",
@@ -232,6 +233,10 @@ def _class_names(axes: "Axes", classes: Sequence[str], bars: int) -> None:
     if bars == len(classes) <= MAX_NAMED:
         names = unique_short(classes, 12)
         axes.set_xticks(range(bars), names, rotation=90 if max(map(len, names)) > 3 else 0)
+
+
+def neighbours_accuracy(facts: Facts, key: str) -> str | None:
+    return _over_time(facts, "knn_accuracy", key, "Accuracy of nearest neighbours on the features", "Right, %", _share)
 
 
 def validation_accuracy(facts: Facts, key: str) -> str | None:

@@ -48,7 +48,7 @@ class Int8Section:
     lost_images: Table
 
 
-def int8_section(facts: Facts, load: Load | None = None) -> Int8Section | None:
+def int8_section(facts: Facts, load: Load) -> Int8Section | None:
     """None where the bundle has no INT8 file."""
     if "int8" not in ((facts.bundle or {}).get("artifacts") or {}):
         return None

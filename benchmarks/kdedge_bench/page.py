@@ -10,7 +10,7 @@ from kdedge_bench import charts, formats
 from kdedge_bench.facts import read_facts
 from kdedge_bench.pareto import Field, latency_fields, pareto_table, size_fields
 from kdedge_bench.pareto_chart import LATENCY, SIZE, Cost, Plot, plot
-from kdedge_bench.pictures import Load
+from kdedge_bench.pictures import Load, opening
 from kdedge_bench.report_chapter import Chapter, chapter
 from kdedge_bench.report_files import write_tables
 from kdedge_bench.report_tables import Table
@@ -33,6 +33,7 @@ def report(
     target = out or (folders[0].report_path if len(folders) == 1 else Path("report.html"))
     facts = [read_facts(run) for run in folders]
     names = _names(folders)
+    load = load or opening()
     chapters = [
         chapter(each, name, f"run{index}", load) for index, (each, name) in enumerate(zip(facts, names, strict=True), 1)
     ]

@@ -4,7 +4,8 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,13 @@ from kdedge_bench.facts import Facts
 from kdedge_device.failures import Failure
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["WRONG_SHOWN", "Picture", "Strip", "load_test_images", "pick", "probabilities", "strip", "strip_of"]
+if TYPE_CHECKING:
+    from kdedge.data.source import Source
 
-MAX_SIDE_PX = 128  # of an embedded image; a page of photographs stays well under a megabyte
+__all__ = ["WRONG_SHOWN", "Load", "Picture", "Strip", "opening", "pick", "probabilities", "strip", "strip_of"]
+
+MAX_SIDE_PX = 128  # of an embedded image
+SMALL_PX = 64  # fewer on a side are shown enlarged and unsmoothed
 RIGHT_SHOWN, WRONG_SHOWN = 6, 12
 
 # Facts and ids of test images -> their pixels as the network sees them, uint8 [H, W, C] each.
@@ -26,7 +31,7 @@ Load = Callable[[Facts, Sequence[str]], list[npt.NDArray[np.uint8]]]
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: `uri` is a data: URI of a PNG, `confidence` the softmax of the guess."""
+    """One image: `uri` is a data: URI, `confidence` the softmax of the guess."""
 
     id: str
     uri: str
@@ -68,7 +73,7 @@ def pick(labels: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> tupl
     return [int(index) for index in firsts], [int(index) for index in wrong[:WRONG_SHOWN]], len(wrong)
 
 
-def strip(facts: Facts, artifact: str, load: Load | None = None) -> Strip:
+def strip(facts: Facts, artifact: str, load: Load) -> Strip:
     """The pictures of `artifact`. A data set that is gone is told in the page and does not fail it."""
     labels, logits, ids = facts.test_labels, facts.logits(artifact), facts.predictions.get("test_id")
     if labels is None or logits is None or ids is None:
@@ -77,9 +82,7 @@ def strip(facts: Facts, artifact: str, load: Load | None = None) -> Strip:
     return strip_of(facts, artifact, right, wrong, in_all, load)
 
 
-def strip_of(
-    facts: Facts, artifact: str, right: list[int], wrong: list[int], in_all: int, load: Load | None = None
-) -> Strip:
+def strip_of(facts: Facts, artifact: str, right: list[int], wrong: list[int], in_all: int, load: Load) -> Strip:
     """Pictures of the test images at these places, with what `artifact` says of them."""
     labels, logits, ids = facts.test_labels, facts.logits(artifact), facts.predictions.get("test_id")
     if labels is None or logits is None or ids is None:
@@ -88,7 +91,7 @@ def strip_of(
         return Strip()
     wanted = [str(ids[index]) for index in right + wrong]
     try:
-        pixels = (load or load_test_images)(facts, wanted)
+        pixels = load(facts, wanted)
     except (KdedgeError, Failure) as error:
         return Strip(problem=f"The test images cannot be opened from here. {error}")
     probs, classes = probabilities(logits), facts.classes
@@ -103,41 +106,50 @@ def strip_of(
                 guess=classes[guess],
                 confidence=float(probs[index, guess]),
                 right=guess == int(labels[index]),
-                small=max(image.shape[:2]) < 64,
+                small=max(image.shape[:2]) < SMALL_PX,
             )
         )
     return Strip(tuple(pictures[: len(right)]), tuple(pictures[len(right) :]), in_all)
 
 
 def _data_uri(image: npt.NDArray[np.uint8]) -> str:
+    """A photograph as a JPEG, a fifth of the bytes of a PNG; a few pixels as they are."""
     from PIL import Image
 
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     picture.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+    kind = "png" if max(image.shape[:2]) < SMALL_PX else "jpeg"
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture.save(buffer, format=kind, optimize=True, **({} if kind == "png" else {"quality": 88}))
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def load_test_images(facts: Facts, ids: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
-    """Open the run's data set again and take the images with these ids, through the run's own preprocessing.
+def opening() -> Load:
+    """Loads test images from the data of their run, which is opened once a run: listing a large folder takes seconds.
 
-    Raises DataError where the data set has moved or has changed since.
+    Through the run's own preprocessing. It raises DataError where the data set has moved or has changed since.
     """
-    from kdedge.data import open_source
+    opened: dict[Run, Source] = {}
 
-    preprocess = Preprocess.from_json(_preprocess(facts))
-    spec, options = _data_options(facts.run)
-    source = open_source(spec, **options)
-    positions = {name: index for index, name in enumerate(source.ids)}
-    absent = [name for name in ids if name not in positions]
-    if absent:
-        raise DataError(
-            f"The data set {spec} has no image {absent[0]!r} any more; it was there when the run was made. "
-            "Put the data back as it was."
-        )
-    images = source.load(np.array([positions[name] for name in ids], dtype=np.int64), preprocess)
-    return [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in images]
+    def load(facts: Facts, ids: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+        from kdedge.data import open_source
+
+        preprocess = Preprocess.from_json(_preprocess(facts))
+        spec, root = _data(facts)
+        if facts.run not in opened:
+            opened[facts.run] = open_source(spec, root=root)
+        source = opened[facts.run]
+        positions = {name: index for index, name in enumerate(source.ids)}
+        absent = [name for name in ids if name not in positions]
+        if absent:
+            raise DataError(
+                f"The data set {spec} has no image {absent[0]!r} any more; it was there when the run was made. "
+                "Put the data back as it was."
+            )
+        images = source.load(np.array([positions[name] for name in ids], dtype=np.int64), preprocess)
+        return [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+    return load
 
 
 def _preprocess(facts: Facts) -> dict[str, Any]:
@@ -147,8 +159,13 @@ def _preprocess(facts: Facts) -> dict[str, Any]:
     return found
 
 
-def _data_options(run: Run) -> tuple[str, dict[str, Any]]:
+def _data(facts: Facts) -> tuple[str, Path | None]:
+    """The data's SPEC and root, as the manifest says; a recipe of an older kdedge need not load any more."""
+    recipe = facts.manifest.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    if isinstance(data, dict) and data.get("spec"):
+        return str(data["spec"]), Path(data["root"]) if data.get("root") else None
     from kdedge import recipe_io
 
-    recipe = recipe_io.load(str(run.recipe_path))
-    return recipe.data.spec, {"root": recipe.data.root}
+    loaded = recipe_io.load(str(facts.run.recipe_path))
+    return loaded.data.spec, loaded.data.root

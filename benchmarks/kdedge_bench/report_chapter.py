@@ -17,7 +17,8 @@ from kdedge_bench.pictures import Load, Strip, strip
 from kdedge_bench.report_classes import change
 from kdedge_bench.report_latency import energy, latencies, spreads
 from kdedge_bench.report_tables import Column, Table
-from kdedge_bench.sentences import headline, trusted_sentences
+from kdedge_bench.report_verdict import verdict
+from kdedge_bench.sentences import headline, pretraining_sentence, trusted_sentences
 from kdedge_bench.table import HEADINGS, Summary, artifact_label, decision, footnotes, summarize
 
 __all__ = ["Chapter", "Figure", "chapter"]
@@ -52,6 +53,7 @@ class Chapter:
     int8: Int8Section | None
     int8_figures: list[Figure]
     spreads: list[Figure]
+    pretraining: str
     training: list[Figure]
     alarms: list[str]
     pseudo: list[Figure]
@@ -65,7 +67,7 @@ class Chapter:
     gaps: list[str] = field(default_factory=list)
 
 
-def chapter(facts: Facts, name: str, key: str, load: Load | None = None) -> Chapter:
+def chapter(facts: Facts, name: str, key: str, load: Load) -> Chapter:
     """`name` is what the run is called among the others, `key` its id in the page; `load` opens test images."""
     found = replace(summarize(facts), run=name)
     artifact = _shown_artifact(facts, found)
@@ -90,6 +92,7 @@ def chapter(facts: Facts, name: str, key: str, load: Load | None = None) -> Chap
         int8=int8,
         int8_figures=_int8_figures(facts, tables, key),
         spreads=_spreads(tables["latencies"]),
+        pretraining=pretraining_sentence(facts),
         training=_training(facts, key),
         alarms=pseudo.alarms(facts),
         pseudo=_pseudo(facts, key),
@@ -107,7 +110,7 @@ def chapter(facts: Facts, name: str, key: str, load: Load | None = None) -> Chap
 def _tables(facts: Facts, found: Summary, matrix: Any, label: str, int8: Int8Section | None) -> dict[str, Table]:
     rows = class_rows(matrix, facts.classes) if matrix is not None else []
     classes = class_table(rows, f"Class by class, {label}", len(rows) > charts.MAX_NAMED)
-    every = [_networks(found), classes]
+    every = [_networks(found), verdict(facts), classes]
     if int8:
         every += [int8.files, int8.change, int8.layers, int8.lost_images, int8.moved, int8.ways, int8.cures]
     every += [latencies(facts), energy(facts), pseudo.stage_ends(facts), pseudo.filters(facts), stages(facts)]
@@ -241,6 +244,11 @@ def _training(facts: Facts, key: str) -> list[Figure]:
             charts.learning_rate(facts, f"{key}-lr"), "Learning rate of each stage.", "No learning rate was logged."
         ),
     ]
+    neighbours = charts.neighbours_accuracy(facts, f"{key}-knn")
+    if neighbours is not None:  # of pretraining only
+        figures.append(
+            Figure(neighbours, "Accuracy of a vote of the nearest neighbours' labels on the features: it watches.", "")
+        )
     validation = charts.validation_accuracy(facts, f"{key}-val")
     if validation is not None:  # without a validation split there is none, which the summary says
         figures.append(Figure(validation, "Accuracy on the validation split, which chooses the weights.", ""))

@@ -15,7 +15,7 @@ __all__ = ["energy", "latencies", "spreads"]
 
 PARTS = {"compute": "compute", "with_copies": "with copies", "end_to_end": "end to end"}
 NUMBERS = ("p50", "p90", "p99", "min", "max", "mean", "std")
-QUANTILES = ("1", "5", "10", "25", "75", "95")  # which records keep beside p50, p90 and p99
+QUANTILES = ("1", "5", "10", "25", "75", "95")  # that records keep beside p50, p90 and p99; those of before do not
 ROW_PX, TOP_PX, LEFT_PX = 30, 8, 132
 BANDS = ((1, 99, 4), (5, 95, 9), (10, 90, 13), (25, 75, 17))  # from, to, height in pixels
 
@@ -45,7 +45,7 @@ def _sorted(facts: Facts) -> list[tuple[str, Record]]:
 
 def _row(key: str, record: Record, part: str, name: str, times: dict[str, Any]) -> dict[str, Any]:
     said, rounds = record["conditions"], (record.get("rounds_ms") or {}) if part == "compute" else {}
-    quantiles = times.get("quantiles") or {}
+    quantiles = (record.get("quantiles_ms") or {}).get(part) or {}
     return {
         "artifact": key,
         "name": artifact_label(key),

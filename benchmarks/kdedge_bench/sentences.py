@@ -4,10 +4,10 @@ import re
 from collections import Counter
 
 from kdedge_bench.facts import Facts
-from kdedge_bench.formats import count, interval, milliseconds, percent, size
+from kdedge_bench.formats import count, interval, milliseconds, percent, size, span
 from kdedge_bench.table import Row, Summary, decision
 
-__all__ = ["headline", "trusted_sentences"]
+__all__ = ["headline", "pretraining_sentence", "trusted_sentences"]
 
 
 def headline(facts: Facts, found: Summary) -> str:
@@ -51,6 +51,22 @@ def _how_good(row: Row) -> str:
     if row.bytes is not None:
         parts.append(size(row.bytes))
     return f"{row.name}: {', '.join(parts)}."
+
+
+def pretraining_sentence(facts: Facts) -> str:
+    """What SimCLR did before the labels; empty where there was no such stage."""
+    part = (facts.result or {}).get("pretrain")
+    if not part:
+        return ""
+    parts = [f"{count(part.get('steps'))} steps"]
+    if part.get("seconds") is not None:
+        parts.append(span(part["seconds"]))
+    if part.get("knn_accuracy") is not None:
+        parts.append(
+            f"a vote of the nearest neighbours on its features then gets {percent(part['knn_accuracy'])} right"
+        )
+    network = f"The {part.get('of') or 'network'} ({part.get('arch')})"
+    return f"{network} was pretrained by SimCLR, without labels: {', '.join(parts)}."
 
 
 def trusted_sentences(facts: Facts) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: silent, offline, legible, no sideways scrolling; for keyboard and screen reader too."""
+"""The page in headless Chromium: silent, offline, legible, no scrolling sideways; for keyboard and screen reader."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -105,13 +105,14 @@ def test_axe_finds_no_violation(browser: "Browser", pages: list[Path], scheme: s
     whose colours are those of their neighbours.
     """
     axe = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
-    some = "{runOnly: ['color-contrast']}" if scheme == "dark" else "{}"
+    some = "{exclude: ['svg']}, {runOnly: ['color-contrast']}" if scheme == "dark" else "document"
     for path in pages[:1] if scheme == "dark" else pages:
         page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
         page.goto(path.as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        if path == pages[0]:  # of one run all; of several what is the same in each stays folded
+            page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
         page.evaluate(axe)
-        found = page.evaluate(f"axe.run(document, {some})")
+        found = page.evaluate(f"axe.run({some})")
         assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
         assert len(found["passes"]) >= (1 if scheme == "dark" else 30)
         undecided = [node["html"] for each in found["incomplete"] for node in each["nodes"]]

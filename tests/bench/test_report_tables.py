@@ -48,7 +48,7 @@ def measured_energy(record: dict[str, Any]) -> None:
 def with_quantiles(record: dict[str, Any]) -> None:
     p90 = record["latency_ms"]["compute"]["p90"]
     low = {"1": 0.81, "5": 0.82, "10": 0.84, "25": 0.87, "75": 0.95, "95": 1.1}
-    record["latency_ms"]["compute"]["quantiles"] = {key: factor * p90 for key, factor in low.items()}
+    record["quantiles_ms"] = {"compute": {key: factor * p90 for key, factor in low.items()}, "end_to_end": None}
     record["rounds_ms"] = {"p50": [0.9 * p90] * 2, "p90": [0.98 * p90, 1.03 * p90]}
 
 
@@ -244,3 +244,58 @@ def test_p99_that_is_not_known_is_no_mark(make_run: MakeRun) -> None:
     ((_, svg),) = spreads(table)
     assert svg.count('class="tick p99"') == 2
     assert table.texts()[0][4] == "–"
+
+
+def test_the_verdict_of_the_folder_that_a_run_lies_in(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("kd-fixmatch-s0")
+    page = Page(report([run], load=black))
+    assert "does KD-FixMatch help?" not in page.text
+    seeds = [{"seed": 0, "run": "kd-fixmatch-s0"}]
+    against = {
+        "question": "labels only",
+        "seeds": [0, 1],
+        "mean": 0.2,
+        "interval_95": [-0.0104, 0.41],
+        "word": "no evidence",
+    }
+    document = {
+        "schema": 1,
+        "rows": {
+            "kd-fixmatch": {"seeds": seeds},
+            "supervised": {"test_accuracy": {"mean": 0.736, "half_width_95": 0.04}},
+        },
+        "comparisons": {"supervised": against, "one-seed": {"mean": None, "interval_95": None, "seeds": []}},
+    }
+    (tmp_path / "verdict.json").write_text(json.dumps(document))
+    page = Page(report([run], load=black))
+    assert page.table("KD-FixMatch against") == [
+        ["labels only", "73.6 ± 4.0", "+20.00", "−1.04 to +41.00", "2", "no evidence"],
+        ["one-seed", "–", "–", "–", "0", "–"],
+    ]
+    seeds[0]["run"] = "another"
+    (tmp_path / "verdict.json").write_text(json.dumps(document))
+    assert "does KD-FixMatch help?" not in Page(report([run], load=black)).text
+
+
+def test_a_run_that_was_pretrained(make_run: MakeRun) -> None:
+    run = make_run()
+    lines = [{"stage": "pretrain", "step": 10 * step, "loss": 5.0 - step, "lr": 0.1} for step in range(3)]
+    lines.append({"stage": "pretrain", "step": 20, "knn_accuracy": 0.61})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    result = json.loads((run / "result.json").read_text())
+    result["pretrain"] = {"arch": "mobilenet-v2", "of": "student", "params": 5, "seconds": 61.0, "steps": 20,
+                          "knn_accuracy": 0.612}  # fmt: skip
+    (run / "result.json").write_text(json.dumps(result))
+    page = Page(report([run], load=black))
+    assert (
+        "The student (mobilenet-v2) was pretrained by SimCLR, without labels: 20 steps, 1 min 1 s, a vote of the "
+        "nearest neighbours on its features then gets 61.2 % right." in page.text
+    )
+    assert (
+        "Accuracy of nearest neighbours on the features. Last logged values: pretraining: 0.61 at step 20."
+        in page.source
+    )
+    result["pretrain"] |= {"knn_accuracy": None, "seconds": None}
+    (run / "result.json").write_text(json.dumps(result))
+    assert "without labels: 20 steps." in Page(report([run], load=black)).text
