@@ -67,6 +67,9 @@ def test_the_wheel_holds_five_packages_and_nothing_else(wheel: Path) -> None:
     targets = {path.name for path in (ROOT / "export" / "kdedge_export" / "targets").glob("*.yaml")}
     assert len(targets) >= 8
     assert {f"kdedge_export/targets/{name}" for name in targets} <= set(names(wheel))
+    suites = {path.name for path in (ROOT / "benchmarks" / "kdedge_bench" / "suites").glob("*.yaml")}
+    assert len(suites) >= 2
+    assert {f"kdedge_bench/suites/{name}" for name in suites} <= set(names(wheel))
     assert f"{version}.dist-info/licenses/LICENSE" in names(wheel)
 
 
