@@ -97,8 +97,8 @@ def latency_fields(runs: Sequence[tuple[Facts, Summary]]) -> list[Field]:
             if row is None or row.accuracy is None or cost is None:
                 continue
             rounds = [value for value in (record.get("rounds_ms") or {}).get("p90") or [] if value is not None]
-            spread = (min(rounds), max(rounds)) if len(rounds) > 1 else (None, None)
-            point = Point(found.run, row, row.accuracy, float(cost), *spread, len(rounds))
+            low, high = (min(rounds), max(rounds)) if len(rounds) > 1 else (None, None)
+            point = Point(found.run, row, row.accuracy, float(cost), low, high, len(rounds))
             fields.setdefault((_test_images(facts), *_conditions(record)), []).append(point)
     return _fields(runs, fields, lambda key: _told(*key[1:]))
 

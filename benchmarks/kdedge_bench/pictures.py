@@ -164,8 +164,10 @@ def _data(facts: Facts) -> tuple[str, Path | None]:
     recipe = facts.manifest.get("recipe")
     data = recipe.get("data") if isinstance(recipe, dict) else None
     if isinstance(data, dict) and data.get("spec"):
-        return str(data["spec"]), Path(data["root"]) if data.get("root") else None
-    from kdedge import recipe_io
+        spec, root = str(data["spec"]), data.get("root")
+    else:
+        from kdedge import recipe_io
 
-    loaded = recipe_io.load(str(facts.run.recipe_path))
-    return loaded.data.spec, loaded.data.root
+        loaded = recipe_io.load(str(facts.run.recipe_path)).data
+        spec, root = loaded.spec, loaded.root
+    return spec, Path(root) if root else None

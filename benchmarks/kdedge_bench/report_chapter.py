@@ -256,11 +256,12 @@ def _training(facts: Facts, key: str) -> list[Figure]:
 
 
 def _int8_figures(facts: Facts, tables: Mapping[str, Table], key: str) -> list[Figure]:
-    by_class = change(tables["int8_classes"]) if "int8_classes" in tables else None
+    svg, caption = (change(tables["int8_classes"]) if "int8_classes" in tables else None) or (None, "")
     scored = bool(tables.get("int8_classes"))
     return [
         Figure(
-            *(by_class or (None, "")),
+            svg,
+            caption,
             "INT8 changes no answer from right to wrong or back."
             if scored
             else "Without predictions of FP32 and INT8 on test images of known class nothing is known class by class.",
