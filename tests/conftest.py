@@ -42,10 +42,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_settings_of_this_machine() -> None:
+def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A test finds what it made itself, not the data or settings of whoever runs it."""
     for name in [name for name in os.environ if name.startswith("KDEDGE_") and name != "KDEDGE_SHARED_DATA"]:
         del os.environ[name]
+    os.environ["KDEDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # nor what an earlier call of the tests kept
     os.environ["KDEDGE_MEASURING"] = "1"  # no test waits for what else is measured on this machine
 
 

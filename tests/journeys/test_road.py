@@ -211,3 +211,16 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(tmp_path) -> None
         assert done.returncode == 2
         assert out in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_records_say_how_accurate_the_very_file_is(place: Path) -> None:
+    """The same number as the export's, counted by another part of the program."""
+    run = place / "runs" / "tiny-digits-40-s0"
+    manifest = json.loads((run / "bundle" / "manifest.json").read_text())
+    for path in (run / "bench").glob("*.json"):
+        record = json.loads(path.read_text())
+        known = manifest["artifacts"][record["artifact"]["name"]]
+        assert record["artifact"]["sha256"] == known["sha256"]
+        assert record["accuracy"]["value"] == pytest.approx(known["accuracy"])
+        assert record["accuracy"]["sha256"] == manifest["accuracy"]["sha256"]
+        assert (record["accuracy"]["images"], record["accuracy"]["split"]) == (540, "test")
