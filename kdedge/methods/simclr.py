@@ -16,7 +16,7 @@ from kdedge.data.batches import Batch
 from kdedge.losses.contrastive import nt_xent_in_chunks
 from kdedge.methods.step import Method, Step
 from kdedge.models.projection import ProjectionHead
-from kdedge.models.zoo import Network
+from kdedge.models.zoo import Network, count_macs
 
 __all__ = ["SimCLR", "SimCLRConfig", "effective_dims"]
 
@@ -59,7 +59,13 @@ class SimCLR(Method):
         network.head.requires_grad_(False)
         self.projection = ProjectionHead(network.head.in_features, config.projection_layers, config.dims)
         self._alarmed = False
+        self._image: tuple[int, int, int] | None = None  # channels, height, width
         self.memory = _Memory(network, self.projection, config) if config.queue else None
+
+    @property
+    def extra_flops_an_image(self) -> int:
+        """Of the average that fills the queue, a forward pass; known after the first batch."""
+        return 2 * count_macs(self.memory.network, *self._image) if self.memory is not None and self._image else 0
 
     def alarm(self, step: Step, done_fraction: float) -> str | None:
         """Told once of a collapse, which is expected of the first steps only."""
@@ -75,6 +81,8 @@ class SimCLR(Method):
 
     def forward(self, batch: Batch) -> Step:
         labeled = len(batch.labels_B)
+        _, channels, height, width = batch.images.shape
+        self._image = (channels, height, width)
         views_VD: Tensor = self.projection(self.network.embed(batch.images))[labeled:]
         first_UD, second_UD = views_VD.tensor_split(2)
         queue_QD = None if self.memory is None else self.memory.queue_QD.clone()  # which the backward pass reads

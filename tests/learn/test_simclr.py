@@ -19,7 +19,7 @@ from kdedge.data.store import Resident
 from kdedge.methods.simclr import SimCLR, SimCLRConfig, effective_dims
 from kdedge.methods.step import Method, Step
 from kdedge.models.projection import ProjectionHead
-from kdedge.models.zoo import Network, projection_layer
+from kdedge.models.zoo import Network, count_macs, projection_layer
 from kdedge.train.checkpoint import Checkpoints, tensors_hash
 from kdedge.train.engine import EngineConfig, EnginePlan
 from kdedge.train.loop import fit
@@ -117,7 +117,7 @@ def test_the_projection_head_is_that_of_the_paper() -> None:
     assert all(layer[0].bias is None for layer in head)  # what batch norm takes off again
     assert head[0][1].bias is not None
     assert head[2][1].bias is None
-    out = head(torch.randn(6, 8))
+    out = head(torch.randn(6, 8)).detach()
     assert out.shape == (6, 5)
     assert float(out.mean(0).abs().max()) < 1e-5
     assert len(ProjectionHead(8, 2, 5)) == 2
@@ -212,6 +212,8 @@ def test_the_queue_keeps_the_newest_embeddings_of_the_average() -> None:
     moved = zip(memory.network.backbone.parameters(), method.network.backbone.parameters(), strict=True)
     assert any(not torch.equal(mine, trained) for mine, trained in moved)
     assert any(not torch.equal(a, b) for a, b in zip(before, memory.parameters(), strict=True))
+    macs = count_macs(method.network, 1, 8, 8)
+    assert (method.extra_flops_an_image, simclr().extra_flops_an_image) == (2 * macs, 0)
     method.eval()
     kept = memory.queue_QD.clone()
     method(batches().at(2))
