@@ -79,7 +79,7 @@ class DataConfig(Config):
     """Which images, and as what they enter the network."""
 
     spec: str = "digits"
-    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None  # of the set, in its order; null: all
+    classes: tuple[str, ...] | None = None  # of the set, in its order; null: all
     labels: Annotated[int, Field(gt=0)] | None = None  # in all, val included; null: the set's default
     root: str | None = None  # of torchvision's sets; null: KDEDGE_DATA or ~/.cache/kdedge/data
     max_unreadable_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05

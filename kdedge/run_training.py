@@ -20,7 +20,8 @@ from kdedge.methods.supervised import FineTuneConfig, Supervised
 from kdedge.methods.thresholds import Policy, ThresholdConfig, make_policy
 from kdedge.models.weights import LoadedModel, load_model
 from kdedge.models.zoo import ModelSpec, Network
-from kdedge.recipe import TEACHERS_WEIGHTS, PretrainConfig, StudentConfig, TeacherConfig
+from kdedge.recipe import TEACHERS_WEIGHTS, StudentConfig, TeacherConfig
+from kdedge.recipe_pretrain import PretrainConfig
 from kdedge.run_begin import Begun
 from kdedge.run_teacher import copy_weights, make_teacher, nothing_trusted, outer_answers, targets
 from kdedge.train.optim import OptimConfig

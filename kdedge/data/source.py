@@ -223,6 +223,8 @@ class Source:
                     f"data.classes names '{name}', which is no class of {self.name}.{did_you_mean(name, self.classes)} "
                     f"Its classes: {', '.join(self.classes)}."
                 )
+        if len(classes) < 2:
+            raise DataError(f"data.classes names {counted(len(classes), 'class', 'classes')}; expected at least two.")
         if len(set(classes)) < len(classes):
             twice = next(name for name in classes if list(classes).count(name) > 1)
             raise DataError(f"data.classes names '{twice}' twice. Name each class once.")
@@ -255,7 +257,7 @@ class Source:
         """
         if not isinstance(self.images, FileImages):
             return self
-        used = np.flatnonzero(self.part != LEFT_OUT)
+        used = np.flatnonzero(self.part != LEFT_OUT).tolist()
         reasons = run_threads(why_undecodable, [self.images.files[i] for i in used], workers, progress)
         bad = [(self.ids[i], reason) for i, reason in zip(used, reasons, strict=True) if reason]
         if not bad:
