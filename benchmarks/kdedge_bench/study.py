@@ -81,7 +81,7 @@ def derived_recipe(plan: StudyPlan, row: StudyRow, seed: int, start: str | None,
         document["pretrain"] = config.pretrain.model_dump(mode="json") | {"of": "student"}
         student["init"] = "simclr"
     elif start is not None and row.start is not None:
-        student |= {"init": start, "projection_layers": row.layers}
+        student |= {"init": start, "projection_layers": row.layers, "head": row.head}
     return recipe_io.validate(Document(f"the run {row.name} of the plan {plan.origin}", document), Recipe)
 
 

@@ -91,7 +91,7 @@ class FineTuningConfig(Config):
 class DistillationConfig(Config):
     """Analysis 2: which teacher a student learns best from. Teachers are pre-trained, then fine-tuned on `labels`.
 
-    The teachers of the `same` and of the `other` family are fine-tuned for each of `teacher_steps`; of all pairs whose
+    Each teacher is fine-tuned anew for each number of its steps, its head from random weights; of all pairs whose
     accuracies on held-out training images differ by at most `margin_points`, the most accurate one teaches.
     """
 
@@ -99,7 +99,8 @@ class DistillationConfig(Config):
     student: NetworkConfig
     same: NetworkConfig  # of the student's family
     other: NetworkConfig  # of another
-    teacher_steps: tuple[Positive, ...]
+    same_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    other_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     margin_points: Annotated[float, Field(gt=0)] = 2.0
     held_out_images: Positive = 2000  # at most
     optim: OptimConfig  # of the students, those on labels only among them

@@ -53,6 +53,7 @@ class StudyRow:
     optim: OptimConfig
     start: str | None = None  # the row that pre-trains
     layers: int = 0  # of its projection head that are kept
+    head: str = "probe"  # a linear probe of the labels, or "fresh"
     teachers: tuple[str, ...] = ()  # of these, one teaches; of several, the one that `study_match` finds
     classes: int | None = None  # of the set's, drawn by the seed; None for all
     pretrains: bool = False
@@ -154,11 +155,10 @@ def _distillation(plan: StudyPlan) -> Iterator[StudyRow]:
         return
     labels = first.labels(config.labels)
     plain = _supervised(plan, "", DISTILLATION, first, labels)
-    steps = config.teacher_steps
     teachers = {
-        SAME: tuple(_teacher(plain, SAME, config.same, each) for each in steps),
-        OTHER: tuple(_teacher(plain, OTHER, config.other, each) for each in steps),
-        SELF: (_teacher(plain, SELF, config.student, max(steps)),),
+        SAME: tuple(_teacher(plain, SAME, config.same, each) for each in config.same_steps),
+        OTHER: tuple(_teacher(plain, OTHER, config.other, each) for each in config.other_steps),
+        SELF: (_teacher(plain, SELF, config.student, max(config.same_steps)),),
     }
     yield from (row for rows in teachers.values() for row in rows)
     student = replace(plain, network=config.student, optim=config.optim)
@@ -185,6 +185,7 @@ def _teacher(plain: StudyRow, who: str, network: NetworkConfig, steps: int) -> S
         optim=optim,
         start=_start_of(network),
         layers=1,
+        head="fresh",  # a probe would be as good after few steps as after many, and no length would match
         facts={"teaches": who, "steps": steps},
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from kdedge import pipeline
+from kdedge.errors import RunError
 from kdedge.recipe import Recipe
 from kdedge.run_folder import check_folder
 from kdedge.runs import Run, read_json
@@ -79,12 +80,14 @@ def make_runs(
     """Make every run that is not finished, and return the last document of `write`, the tables so far.
 
     `recipe_of` is asked once what the job needs is finished. Raises whatever `work.train` raises; what was finished
-    stays, and the same call goes on.
+    stays, and the same call goes on. A run whose numbers were lost (a loss that is not finite) costs only those that
+    need it: the RunError that tells it comes when all others are made.
     """
     document = write()
     waiting, told = list(jobs), False
+    lost: dict[str, RunError] = {}
     while waiting:
-        done, trained = _first_that_can_be_made(folder, waiting, recipe_of, work)
+        done, trained = _first_that_can_be_made(folder, waiting, recipe_of, work, lost)
         if done is None:
             if not told:
                 work.say("Waiting for the runs that another process is at.")
@@ -93,16 +96,29 @@ def make_runs(
             continue
         told = False
         waiting.remove(done)
+        while unmakeable := [job for job in waiting if lost.keys() & {*job.needs}]:
+            lost |= {job.name: lost[next(name for name in job.needs if name in lost)] for job in unmakeable}
+            waiting = [job for job in waiting if job not in unmakeable]
         if trained or not waiting:  # the last: another process may have finished some since
             document = write()
             work.say(f"{document['runs_finished']} of {document['runs_planned']} runs: {folder.text_path}")
+    if lost:
+        raise RunError(
+            f"{', '.join(lost)} could not be made; all other runs are finished. The first of them: "
+            f"{next(iter(lost.values()))}"
+        )
     return document
 
 
 def _first_that_can_be_made(
-    folder: WorkFolder, waiting: list[Some], recipe_of: Callable[[Some], Recipe], work: Work
+    folder: WorkFolder,
+    waiting: list[Some],
+    recipe_of: Callable[[Some], Recipe],
+    work: Work,
+    lost: dict[str, RunError],
 ) -> tuple[Some | None, bool]:
-    """The first job that is finished now, and whether it was trained here; None where all wait for another process."""
+    """The first job that is finished now, or `lost`, and whether it was trained here; None where all wait for another
+    process."""
     for job in waiting:
         if not all(result_of(folder.run(name)) for name in job.needs):
             continue
@@ -114,7 +130,13 @@ def _first_that_can_be_made(
             if begun and check_folder(run, recipe, pick_device(recipe.engine.device), resume=True) is not None:
                 return job, False
             work.say(f"{job.title}{' (going on)' if begun else ''}: {run.path}")
-            with work.display() as shown:
-                work.train(recipe, run.path, resume=begun, display=shown)
+            try:
+                with work.display() as shown:
+                    work.train(recipe, run.path, resume=begun, display=shown)
+            except RunError as error:
+                if not run.failure_path.is_file():
+                    raise
+                lost[job.name] = error
+                work.say(f"{job.title} is lost: {error}")
             return job, True
     return None, False
