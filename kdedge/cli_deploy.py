@@ -271,10 +271,14 @@ def _suite(name: str, paths: tuple[Path, ...], on: tuple[str, ...], **asked: Any
     """Where a round is stopped by Ctrl-C, those before it are kept, and it is said how to go on."""
     from kdedge_bench.suite_run import Stopped, run_suite
 
-    if on != ("local",):
-        raise DeviceError("--suite measures this machine. Leave out --on, or measure a board without a suite.")
+    machines = list(dict.fromkeys(on))
+    if len(machines) > 1:
+        raise DeviceError(f"A suite is measured on one machine, and {len(machines)} were named; leave one --on.")
+    from kdedge_bench.remote_place import Place
+
+    place = None if machines[0] == "local" else Place.parse(machines[0])
     try:
-        found = run_suite(name, paths, say=note, **asked)
+        found = run_suite(name, paths, on=place, say=note, **asked)
     except Stopped as stopped:
         raise Interrupted(str(stopped)) from None
     return Reply(found.document, found.text, exit_code=found.exit_code)
