@@ -27,7 +27,8 @@ def report(
     in one line where it would stand. RunError where a folder is no run, a file in it is damaged, or something cannot be
     written. `load` replaces how test images are opened.
     """
-    folders = [run if isinstance(run, Run) else Run(run) for run in runs]
+    named = [run if isinstance(run, Run) else Run(run) for run in runs]
+    folders = list({run.path.resolve(): run for run in named}.values())  # one that is named twice is told once
     if not folders:
         raise RunError("No run was named; a report needs at least one. Make one with: kdedge train-recipe mobilenet")
     target = out or (folders[0].report_path if len(folders) == 1 else Path("report.html"))
@@ -45,10 +46,13 @@ def report(
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """What each is called: its folder, with the one above where two are of the same name."""
-    paths = [run.path.resolve() for run in runs]
-    often = Counter(path.name for path in paths)
-    return [path.name if often[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    """What each is called: its folder, with as many of those above as tell it from the others."""
+    parts = [run.path.resolve().parts for run in runs]
+    depth = 1
+    while len({each[-depth:] for each in parts}) < len(parts):
+        depth += 1
+    often = Counter(each[-1] for each in parts)
+    return [each[-1] if often[each[-1]] == 1 else "/".join(each[-depth:]) for each in parts]
 
 
 def _render(chapters: Sequence[Chapter], numbers: Table) -> str:

@@ -1,6 +1,6 @@
 """Accuracy against cost: which files no other one beats, among those that can be compared.
 
-Accuracies are compared on the same test images, latencies on the same machine with the same threads and batch.
+Accuracies are compared on the same test images, latencies of one image on the same machine with the same threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,21 +64,20 @@ def measurements(facts: Facts) -> list[tuple[str, Record]]:
     for record in facts.records:
         key = keys.get(str(record["artifact"].get("sha256")))
         if key is not None:
-            found.setdefault((key, record["artifact"].get("runtime"), *_conditions(record)), (key, record))
+            runtime, batch = record["artifact"].get("runtime"), record["conditions"].get("batch")
+            found.setdefault((key, runtime, batch, *_conditions(record)), (key, record))
     return list(found.values())
 
 
 def _conditions(record: Record) -> tuple[Any, ...]:
     said = record["conditions"]
-    return machine_name(record), said.get("threads"), said.get("batch"), str(said.get("power_mode") or "")
+    return machine_name(record), said.get("threads"), str(said.get("power_mode") or "")
 
 
-def _told(machine: str, threads: int | None, batch: int | None, power_mode: str) -> str:
+def _told(machine: str, threads: int | None, power_mode: str) -> str:
     parts = [machine]
     if threads:
         parts.append(f"{threads} thread{'s' if threads != 1 else ''}")
-    if batch and batch != 1:
-        parts.append(f"batch of {batch}")
     return ", ".join([*parts, *([f"power mode {power_mode}"] if power_mode else [])])
 
 
@@ -94,8 +93,8 @@ def latency_fields(runs: Sequence[tuple[Facts, Summary]]) -> list[Field]:
     for facts, found in runs:
         for key, record in measurements(facts):
             row, cost = found.row(key), latency(record, "compute").get("p90")
-            if row is None or row.accuracy is None or cost is None:
-                continue
+            if row is None or row.accuracy is None or cost is None or (record["conditions"].get("batch") or 1) > 1:
+                continue  # the times of a batch are no latency of one image
             rounds = [value for value in (record.get("rounds_ms") or {}).get("p90") or [] if value is not None]
             low, high = (min(rounds), max(rounds)) if len(rounds) > 1 else (None, None)
             point = Point(found.run, row, row.accuracy, float(cost), low, high, len(rounds))

@@ -14,7 +14,7 @@ HEIGHT_PX, LEFT_PX, TOP_PX, BOTTOM_PX = 284, 44, 22, 240
 COLOURS = 6  # classes c1 to c6 of report.css; more runs begin again
 OWN = {"fp32": 1, "int8": 2, "fp16": 3}  # colours of files where there is one run only
 SHAPES = {"fp32": "circle", "int8": "square", "fp16": "diamond", "teacher": "plus", "baseline": "cross"}
-LABEL_PX = 13  # from line to line
+LABEL_PX = 14  # from line to line
 
 
 @dataclass(frozen=True)

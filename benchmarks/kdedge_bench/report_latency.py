@@ -1,6 +1,6 @@
 """Latency and energy in the report: every measurement as a row, and how its times are spread as a strip."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdedge_bench.facts import Facts
@@ -34,9 +34,13 @@ def latencies(facts: Facts) -> Table:
         *(Column(f"{number} ms", (f"{number}_ms",), milliseconds) for number in NUMBERS),
         Column("runs", ("runs",), count),
     )
-    several = len({row["machine"] for row in rows}) > 1
-    machine = (Column("Machine", ("machine",), text=True),) if several else ()
-    return Table("latencies", "Latencies", (columns[0], *machine, *columns[1:]), tuple(rows))
+    differing = ("machine", "Machine"), ("runtime", "Runtime"), ("threads", "Threads"), ("batch", "Batch")
+    several = [
+        Column(heading, (key,), text=key in ("machine", "runtime"))
+        for key, heading in differing
+        if len({row[key] for row in rows}) > 1
+    ]
+    return Table("latencies", "Latencies", (columns[0], *several, *columns[1:]), tuple(rows))
 
 
 def _sorted(facts: Facts) -> list[tuple[str, Record]]:
@@ -97,9 +101,14 @@ def _source(said: Any) -> str | None:
 
 
 def spreads(table: Table) -> list[tuple[str, str]]:
-    """Of each machine (its name, an <svg>): a strip for each row of `latencies`, all on one axis from 0."""
-    machines = list(dict.fromkeys(row["machine"] for row in table.rows))
-    return [(machine, _strips([row for row in table.rows if row["machine"] == machine])) for machine in machines]
+    """(conditions, an <svg>) for each machine, threads and batch: strips of the rows of `latencies` on one axis."""
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table.rows:
+        if row["p90_ms"] is not None:
+            batch = f", batches of {row['batch']}" if (row["batch"] or 1) > 1 else ""
+            threads = f", {row['threads']} thread{'s' if row['threads'] != 1 else ''}" if row["threads"] else ""
+            places.setdefault(f"{row['machine']}{threads}{batch}", []).append(row)
+    return [(place, _strips(rows)) for place, rows in places.items()]
 
 
 def _strips(rows: Sequence[Any]) -> str:
@@ -107,7 +116,7 @@ def _strips(rows: Sequence[Any]) -> str:
     longest = 1.25 * max(row["p99_ms"] or row["p90_ms"] for row in rows)
     x = Scale(0.0, min(longest, 1.02 * max(row["max_ms"] for row in rows)), LEFT_PX, WIDTH_PX - 12)
     bottom = TOP_PX + ROW_PX * len(rows)
-    drawn = x_axis(x, TOP_PX, bottom, "Time of one image, ms", "{:g}".format)
+    drawn = x_axis(x, TOP_PX, bottom, "Time of one query, ms", "{:g}".format)
     for index, row in enumerate(rows):
         drawn += _strip(row, x, TOP_PX + ROW_PX * (index + 0.5))
     told = "; ".join(

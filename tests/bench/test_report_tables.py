@@ -16,11 +16,13 @@ from kdedge.errors import RunError
 from kdedge.runs import Run
 from kdedge_bench import report
 from kdedge_bench.facts import Facts, read_facts
+from kdedge_bench.pareto import latency_fields
 from kdedge_bench.report_chapter import chapter
 from kdedge_bench.report_classes import change, changes
 from kdedge_bench.report_latency import energy, latencies, spreads
 from kdedge_bench.report_tables import Column, Table, as_csv, as_markdown
 from kdedge_bench.stats import paired_difference
+from kdedge_bench.table import summarize
 
 from .page_reader import Page
 
@@ -153,9 +155,10 @@ def test_a_folder_that_cannot_be_written(run_folder: Path, tmp_path: Path) -> No
 
 
 def test_two_runs_of_one_name(make_run: MakeRun, tmp_path: Path) -> None:
-    runs = [make_run("one/same"), make_run("two/same")]
-    page = Page(report(runs, tmp_path / "all.html", load=black))
-    assert [row[0] for row in page.table("Run", "Network", "Test accuracy")] == ["one/same", "two/same"]
+    runs = [make_run("a/one/same"), make_run("b/one/same"), make_run("other")]
+    page = Page(report([*runs, runs[0]], tmp_path / "all.html", load=black))
+    told = [row[0] for row in page.table("Run", "Network", "Test accuracy")]
+    assert told == ["a/one/same", "b/one/same", "other"]
 
 
 def test_change_of_each_class_by_value(run_folder: Path) -> None:
@@ -210,7 +213,7 @@ def test_latencies_and_their_strips(run_folder: Path, two: list[Path]) -> None:
         ("fp32", "compute"), ("fp32", "end to end"), ("int8", "compute"), ("int8", "end to end"),
     ]  # fmt: skip
     ((machine, svg),) = spreads(table)
-    assert machine == "Example CPU @ 2.0 GHz"
+    assert machine == "Example CPU @ 2.0 GHz, 1 thread"
     assert svg.count('class="band"') == 4
     assert svg.count('class="tick p50"') == svg.count('class="tick p90"') == svg.count('class="tick p99"') == 4
     assert 'class="round"' not in svg
@@ -234,7 +237,16 @@ def test_machines_have_strips_of_their_own(make_run: MakeRun) -> None:
     (run / "bench" / "board-int8.json").write_text(json.dumps(document))
     table = latencies(read_facts(Run(run)))
     assert "Machine" in [column.heading for column in table.columns]
-    assert [machine for machine, _ in spreads(table)] == ["Board", "Example CPU @ 2.0 GHz"]
+    assert [place for place, _ in spreads(table)] == ["Board, 1 thread", "Example CPU @ 2.0 GHz, 1 thread"]
+    document["conditions"]["batch"] = 8
+    document["latency_ms"]["end_to_end"] = None
+    (run / "bench" / "board-8-int8.json").write_text(json.dumps(document))
+    facts = read_facts(Run(run))
+    table = latencies(facts)
+    assert "Batch" in [column.heading for column in table.columns]
+    assert "Board, 1 thread, batches of 8" in [place for place, _ in spreads(table)]
+    fields = latency_fields([(facts, summarize(facts))])  # times of a batch are no latency of one image
+    assert [len(field.points) for field in fields] == [1, 2]
 
 
 def test_p99_that_is_not_known_is_no_mark(make_run: MakeRun) -> None:
