@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdedge_bench import int8_peers
+from kdedge import recipe_io
+from kdedge_bench import int8_peers, int8_students
 from kdedge_bench.int8_peers import without_folders
-from kdedge_bench.int8_students import RECIPE, STEPS
+from kdedge_bench.int8_students import PHOTOS, RECIPE, STEPS
 from kdedge_bench.peers_make import BUILT_IN, HERE, Peer, Way, parse_peer
 from kdedge_bench.peers_table import MARKS, draw_into, rows, table
 from kdedge_device.preprocess import Preprocess
@@ -31,13 +32,15 @@ def test_a_peer_is_a_name_a_python_and_a_file(tmp_path: Path) -> None:
     assert parse_peer(f"x=python:{tmp_path}/y.py") == ("x", Peer("python", f"{tmp_path}/y.py"))
     with pytest.raises(argparse.ArgumentTypeError, match="was expected"):
         parse_peer("x=python")
-    with pytest.raises(argparse.ArgumentTypeError, match=r"there is no file .*Known: litert.py, modelopt_onnx.py"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"there is no file .*Known: lightly_train.py, litert.py, modelopt_onnx.py"
+    ):
         parse_peer("x=python:nothing.py")
     assert all(Path(peer.adapter).is_file() for peer in BUILT_IN.values())
 
 
 def test_every_adapter_has_its_requirements() -> None:
-    others = {"litert.py", "modelopt_onnx.py", "nncf_openvino.py", "nncf_ptq.py", "olive_static.py"}
+    others = {"lightly_train.py", "litert.py", "modelopt_onnx.py", "nncf_openvino.py", "nncf_ptq.py", "olive_static.py"}
     assert {each.name for each in HERE.glob("*.py")} == others | {
         "__init__.py",
         "onnxruntime_static.py",
@@ -45,7 +48,7 @@ def test_every_adapter_has_its_requirements() -> None:
         "watch.py",
     }
     for name in ("litert", "lightly_train", "modelopt", "nncf", "olive"):
-        pins = (HERE / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        pins = (RECIPE.parent / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         lines = [line for line in pins if line and not line.startswith("#")]
         assert lines
         assert all("==" in line and "/" not in line for line in lines), "versions, and no hosts"
@@ -165,6 +168,28 @@ def test_no_record_names_a_folder_of_the_machine() -> None:
         assert "/work/" not in each.read_text(encoding="utf-8")
 
 
-def test_the_students_of_the_table_have_a_recipe() -> None:
-    assert RECIPE.is_file()
+def test_the_students_of_the_table_have_recipes(tmp_path: Path) -> None:
     assert len(STEPS) == 6
+    first = int8_students.parser().parse_args(["--data", "d", "--out", "o"])
+    photos = int8_students.parser().parse_args(["--data", "d", "--out", "o", "--px", "96", "--init", "s"])
+    last = int8_students.parser().parse_args(["--data", "d", "--out", "o", "--px", "224", "--init", "s", "--probe"])
+    for file, options in ((RECIPE, first), (PHOTOS, photos), (PHOTOS, last)):
+        recipe_io.load(str(file), int8_students.settings("resnet18", options), data="digits")
+    assert int8_students.settings("resnet18", last)[2:] == [
+        "student.init=s/resnet18/student.safetensors",
+        "student.head=probe",
+        "baseline.enabled=false",
+    ]
+    weights = tmp_path / "w.npz"
+    weights.touch()
+    last.init = weights
+    assert f"student.init={weights}" in int8_students.settings("mobilenet-v2", last)
+    with pytest.raises(SystemExit, match="give --px too"):
+        int8_students.main(["--data", "d", "--out", "o", "--init", "s"])
+    with pytest.raises(SystemExit, match="name it with --init"):
+        int8_students.main(["--data", "d", "--out", "o", "--px", "96", "--probe"])
+
+
+def test_our_side_of_label_free_distillation_reads_no_label() -> None:
+    recipe = recipe_io.load(str(RECIPE.with_name("distill.yaml")), ["teacher.ready=t.safetensors"], data="digits")
+    assert (recipe.student.method.labeled_weight, recipe.student.method.unlabeled_weight) == (0.0, 0.0)

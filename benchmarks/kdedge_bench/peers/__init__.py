@@ -14,7 +14,7 @@ python FILE --serve FILE
 
 opens a file of its own and answers one JSON document a line, as `peer` says. A file imports nothing of kdedge, since
 that is not installed where it runs; what they share is `peer`, which needs numpy alone and lies beside them.
-requirements/ pins what each was tried with.
+benchmarks/int8/requirements pins what each was tried with.
 """
 
 __all__: list[str] = []

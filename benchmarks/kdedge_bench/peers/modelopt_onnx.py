@@ -5,9 +5,14 @@ FP16, which ONNX Runtime has no kernels for on a CPU).
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from peer import Array, Peer, main  # lies beside it where it runs
+
+if TYPE_CHECKING or __package__:
+    from kdedge_bench.peers.peer import Array, Peer, main
+else:  # run as a program, where it lies beside it and nothing of kdedge is installed
+    from peer import Array, Peer, main
 
 __all__ = ["quantize"]
 

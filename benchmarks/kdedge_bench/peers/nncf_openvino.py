@@ -5,9 +5,14 @@ of two things at once. `mixed` is NNCF's preset for networks with activations of
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from peer import Array, Peer, Runner, main  # lies beside it where it runs
+
+if TYPE_CHECKING or __package__:
+    from kdedge_bench.peers.peer import Array, Peer, Runner, main
+else:  # run as a program, where it lies beside it and nothing of kdedge is installed
+    from peer import Array, Peer, Runner, main
 
 __all__ = ["open_file", "quantize"]
 

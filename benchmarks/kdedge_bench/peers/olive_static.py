@@ -8,10 +8,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from peer import Array, Peer, main  # lies beside it where it runs
+
+if TYPE_CHECKING or __package__:
+    from kdedge_bench.peers.peer import Array, Peer, main
+else:  # run as a program, where it lies beside it and nothing of kdedge is installed
+    from peer import Array, Peer, main
 
 __all__ = ["quantize"]
 
