@@ -9,6 +9,7 @@ from kdedge.errors import RecipeError
 from kdedge.models.weights import StartingWeights
 from kdedge.models.zoo import ModelSpec, build
 from kdedge.recipe import DataDescription, Recipe, resolve
+from kdedge.recipe_pretrain import PretrainConfig
 
 DIGITS = DataDescription("digits", 1, 8, False, 10, 40, 1257)
 MNIST = DataDescription("small", 1, 28, False, 10, 100, 60_000)
@@ -161,3 +162,51 @@ def test_a_student_that_starts_from_its_teacher_is_tuned_whoever_trained_that() 
     assert here.student.optim == ready.student.optim
     assert (here.student.optim.learning_rate, here.student.optim.batch_norm_momentum) == (0.0001, 0.0)
     assert here.baseline.optim.learning_rate == here.teacher.optim.learning_rate == 0.03
+
+
+def pretraining(data: DataDescription, *settings: str) -> PretrainConfig:
+    pretrain = resolve(recipe("pretrain.of=teacher", "teacher.init=simclr", *settings), data).pretrain
+    assert pretrain is not None
+    return pretrain
+
+
+def test_published_pre_training_is_googles_command() -> None:
+    """google-research/simclr, README.md and run.py: rates are for 256 images, the warm-up is 10 epochs."""
+    small = pretraining(CIFAR, "pretrain.settings=simclr.small")
+    assert (small.batch, small.method.temperature, small.method.projection_layers) == (512, 0.5, 3)
+    assert (small.optim.total_steps, small.optim.warmup_steps, small.optim.learning_rate) == (97_657, 977, 2.0)
+    assert (small.optim.optimizer, small.optim.schedule, small.optim.weight_decay) == ("lars", "cosine", 1e-4)
+    assert (small.views.smallest_area, small.views.jitter_strength, small.views.blur_probability) == (0.08, 0.5, 0.0)
+    imagenet = DataDescription("photo", 3, 400, True, 1000, 12_811, 1_281_167)
+    large = pretraining(imagenet, "pretrain.settings=simclr.imagenet")
+    assert (large.batch, large.method.temperature, large.optim.total_steps) == (4096, 0.1, 31_279)
+    assert large.optim.learning_rate == pytest.approx(4.8)
+    assert (large.views.jitter_strength, large.views.blur_probability, large.views.flip) == (1.0, 0.5, True)
+
+
+def test_short_pre_training_follows_the_images_and_says_everything() -> None:
+    for data in (DIGITS, MNIST, CIFAR, PHOTOS):
+        found = pretraining(data)
+        assert None not in found.views.model_dump().values()
+        unresolved = {name for name, value in found.optim.model_dump().items() if value is None}
+        assert unresolved == {"total_epochs", "total_images", "labeled_batch", "unlabeled_ratio"}
+        assert found.views.flip is data.flip_allowed
+        assert found.optim.learning_rate == pytest.approx(2.0 * found.batch / 256)
+    assert pretraining(dataclasses.replace(DIGITS, unlabeled_images=100)).batch == 100
+    assert pretraining(CIFAR, "pretrain.optim.total_epochs=2", "pretrain.batch=100").optim.total_steps == 1000
+
+
+def test_what_starts_from_simclr_trains_as_from_scratch_but_fewer_steps_on_labels_alone() -> None:
+    scratch = resolve(recipe(), DIGITS).teacher.optim
+    contrastive = dataclasses.replace(
+        WEIGHTS, contrastive=True, arch="resnet34", halvings=2, px=8, mean=(0.3,), std=(0.2,)
+    )
+    file = resolve(recipe(), dataclasses.replace(DIGITS, teacher_weights=contrastive)).teacher
+    own = resolve(recipe("pretrain.of=teacher", "teacher.init=simclr"), DIGITS).teacher
+    assert scratch == own.optim == file.optim
+    assert (own.arch, file.arch) == ("wide-resnet-28-2", "resnet34")
+    tuned = resolve(recipe("pretrain.of=teacher", "teacher={init: simclr, method: {kind: fine-tune}}"), DIGITS)
+    assert (tuned.teacher.optim.total_steps, tuned.teacher.optim.learning_rate) == (400, 0.03)
+    epochs = "teacher={init: simclr, method: {kind: fine-tune}, optim: {total_epochs: 60}}"
+    # of 40 labels, in batches of 32
+    assert resolve(recipe("pretrain.of=teacher", epochs), DIGITS).teacher.optim.total_steps == 75
