@@ -36,6 +36,8 @@ NAMES = {
     "fp32": "Student FP32",
     "int8": "Student INT8",
     "fp16": "Student FP16",
+    "trt": "Student INT8 for TensorRT",
+    "trt-fp16": "Student INT8 for TensorRT 11",
 }
 HEADINGS = ("", "Test accuracy", "95 % interval", "Parameters", "Size", "p50 ms", "p90 ms")
 SHORT_HEADINGS = ("", "Accuracy", "95 % int.", "Params", "Size", "p50 ms", "p90 ms")  # for 80 columns
