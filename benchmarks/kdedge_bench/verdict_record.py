@@ -15,25 +15,33 @@ from kdedge.runs import SCHEMA, read_json, write_json
 from kdedge_bench.verdict_text import ROWS_HEAD, SUMMARY_HEAD, markdown_rows, summary_row
 from kdedge_bench.work_folder import WorkFolder
 
-__all__ = ["main", "make_record", "parser"]
+__all__ = ["complete", "main", "make_record", "parser", "parser_of", "without_folders"]
 
 
 def make_record(folder: Path, title: str | None) -> dict[str, Any]:
     """The record; RunError where the verdict is not complete, since a planned row that is missing is a failure."""
-    document: dict[str, Any] = read_json(WorkFolder(folder, "verdict").json_path)
+    document = complete(WorkFolder(folder, "verdict"))
+    typed = {name: without_folders(command) for name, command in document["commands"].items()}
+    named = {"title": title or document["data"], "kind": "verdict"}
+    return named | document | {"command": without_folders(document["command"]), "commands": typed}
+
+
+def complete(folder: WorkFolder) -> dict[str, Any]:
+    """What the folder's JSON file says; RunError where its runs are not all finished."""
+    document: dict[str, Any] = read_json(folder.json_path)
     if document["schema"] > SCHEMA:
-        raise RunError(f"{folder} has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge.")
+        raise RunError(
+            f"{folder.path} has schema {document['schema']}; this kdedge reads up to {SCHEMA}. Update kdedge."
+        )
     if document["status"] != "complete":
         raise RunError(
-            f"The verdict in {folder} is {document['status']}: {document['runs_finished']} of "
+            f"The {folder.kind} in {folder.path} is {document['status']}: {document['runs_finished']} of "
             f"{document['runs_planned']} runs are finished. Go on with it: {document['command']}"
         )
-    typed = {name: _without_folders(command) for name, command in document["commands"].items()}
-    named = {"title": title or document["data"], "kind": "verdict"}
-    return named | document | {"command": _without_folders(document["command"]), "commands": typed}
+    return document
 
 
-def _without_folders(command: str) -> str:
+def without_folders(command: str) -> str:
     """The command, without the folders of absolute paths: a record is committed, and says what, not where.
 
     Of a path into a run folder the last two parts stay: kd-fixmatch-s0/teacher.safetensors.
@@ -44,7 +52,12 @@ def _without_folders(command: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog="python -m kdedge_bench.verdict_record", description=__doc__)
+    return parser_of("verdict_record", __doc__)
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The flags of a program that makes a record of a folder."""
+    flags = argparse.ArgumentParser(prog=f"python -m kdedge_bench.{name}", description=description)
     flags.add_argument("folder", type=Path)
     flags.add_argument("--out", type=Path, required=True, help="the record")
     flags.add_argument("--title", help="what the README calls the set; the name of the data unless given")

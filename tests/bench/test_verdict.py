@@ -195,6 +195,33 @@ def test_what_a_row_cannot_mean_is_taken_out_of_it() -> None:
     }
 
 
+def test_what_is_not_trained_is_not_pretrained_either() -> None:
+    """The SimCLR start is of the outer network: rows that take a ready one, or none, have nothing to pre-train."""
+    simclr = ("pretrain={of: teacher}", "teacher.init=simclr")
+    off = {"baseline.enabled": "false"}
+    ready = off | {"pretrain": "null", "teacher.init": "null", "teacher.ready": "t"}
+    assert own_settings("kd-fixmatch", *simclr) == off
+    assert own_settings("no-sce", *simclr) == ready | {"student.method.robust_loss": "ce"}
+    assert own_settings("no-simclr", *simclr) == off | {"pretrain": "null", "teacher.init": "null"}
+    assert own_settings("fixmatch", *simclr)["pretrain"] == "null"
+    both = own_settings("fixmatch", *simclr, "student.init=teacher")
+    assert (both["student.init"], both["pretrain.of"]) == ("simclr", "student")  # where the outer network began
+
+
+def test_the_row_without_the_simclr_start_is_made_where_it_is_named() -> None:
+    assert "no-simclr" not in {row.name for row in choose(None)}
+    asked = plan("pretrain={of: teacher}", "teacher.init=simclr", rows=["no-simclr"])
+    assert [job.name for job in jobs(asked.rows, (0,))] == ["kd-fixmatch-s0", "no-simclr-s0"]
+    assert all(not job.needs for job in jobs(asked.rows, (0,)))  # its outer network is its own
+    with pytest.raises(RecipeError, match="already what no-simclr would be"):
+        plan(rows=["no-simclr"])
+
+
+def test_a_student_that_is_fine_tuned_is_nothing_to_judge() -> None:
+    with pytest.raises(RecipeError, match="learns by fine-tune: there is no KD-FixMatch to judge"):
+        plan("student.method={kind: fine-tune}")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return verdict(plan(), tmp_path_factory.mktemp("whole") / "v", train=FakeTraining())
