@@ -39,8 +39,8 @@ class ContrastiveViewConfig(Config):
     """How far contrastive views go. What is null is resolved from the kind of images.
 
     Published: smallest_area 0.08, flip true, grayscale 0.2, and jitter_strength 1 with blur 0.5 for photographs, 0.5
-    without blur for small images. Digits have neither a mirror image nor colours; rotation, which is ours, makes up for
-    that: a network told apart parts of digits by how thick and how steep their strokes are, and not by their shapes.
+    without blur for small images. Digits have neither a mirror image nor colours; they may be turned a little, which
+    is ours.
     """
 
     smallest_area: Annotated[float, Field(gt=0, le=1)] | None = None  # of the image's; a part has this area or more
