@@ -26,7 +26,7 @@ __all__ = ["ANSWERS_HEAD", "WAY_TITLES", "Table", "answer_rows", "answers", "mar
 WAY_TITLES = {
     LINEAR: "linear evaluation",
     TUNED: "fine-tuned",
-    FIRST_LAYER: "fine-tuned from the first head layer",
+    FIRST_LAYER: "from the first head layer",
     SCRATCH: "from scratch",
 }
 TEACHERS = {SAME: "same family", OTHER: "another family", SELF: "itself (self-distillation)"}
@@ -48,7 +48,7 @@ class Table:
 
 def title(document: Mapping[str, Any]) -> str:
     sets = document["sets"]
-    targets = f", then {' and '.join(each['name'] for each in sets[1:])}" if sets[1:] else ""
+    targets = f", then {_listed([each['name'] for each in sets[1:]])}" if sets[1:] else ""
     return f"SimCLR study {document['plan']}: {sets[0]['name']}{targets}"
 
 
@@ -86,19 +86,18 @@ def _answer(name: str, found: Mapping[str, Any]) -> str:
     said = {
         FEW_LABELS: f"{found.get('at')} labels",
         H1: "taught by the same family minus by another, with labels",
-        H2: f"lost with each doubling of the classes, {_counts(found.get('classes', []))}",
+        H2: f"lost with each doubling of the classes, {_listed(found.get('classes', []))}",
     }[name]
     left = found.get("seeds_without_equal_teachers")
     excuse = f"; {left} left out, whose teachers were not equally accurate" if left else ""
     code = "" if name == FEW_LABELS else f" ({name})"
-    return (
-        f"{found['question']}{code}: **{found['word']}**, {difference(found)} points ({said}; "
-        f"{_seeds(len(found['seeds']))}{excuse})."
-    )
+    points = f"{difference(found)} points" if found["seeds"] else "no seed that can be read"
+    return f"{found['question']}{code}: **{found['word']}**, {points} ({said}; {_seeds(len(found['seeds']))}{excuse})."
 
 
-def _counts(counts: Sequence[int]) -> str:
-    return " and ".join(filter(None, (", ".join(map(str, counts[:-1])), *map(str, counts[-1:]))))
+def _listed(words: Sequence[object]) -> str:
+    """`2, 5 and 10`."""
+    return " and ".join(filter(None, (", ".join(map(str, words[:-1])), *map(str, words[-1:]))))
 
 
 def _seeds(count: int) -> str:

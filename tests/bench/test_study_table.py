@@ -102,7 +102,7 @@ def test_a_study_with_no_run_yet_is_a_page_too(tmp_path: Path) -> None:
         study(plan(), tmp_path / "v", Work(train=FakeTraining("pretrain-wide-resnet-10-1-s0")))
     text = (tmp_path / "v" / "study.md").read_text()
     assert "State: partial: 0 of 76 runs" in text
-    assert "**no evidence**, - points" in text
+    assert "**no evidence**, no seed that can be read" in text
     assert "<svg" not in (tmp_path / "v" / "study.html").read_text()
 
 
