@@ -147,7 +147,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
     sittings = f", stopped and gone on with {document['sittings'] - 1} times" if document["sittings"] > 1 else ""
     several = len(document["sessions"])
     where = "one session" if several == 1 else f"{several} sessions"
-    rounds = f"{document['repeats']} rounds in turn, in {where}{sittings}"
+    repeats = document["repeats"]
+    rounds = f"{repeats} round{'s' if repeats > 1 else ''} in turn, in {where}{sittings}"
     publish = " Not for publication: --effort standard is." if document["effort"] == "quick" else ""
     return (
         f"{name}, effort {document['effort']}, {rounds}; ratios are of rows of one session, round by round.{publish} "

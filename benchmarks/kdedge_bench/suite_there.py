@@ -5,7 +5,7 @@ Stopped, it begins anew, but for the call that runs there, which goes on.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ def run_there(
             record = told.get((row.precision, row.runtime))
             if record is not None:
                 records[row.name] = completed(session, record, row)
-            elif row.precision in broke:
-                failed[row.name] = broke[row.precision]
+            elif reason := _told_of(row, broke):
+                failed[row.name] = reason
             else:
-                why[row.name] = reasons.get(row.precision) or f"{place.name} does not run it with {row.runtime}."
+                why[row.name] = _told_of(row, reasons) or f"{place.name} does not run it with {row.runtime}."
     planned = [Planned(row, None, why.get(row.name)) for row in rows]
     done = Session(found, models, planned, effort, repeats)
     return finished(done, records, failed, out)
@@ -68,7 +68,7 @@ def _calls(rows: Sequence[Combination]) -> Iterator[list[Combination]]:
 def _measured(
     session: Session, row: Combination, place: Place, say: Say
 ) -> tuple[dict[tuple[str, str], Record], dict[str, str], dict[str, str]]:
-    """(records by precision and runtime, why precisions are not run there, why they failed there)."""
+    """(records by precision and runtime, why artifacts are not run there, why they failed there)."""
     subject = session.subject(row)
     assert subject.path is not None
     bare = subject.bundle is None
@@ -84,16 +84,21 @@ def _measured(
         if not bare and not subject.random:
             score_there(place, target, records, names, say)
     by = {(_precision(record, subject), str(record["artifact"].get("runtime"))): record for record in records}
-    return by, _by_precision(document.get("not_run")), _by_precision(document.get("failed"))
+    return by, _sentences(document.get("not_run")), _sentences(document.get("failed"))
 
 
 def _precision(record: Record, subject: Subject) -> str:
     return str(record["artifact"].get("precision") or subject.precision)
 
 
-def _by_precision(told: Any) -> dict[str, str]:
-    """A board speaks of artifacts; INT8 has two for TensorRT."""
-    if not isinstance(told, dict):
-        return {}
-    names = {"trt": "int8", "trt-fp16": "int8"}
-    return {names.get(str(name), str(name)): shown(str(why), 2000) for name, why in told.items()}
+def _sentences(told: Any) -> dict[str, str]:
+    """By the names of artifacts, or of a runtime that is not there. Text of a board may hold anything."""
+    return {str(name): shown(str(why), 2000) for name, why in told.items()} if isinstance(told, dict) else {}
+
+
+def _told_of(row: Combination, reasons: Mapping[str, str]) -> str | None:
+    """What the board said of the file that this row would run."""
+    names = {"onnxruntime": (row.precision,), "openvino": (), "tensorrt": ("tensorrt", row.precision)}[row.runtime]
+    if row.runtime == "tensorrt" and row.precision == "int8":
+        names = ("tensorrt", "trt", "trt-fp16")
+    return next((reasons[name] for name in names if name in reasons), None)

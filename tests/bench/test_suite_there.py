@@ -43,7 +43,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if "--threads 2" in made[-1]:
             raise DeviceError("The board has one core.")
         records = [told("fp32", "tensorrt", number, 4.0), told("trt", "tensorrt", number, 1.0)]
-        yield {"records": records, "not_run": {"fp16": "there is no FP16 here."}, "failed": {}}
+        yield {
+            "records": records,
+            "not_run": {"fp16": "there is no FP16 here.", "int8": "it is for a CPU."},
+            "failed": {},
+        }
 
     monkeypatch.setattr(suite_there, "finished_on", answered)
     return made
@@ -67,7 +71,8 @@ def test_a_call_for_each_number_of_threads_and_batch(make_run: MakeRun, tmp_path
     assert int8.speed is not None
     assert (int8.speed.times, int8.speed.base, int8.p90_ms) == (pytest.approx(4.0), "FP32", 1.0)
     assert rows["FP16, 1 thread, batch 1"].why == "there is no FP16 here."
-    assert rows["INT8, onnxruntime, 1 thread, batch 1"].why == "me@orin does not run it with onnxruntime."
+    assert rows["FP32, onnxruntime, 1 thread, batch 1"].why == "me@orin does not run it with onnxruntime."
+    assert rows["INT8, onnxruntime, 1 thread, batch 1"].why == "it is for a CPU."
     assert rows["INT8, 2 threads, batch 1"].why == "The board has one core."
     assert found.exit_code == 1
     assert (len(found.records), len(found.document["sessions"]), found.document["session"]) == (4, 2, None)
