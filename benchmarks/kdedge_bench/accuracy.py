@@ -23,7 +23,7 @@ from kdedge_device.failures import Failure
 from kdedge_device.manifest import Bundle, sha256_file
 from kdedge_device.record import cores_available
 
-__all__ = ["Exam", "accuracy_of", "carried_exam", "exam_of", "keep", "kept", "scores_folder", "told"]
+__all__ = ["Exam", "accuracy_of", "carried_exam", "exams_of", "keep", "kept", "scores_folder", "told"]
 
 CHUNK = 256  # images in memory at a time
 Say = Callable[[str], None]
@@ -46,18 +46,27 @@ def scores_folder() -> Path:
     return Path(os.environ.get("KDEDGE_CACHE") or "~/.cache/kdedge").expanduser() / "scored"
 
 
-def exam_of(path: Path) -> Exam | None:
-    """Of a bundle's folder, or of a model file in one; None where it has no labelled images."""
+def exams_of(path: Path) -> list[Exam]:
+    """Of a bundle's folder, or of a model file in one, the best first; none where it has no labelled images."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "manifest.json").is_file():
-        return None
+        return []
+    return [exam for exam in (_test_exam(folder), carried_exam(folder)) if exam is not None]
+
+
+def _test_exam(folder: Path) -> Exam | None:
+    """The test images of the run that a bundle lies in; None where it is in none, or the run cannot say."""
     run = Run(folder.parent)
-    if folder.name == run.bundle_path.name and run.splits_path.is_file():
+    if folder.name != run.bundle_path.name or not run.splits_path.is_file():
+        return None
+    try:
         splits = read_json(run.splits_path)
-        test = (splits.get("splits") or {}).get("test") or {}
-        if test.get("count") and test.get("sha256"):
-            return Exam(folder, "val" if splits.get("test_is_val") else "test", str(test["sha256"]), run.path)
-    return carried_exam(folder)
+        test = splits["splits"]["test"]
+        count, sha256 = test["count"], test["sha256"]
+    except (RunError, KeyError, TypeError):
+        return None
+    split = "val" if splits.get("test_is_val") else "test"
+    return Exam(folder, split, str(sha256), run.path) if count and sha256 else None
 
 
 def carried_exam(folder: Path) -> Exam | None:
@@ -74,28 +83,17 @@ def accuracy_of(record: Record, path: Path, say: Say) -> Accuracy | None:
 
     None without labelled images, and where the file is no longer the one that was measured.
     """
-    exam = exam_of(path)
-    if exam is None:
-        return None
-    found = kept(record, exam)
-    if found is not None:
-        return found
-    try:
-        found = _scored(record, exam, say)
-    except (KdedgeError, Failure) as error:
-        say(f"{record['artifact']['name']} is not scored on the {exam.split} images: {error}")
-        carried = carried_exam(exam.bundle) if exam.run is not None else None
-        if carried is None:
-            return None
-        exam = carried
+    for exam in exams_of(path):
         found = kept(record, exam)
-        try:
-            found = found or _scored(record, exam, say)
-        except (KdedgeError, Failure) as second:
-            say(f"{record['artifact']['name']} is not scored on the {exam.split} images: {second}")
-            return None
-    keep(record, exam, found)
-    return found
+        if found is None:
+            try:
+                found = _scored(record, exam, say)
+            except (KdedgeError, Failure) as error:
+                say(f"{record['artifact']['name']} is not scored on the {exam.split} images: {error}")
+                continue
+            keep(record, exam, found)
+        return found
+    return None
 
 
 def kept(record: Record, exam: Exam) -> Accuracy | None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kdedge_bench.accuracy import accuracy_of, exam_of
+from kdedge_bench.accuracy import accuracy_of, exams_of
 from kdedge_device.manifest import sha256_file
 from kdedge_device.preprocess import Preprocess
 
@@ -184,11 +184,13 @@ def test_where_the_runs_images_are_gone_those_in_the_bundle_do(
     assert found is not None
     assert (found["split"], found["correct"]) == ("eval", made.right(made.images, made.labels))
     assert "fp32 is not scored on the test images: The images are gone." in said
+    (tmp_path / "run" / "splits.json").write_text("{")
+    assert [exam.split for exam in exams_of(made.bundle)] == ["eval"], "a damaged file is no reason to measure nothing"
 
 
 def test_what_nobody_labelled_has_no_accuracy(tmp_path: Path) -> None:
     made = bundle(tmp_path / "net", carried=False)
-    assert exam_of(made.bundle) is None
+    assert exams_of(made.bundle) == []
     assert accuracy_of(made.record(), made.bundle, lambda _: None) is None
     network(tmp_path / "bare.onnx", made.weights)
     assert accuracy_of(made.record(), tmp_path / "bare.onnx", lambda _: None) is None
