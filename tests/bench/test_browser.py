@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from kdedge_bench import report
 from kdedge_bench.facts import Facts
@@ -170,6 +171,25 @@ def test_every_point_is_told_to_mouse_and_keyboard(browser: "Browser", pages: li
         middle = [box[side] + box[size] / 2 for box in boxes]  # type: ignore[literal-required]
         assert abs(middle[0] - middle[1]) < 2.5
     page.close()
+
+
+@pytest.mark.parametrize(("scheme", "ground", "int8"), [
+    ("light", (255, 255, 255), (194, 78, 0)), ("dark", (20, 24, 29), (245, 138, 60)),
+])  # fmt: skip
+def test_what_is_painted(
+    browser: "Browser", pages: list[Path], scheme: str, ground: tuple[int, ...], int8: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A picture of the whole page: its ground, and the mark of what ships, filled, where its ring is."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    page.goto(pages[0].as_uri())
+    place = page.locator(".plot").first.locator(".ring").nth(1).bounding_box()
+    assert place
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    page.close()
+    picture = Image.open(tmp_path / "page.png").convert("RGB")
+    assert picture.getpixel((3, 3)) == ground
+    middle = (round(place["x"] + place["width"] / 2) - 2, round(place["y"] + place["height"] / 2) - 2)
+    assert picture.getpixel(middle) == int8
 
 
 def test_print_is_light_and_shows_what_is_folded(browser: "Browser", pages: list[Path]) -> None:

@@ -14,4 +14,4 @@ def test_nothing_heavy_is_imported() -> None:
 
 def test_templates_lie_in_the_package() -> None:
     folder = resources.files("kdedge_bench") / "templates"
-    assert sorted(file.name for file in folder.iterdir()) == ["report.css", "report.html.j2"]
+    assert sorted(file.name for file in folder.iterdir()) == ["report.css", "report.html.j2", "study.html.j2"]
