@@ -71,7 +71,7 @@ def test_the_answers_are_those_of_the_numbers(whole: tuple[Path, dict[str, Any]]
 def test_a_seed_without_equal_teachers_does_not_count_for_h1(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    folder, asked = tmp_path / "v", plan("fine_tuning=null", *FEW)
+    folder, asked = tmp_path / "v", plan(*FEW)
     document = made(folder, asked)
     assert len(document["hypotheses"]["H1"]["seeds"]) == 2
     match = json.loads((folder / "teachers-s0.json").read_text())
