@@ -105,7 +105,11 @@ Arch = Annotated[str, AfterValidator(_known_architecture)]
 
 
 Head = Literal["probe", "fresh"]
-"""Where there are starting weights: the head begins as a linear probe of the labeled images, or at random."""
+"""Where there are starting weights: the head begins as a linear probe of the labeled images, or at random.
+
+After contrastive pre-training at random, as SimCLRv2 has it: its features vary little in many dimensions, where a probe
+has large weights, and FixMatch's rate then blows up (seen on digits within 30 steps).
+"""
 
 
 def _told_by_kind(usual: str) -> Discriminator:
@@ -133,7 +137,7 @@ class TeacherConfig(Config):
     width: Annotated[float, Field(gt=0)] = 1.0
     halvings: Annotated[int, Field(ge=0)] | None = None  # how often the image is halved on its way
     init: str | None = None  # a file, "pretrained", torchvision's name of the weights, or "simclr": see pretrain
-    head: Head = "probe"
+    head: Head | None = None  # null: fresh after SimCLR, else probe
     projection_layers: KeptLayers = 0
     settings: Settings = "fixmatch.short"
     method: TeacherMethod = FixMatchConfig()
@@ -147,7 +151,7 @@ class StudentConfig(Config):
     width: Annotated[float, Field(gt=0)] | None = None
     halvings: Annotated[int, Field(ge=0)] | None = None
     init: str | None = None  # as the teacher's, or "teacher": the outer network's own weights (same architecture)
-    head: Head = "probe"
+    head: Head | None = None  # null: fresh after SimCLR, else probe
     projection_layers: KeptLayers = 0
     settings: Settings = "fixmatch.short"
     method: StudentMethod = KDFixMatchConfig()
@@ -276,6 +280,7 @@ def resolve(recipe: Recipe, data: DataDescription) -> Recipe:
     student_values: dict[str, object] = {
         "width": _student_width(student, data),
         "halvings": _halvings(student.halvings, student.arch, px, data.student_weights or data.ready, "student"),
+        "head": student.head or _head(start),
         "optim": _optim(student.optim, student.settings, student.arch, data, "student", start, fine_tuned),
     }
     # The baseline sees the labels only: it does not start from what the run has pre-trained on all images.
@@ -310,6 +315,10 @@ def _pretrain(recipe: Recipe, data: DataDescription) -> PretrainConfig | None:
     )
 
 
+def _head(start: Start) -> Head:
+    return "fresh" if start == "simclr" else "probe"
+
+
 def _start(init: str | None, weights: StartingWeights | None) -> Start:
     if init == PRETRAINED or (weights is not None and weights.contrastive):
         return "simclr"
@@ -326,6 +335,7 @@ def _teacher(recipe: Recipe, px: int, data: DataDescription) -> TeacherConfig | 
     values: dict[str, object] = {
         "arch": arch,
         "halvings": _halvings(teacher.halvings, arch, px, data.teacher_weights, "teacher"),
+        "head": teacher.head or _head(start),
         "optim": _optim(teacher.optim, teacher.settings, arch, data, "teacher", start, fine_tuned),
     }
     return teacher.model_copy(update=values)

@@ -73,6 +73,9 @@ _MAY_CHANGE = {
 
 def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:
     """A manifest's recipe with the keys there are now: what came later has its default, and had no effect then."""
+    if "pretrain" not in recipe:  # from before it was left open
+        groups = {who: recipe[who] for who in ("teacher", "student") if isinstance(recipe.get(who), dict)}
+        recipe = recipe | {who: {**group, "head": None} for who, group in groups.items()}
     with contextlib.suppress(ValidationError):
         return Recipe.model_validate_json(json.dumps(recipe)).model_dump(mode="json")
     return recipe

@@ -223,6 +223,7 @@ def test_a_run_of_before_there_was_pre_training_is_gone_on_with(whole) -> None:
     for gone in (older, older["teacher"], older["student"], older["teacher"]["method"], older["student"]["method"]):
         for key in ("pretrain", "kind", "projection_layers"):
             gone.pop(key, None)
+    older["teacher"]["head"] = older["student"]["head"] = "probe"  # it was the default
     run = Run(whole.path.parent / "older")
     run.path.mkdir()
     run.update_manifest(recipe=older, status="running")

@@ -204,6 +204,9 @@ def test_what_starts_from_simclr_trains_as_from_scratch_but_fewer_steps_on_label
     file = resolve(recipe(), dataclasses.replace(DIGITS, teacher_weights=contrastive)).teacher
     own = resolve(recipe("pretrain.of=teacher", "teacher.init=simclr"), DIGITS).teacher
     assert scratch == own.optim == file.optim
+    assert own.head == file.head == "fresh"
+    assert resolve(recipe("pretrain.of=teacher", "teacher={init: simclr, head: probe}"), DIGITS).teacher.head == "probe"
+    assert resolve(recipe(), PRETRAINED).student.head == "probe"
     assert (own.arch, file.arch) == ("wide-resnet-28-2", "resnet34")
     tuned = resolve(recipe("pretrain.of=teacher", "teacher={init: simclr, method: {kind: fine-tune}}"), DIGITS)
     assert (tuned.teacher.optim.total_steps, tuned.teacher.optim.learning_rate) == (400, 0.03)
