@@ -54,9 +54,9 @@ PRETRAIN_SETTINGS: dict[PretrainSettings, Published] = {
     "simclr.imagenet": Published(4096, 100, 0.1, 0.3, 0.1, _PHOTO_VIEWS, _LARS),
     # Minutes on a laptop CPU for small images. Readings after 100 to 150 steps on training images, one seed. Digits (8
     # px, wide-resnet-10-2, probe of 40 labels; random features 73.5 %): 89.7, 91.5 and 92.6 % at rates of 1, 2 and 3;
-    # 84.1 % from parts of 0.2, 84.7 % at a temperature of 0.2. MNIST (16 px, batch 128, kNN): a rate of 1 and a turn of 25
-    # degrees 74.6 to 84.4 %, the turn being 2 to 3 points of it, temperatures of 0.1 and 0.5 alike; at a rate of 3 less
-    # than random features. CIFAR-10 (16 px, temperature 0.2, published views): 24.0 to 33.2 %.
+    # 84.1 % from parts of 0.2, 84.7 % at a temperature of 0.2. MNIST (16 px, batch 128, kNN): a rate of 1 and a turn of
+    # 25 degrees 74.6 to 84.4 %, the turn being 2 to 3 points of it, temperatures of 0.1 and 0.5 alike; at a rate of 3
+    # less than random features. CIFAR-10 (16 px, temperature 0.2, published views): 24.0 to 33.2 %.
     "simclr.short": Published(256, None, 0.1, 2.0, None, None, _LARS),
 }
 
