@@ -53,7 +53,10 @@ class StudyRow:
     optim: OptimConfig
     start: str | None = None  # the row that pre-trains
     layers: int = 0  # of its projection head that are kept
-    head: str = "probe"  # a linear probe of the labels, or "fresh"
+    # Fine-tuning begins with a head at random, as in SimCLR: a probe of features with small spreads has weights so
+    # large that the first steps undo the backbone. It is also as good after few steps as after many, so that no two
+    # teachers would match.
+    head: str = "fresh"
     teachers: tuple[str, ...] = ()  # of these, one teaches; of several, the one that `study_match` finds
     classes: int | None = None  # of the set's, drawn by the seed; None for all
     pretrains: bool = False
@@ -185,7 +188,6 @@ def _teacher(plain: StudyRow, who: str, network: NetworkConfig, steps: int) -> S
         optim=optim,
         start=_start_of(network),
         layers=1,
-        head="fresh",  # a probe would be as good after few steps as after many, and no length would match
         facts={"teaches": who, "steps": steps},
     )
 
