@@ -17,7 +17,8 @@ import kdedge
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"kdedge", "kdedge_recipes", "kdedge_export", "kdedge_device", "kdedge_bench"}
 RECIPES = [
-    "efficientnet", "mnasnet", "mobilenet", "mobilenet-v3", "regnet", "resnet", "shufflenet", "squeezenet", "tiny",
+    "efficientnet", "mnasnet", "mobilenet", "mobilenet-v3", "regnet", "resnet", "shufflenet", "simclr", "squeezenet",
+    "tiny", "tiny-simclr",
 ]  # fmt: skip
 SDIST = {
     "kdedge", "recipes", "export", "benchmarks", "tests", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",

@@ -22,7 +22,8 @@ from tests.house.readmes import LANGUAGES, NEEDS, ROOT, Fence, commands, fences,
 READMES = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not {".venv", "runs", "site", ".pytest_cache"} & set(path.relative_to(ROOT).parts) and path.name != "CHANGELOG.md"
+    if not {".venv", "runs", "site", ".pytest_cache"} & set(path.relative_to(ROOT).parts)
+    and path.name != "CHANGELOG.md"
 )
 RUN_HERE = [path for path in READMES if path.name != "tutorial.md"]  # that one as a notebook: test_docs.py
 FENCES = [fence for readme in READMES for fence in fences(readme)]
