@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, model_validator
 from kdedge import recipe_io
 from kdedge.config import Config
 from kdedge.data import Source, open_source
+from kdedge.data.source import usual_px
 from kdedge.data.views import ViewConfig
 from kdedge.errors import DataError, RecipeError, did_you_mean
 from kdedge.models.zoo import architecture
@@ -134,6 +135,7 @@ class StudyConfig(Config):
     seeds: Positive = 5
     sets: Annotated[tuple[str, ...], Field(min_length=1)]  # the first is pre-trained on, the others are targets
     data: DataConfig = DataConfig()
+    most_px: Positive | None = None  # larger images are made this small, where data.image_px is left open
     views: ViewConfig = ViewConfig()
     engine: EngineConfig = EngineConfig()
     network: NetworkConfig  # of analyses 1 and 3
@@ -167,6 +169,8 @@ class StudySet:
     fingerprint: str
     per_class: tuple[int, ...]  # labelled training images
     all_by_default: bool  # where no number of labels is asked for, every label is kept
+    px: int  # that a run would choose
+    channels: int
 
     def labels(self, asked: int | str) -> int | None:
         """The number of labels that a run is asked for, evenly over the classes; None for all of them."""
@@ -258,7 +262,8 @@ def make_study_plan(
     recipe_io.override(document, settings, StudyConfig)
     config = recipe_io.validate(document, StudyConfig)
     chosen = tuple(range(first_seed, first_seed + (seeds or config.seeds)))
-    plan = StudyPlan(origin, config, _opened(config), chosen, tuple(settings), tuple(data))
+    sets = _opened(config)
+    plan = StudyPlan(origin, _one_input(config, sets), sets, chosen, tuple(settings), tuple(data))
     _refuse(plan)
     return plan
 
@@ -287,13 +292,23 @@ def _opened(config: StudyConfig) -> tuple[StudySet, ...]:
     return tuple(found)
 
 
+def _one_input(config: StudyConfig, sets: Sequence[StudySet]) -> StudyConfig:
+    """The same size and channels for every run, else what starts from scratch would see another set's images larger."""
+    px = min(sets[0].px, config.most_px or sets[0].px)
+    open_values = {"image_px": px, "channels": max(each.channels for each in sets)}
+    values = {key: value for key, value in open_values.items() if getattr(config.data, key) is None}
+    return config.model_copy(update={"data": config.data.model_copy(update=values)})
+
+
 def _study_set(spec: str, source: Source, name: str) -> StudySet:
     if not (np.isin(source.part, ["test", "val"]) & (source.labels >= 0)).any():
         raise DataError(f"{source.name} has no test images, so nothing can be compared on it. Add test/CLASS/ folders.")
     train = source.labels[source.part == "train"]
     counts = np.bincount(train[train >= 0], minlength=len(source.classes))
     every = source.default_labels is None
-    return StudySet(spec, name, source.classes, source.fingerprint, tuple(map(int, counts)), every)
+    px = usual_px(source.kind, source.readable_px)
+    per_class = tuple(map(int, counts))
+    return StudySet(spec, name, source.classes, source.fingerprint, per_class, every, px, source.channels)
 
 
 def _refuse(plan: StudyPlan) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from kdedge.cli import run as kdedge
 from kdedge.data import make_splits, open_source
@@ -230,6 +231,26 @@ def test_another_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
 def test_a_plan_that_makes_no_sense_is_a_sentence(settings: list[str], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         plan(*settings)
+
+
+def test_every_run_sees_images_of_one_size(tmp_path: Path) -> None:
+    """Else what starts from scratch on another set would see it at that set's own."""
+    for name, px in (("photos", 90), ("icons", 20)):
+        for part in ("train", "test"):
+            for kind in range(3):
+                for number in range(5):
+                    path = tmp_path / name / part / f"c{kind}" / f"{number}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (px, px), (40 * kind, number, 9)).save(path)
+    photos, icons = str(tmp_path / "photos"), str(tmp_path / "icons")
+    small = ("fine_tuning=null", "distillation=null", "transfer.labels_per_class=2")
+    for sets, input_px, channels in (([photos, icons, "digits"], 32, 3), ([icons, photos], 20, 3), (["digits"], 8, 1)):
+        asked = plan(*small, data=sets)
+        for row in study_rows(asked):
+            data = derived_recipe(asked, row, 0, "a", "b").data
+            assert (data.image_px, data.channels) == (input_px, channels)
+    with pytest.raises(RecipeError, match="A set is named twice"):
+        plan(*small, data=[photos, photos])
 
 
 def test_labels_that_a_set_does_not_have_are_refused_before_anything_is_trained() -> None:
