@@ -18,6 +18,13 @@ from recipe_keys import tables
 
 __all__ = ["on_page_content", "on_page_markdown"]
 
+_NEEDED = {
+    "board": "a board",
+    "gpu": "a GPU",
+    "network": "a network",
+    "many-processes": "several processes",
+    "desktop": "a desktop",
+}
 _FENCE = re.compile(r"^```console((?: needs:[a-z-]+)+)$", re.MULTILINE)
 _EQUATION = re.compile(r"\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\]", re.DOTALL)
 _MATH = re.compile(r"<(?P<tag>span|div) class=\"arithmatex\">(?P<text>.*?)</(?P=tag)>", re.DOTALL)
@@ -27,7 +34,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """A fence such as `console needs:gpu` gets a sentence before it, since no test runs it; recipes get their keys."""
 
     def told(match: re.Match[str]) -> str:
-        needs = " and ".join(f"a {word.removeprefix('needs:')}" for word in match[1].split())
+        needs = " and ".join(_NEEDED.get(word.removeprefix("needs:"), word) for word in match[1].split())
         return f"*Needs {needs}; no test of ours runs it.*\n\n```console"
 
     return _FENCE.sub(told, markdown).replace(

@@ -70,7 +70,8 @@ def compare(
                 batch = preprocess.normalize(images.gate.load(preprocess, slice(0, 32)))
                 there = {way: made[way] for way in found}
                 speeds = _speeds(there, folder, peers, batch, options, limits)
-    rows = {way: _row(made, answers["fp32"], answers[way], labels, speeds.get(way)) for way, made in ways.items()}
+    fp32 = answers.get("fp32", [])  # none where our own export failed in every run
+    rows = {way: _row(made, fp32, answers[way], labels, speeds.get(way)) for way, made in ways.items()}
     return {"runs": [path.name for path in runs], "images": int(sum(map(len, labels))), "ways": rows}
 
 
@@ -209,7 +210,7 @@ def _row(
     speed: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"made": [asdict(way) for way in made], "speed": speed}
-    if any(each is None for each in found):
+    if not fp32 or any(each is None for each in found):
         return row
     truth = np.concatenate(labels)
     before, after = (np.concatenate([each.argmax(1) for each in part if each is not None]) for part in (fp32, found))

@@ -39,9 +39,10 @@ def report(
         chapter(each, name, f"run{index}", load) for index, (each, name) in enumerate(zip(facts, names, strict=True), 1)
     ]
     numbers = _pareto(chapters)
-    write_bytes(target, _render(chapters, numbers).encode("utf-8"))
-    if tables is not None:
+    page = _render(chapters, numbers).encode("utf-8")
+    if tables is not None:  # first: where that folder cannot be written, there is no page either
         write_tables(tables, chapters, numbers)
+    write_bytes(target, page)
     return target
 
 

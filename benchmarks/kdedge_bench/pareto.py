@@ -9,7 +9,7 @@ from typing import Any
 
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import DASH, interval, milliseconds, percent, size
-from kdedge_bench.records import Record, latency, machine_name
+from kdedge_bench.records import Record, latency, machine_name, power_mode
 from kdedge_bench.report_tables import Column, Table
 from kdedge_bench.table import Row, Summary
 
@@ -71,14 +71,14 @@ def measurements(facts: Facts) -> list[tuple[str, Record]]:
 
 def _conditions(record: Record) -> tuple[Any, ...]:
     said = record["conditions"]
-    return machine_name(record), said.get("threads"), str(said.get("power_mode") or "")
+    return machine_name(record), said.get("threads"), power_mode(record) or ""
 
 
-def _told(machine: str, threads: int | None, power_mode: str) -> str:
+def _told(machine: str, threads: int | None, mode: str) -> str:
     parts = [machine]
     if threads:
         parts.append(f"{threads} thread{'s' if threads != 1 else ''}")
-    return ", ".join([*parts, *([f"power mode {power_mode}"] if power_mode else [])])
+    return ", ".join([*parts, *([f"power mode {mode}"] if mode else [])])
 
 
 def _test_images(facts: Facts) -> str:

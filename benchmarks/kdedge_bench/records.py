@@ -9,7 +9,7 @@ from kdedge.errors import RunError
 from kdedge.runs import read_json
 from kdedge_device.record import SCHEMA
 
-__all__ = ["Record", "check_record", "file_name", "flags", "latency", "machine_name", "read_records"]
+__all__ = ["Record", "check_record", "file_name", "flags", "latency", "machine_name", "power_mode", "read_records"]
 
 Record = dict[str, Any]
 
@@ -55,6 +55,17 @@ def machine_name(record: Record) -> str:
     arm = str(machine.get("architecture") or "").startswith(("aarch64", "arm"))
     order = ("gpu", "model", "cpu") if arm else ("gpu", "cpu", "model")
     return next((str(machine[key]) for key in (*order, "name") if machine.get(key)), "unnamed machine")
+
+
+def power_mode(record: Record) -> str | None:
+    """The power mode by its name, else its number; None where the machine has none, or it changed meanwhile."""
+    mode = record["conditions"].get("power_mode")
+    told = (
+        next((mode[key] for key in ("name", "id") if mode.get(key) is not None), None)
+        if isinstance(mode, dict)
+        else mode
+    )
+    return None if told is None else str(told)
 
 
 def flags(record: Record) -> list[str]:

@@ -1,12 +1,14 @@
 """The numbers of a report as files: report.json, report.md, and a CSV file for each table, all runs together."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdedge import __version__
-from kdedge.runs import write_bytes
+from kdedge.errors import RunError
+from kdedge.runs import read_json, write_bytes
 from kdedge_bench.report_chapter import Chapter
 from kdedge_bench.report_tables import Table, as_csv, as_markdown
 
@@ -37,7 +39,10 @@ def as_document(chapters: Sequence[Chapter], pareto: Table) -> dict[str, Any]:
 
 
 def write_tables(folder: Path, chapters: Sequence[Chapter], pareto: Table) -> list[Path]:
-    """Write them, and return their paths. A table that no run has anything for is no file. RunError where one fails."""
+    """Write them, and return their paths. RunError where one fails.
+
+    A table that no run has anything for is no file, and one that an earlier report left there is removed.
+    """
     text = {
         "report.json": json.dumps(as_document(chapters, pareto), indent=1, ensure_ascii=False) + "\n",
         "report.md": _markdown(chapters, pareto),
@@ -46,9 +51,22 @@ def write_tables(folder: Path, chapters: Sequence[Chapter], pareto: Table) -> li
         text[f"{key}.csv"] = as_csv(rows)
     if pareto:
         text[f"{pareto.key}.csv"] = as_csv(pareto.rows)
+    for name in _of_before(folder) - text.keys():
+        (folder / name).unlink(missing_ok=True)
     for name, content in text.items():
         write_bytes(folder / name, content.encode("utf-8"))
     return [folder / name for name in text]
+
+
+def _of_before(folder: Path) -> set[str]:
+    """The CSV files that the report.json which lies there tells of."""
+    try:
+        runs = read_json(folder / "report.json")["runs"]
+        return {f"{key}.csv" for run in runs for key in run["tables"] if re.fullmatch(r"[a-z0-9_]+", key)} | {
+            "pareto.csv"
+        }
+    except (RunError, OSError, LookupError, TypeError):
+        return set()
 
 
 def _rows(chapters: Sequence[Chapter]) -> dict[str, list[Mapping[str, Any]]]:

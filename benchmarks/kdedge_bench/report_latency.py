@@ -6,7 +6,7 @@ from typing import Any
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import DASH, count, milliseconds, shorten
 from kdedge_bench.pareto import measurements
-from kdedge_bench.records import Record, flags, latency, machine_name
+from kdedge_bench.records import Record, flags, latency, machine_name, power_mode
 from kdedge_bench.report_plot import WIDTH_PX, Scale, element, label, svg, x_axis
 from kdedge_bench.report_tables import Column, Table
 from kdedge_bench.table import artifact_label
@@ -76,7 +76,7 @@ def energy(facts: Facts) -> Table:
             "artifact": key,
             "name": artifact_label(key),
             "machine": machine_name(record),
-            "power_mode": record["conditions"].get("power_mode"),
+            "power_mode": power_mode(record),
             "energy_mj_per_inference": record.get("energy_mj_per_inference"),
             "throughput_ips": record.get("throughput_ips"),
             "source": _source(record.get("energy_source")),

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from kdedge_bench.cells import csv_cell, escaped
 from kdedge_bench.formats import DASH
 
 __all__ = ["Column", "Table", "as_csv", "as_markdown", "words"]
@@ -47,29 +47,18 @@ class Table:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Full numbers, empty where there is none; lists have semicolons between their items."""
+    """Full numbers, empty where there is none; `csv_cell` says how texts and lists stand."""
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(keys)
-    writer.writerows([_cell(row.get(key)) for key in keys] for row in rows)
+    writer.writerows([csv_cell(row.get(key)) for key in keys] for row in rows)
     return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return ";".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def as_markdown(table: Table) -> str:
     """A pipe table of the texts; numbers stand on the right."""
-    heads = [_escaped(column.heading) for column in table.columns]
+    heads = [escaped(column.heading) for column in table.columns]
     rule = ["---" if column.text else "--:" for column in table.columns]
-    lines = [heads, rule, *([_escaped(text) for text in texts] for texts in table.texts())]
+    lines = [heads, rule, *([escaped(text) for text in texts] for texts in table.texts())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """As it stands: a class may be called *a|b*."""
-    return re.sub(r"([\\|*_`\[\]<>#])", r"\\\1", " ".join(text.split("\n")))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+from kdedge_bench.cells import csv_cell, escaped
 from kdedge_bench.formats import milliseconds, percent, size, span
 from kdedge_bench.rows import Ratio, Row
 from kdedge_bench.stats import wilson
@@ -120,9 +121,9 @@ def as_text(rows: Sequence[Row]) -> str:
 def as_markdown(rows: Sequence[Row]) -> str:
     columns, there = _drawn(rows)
     lines = [[column.heading for column in columns], [" --- " if c.left else " ---: " for c in columns]]
-    lines += [[_safe(column.show(row)) for column in columns] for row in there]
+    lines += [[escaped(column.show(row)) for column in columns] for row in there]
     table = ["| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines]
-    why = [f"- {_safe(each)}" for each in _reasons(rows)]
+    why = [f"- {escaped(each)}" for each in _reasons(rows)]
     return "\n".join([*(table if there else []), *([""] if there and why else []), *why]) + "\n"
 
 
@@ -133,7 +134,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(plain)
+    writer.writerows({name: csv_cell(value) for name, value in each.items()} for each in plain)
     return stream.getvalue()
 
 
@@ -157,10 +158,6 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return {name: "" if value is None else value for name, value in found.items()}
-
-
-def _safe(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:

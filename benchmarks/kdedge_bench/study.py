@@ -9,7 +9,7 @@ from typing import Any
 from kdedge import recipe_io
 from kdedge.recipe import Recipe
 from kdedge.recipe_yaml import Document
-from kdedge.runs import write_bytes, write_json
+from kdedge.runs import Run, write_bytes, write_json
 from kdedge_bench.study_match import match_teachers
 from kdedge_bench.study_page import page
 from kdedge_bench.study_plan import StudyPlan
@@ -43,7 +43,8 @@ def study(plan: StudyPlan, out: Path | None = None, work: Work | None = None) ->
 
     def recipe_of(job: StudyJob) -> Recipe:
         start = str(folder.run(run_name(job.row.start, job.seed)).pretrained_path) if job.row.start else None
-        return derived_recipe(plan, job.row, job.seed, start, _teacher(plan, rows, folder, job))
+        reads = folder.run(run_name(job.row.input_of, job.seed)) if job.row.input_of else None
+        return derived_recipe(plan, job.row, job.seed, start, _teacher(plan, rows, folder, job), reads)
 
     def write() -> dict[str, Any]:
         with folder.lock("table"):  # so that an older view never replaces a newer one
@@ -58,10 +59,19 @@ def study(plan: StudyPlan, out: Path | None = None, work: Work | None = None) ->
     return make_runs(folder, study_jobs(rows, plan.seeds), recipe_of, write, work or Work())
 
 
-def derived_recipe(plan: StudyPlan, row: StudyRow, seed: int, start: str | None, teacher: str | None) -> Recipe:
-    """The recipe of a row for a seed; `start` and `teacher` are the files it begins with."""
+def derived_recipe(
+    plan: StudyPlan, row: StudyRow, seed: int, start: str | None, teacher: str | None, reads: Run | None = None
+) -> Recipe:
+    """The recipe of a row for a seed; `start` and `teacher` are the files it begins with.
+
+    `reads` is the finished run whose input it has, to the normalisation: what starts from scratch is then compared with
+    what was pre-trained on the very same pixels.
+    """
     config = plan.config
     data = config.data.model_dump(mode="json") | {"spec": row.on.spec, "labels": row.labels}
+    if reads is not None:
+        known = recipe_io.load(str(reads.recipe_path)).data.model_dump(mode="json")
+        data |= {key: known[key] for key in ("image_px", "channels", "mean", "std")}
     if row.classes is not None:
         data["classes"] = subset(row.on.classes, row.classes, seed)
     student = {**row.network.model_dump(mode="json"), "method": row.method, "optim": row.optim.model_dump(mode="json")}

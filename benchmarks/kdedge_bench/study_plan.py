@@ -24,10 +24,12 @@ from kdedge.models.zoo import architecture
 from kdedge.recipe import DataConfig
 from kdedge.recipe_pretrain import PretrainConfig
 from kdedge.recipe_yaml import read_document
+from kdedge.run_pool import input_channels
 from kdedge.runs import SCHEMA, sha256_bytes
 from kdedge.train.engine import EngineConfig
 from kdedge.train.optim import OptimConfig
 from kdedge_bench.study_rules import RULES
+from kdedge_device.preprocess import Preprocess
 
 __all__ = [
     "DistillationConfig",
@@ -60,6 +62,15 @@ def _percent_or_number(labels: int | str) -> int | str:
     return labels
 
 
+
+def _each_once(steps: tuple[int, ...]) -> tuple[int, ...]:
+    for count in steps:
+        if steps.count(count) > 1:
+            raise ValueError(f"{count} steps are named {steps.count(count)} times. Expected each length once.")
+    return steps
+
+
+Lengths = Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_each_once)]
 Labels = Annotated[int | str, AfterValidator(_percent_or_number)]
 """Labelled images in all, or `10%` of the labelled training images of the set."""
 
@@ -86,7 +97,7 @@ class NetworkConfig(Config):
 class FineTuningConfig(Config):
     """Analysis 1: what pre-training gives to few labels and to many."""
 
-    labels: tuple[Labels, ...] = ("1%", "10%", "100%")
+    labels: Annotated[tuple[Labels, ...], Field(min_length=1)] = ("1%", "10%", "100%")
 
 
 class DistillationConfig(Config):
@@ -100,8 +111,8 @@ class DistillationConfig(Config):
     student: NetworkConfig
     same: NetworkConfig  # of the student's family
     other: NetworkConfig  # of another
-    same_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    other_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    same_steps: Lengths
+    other_steps: Lengths
     margin_points: Annotated[float, Field(gt=0)] = 2.0
     held_out_images: Positive = 2000  # at most
     optim: OptimConfig  # of the students, those on labels only among them
@@ -171,6 +182,7 @@ class StudySet:
     all_by_default: bool  # where no number of labels is asked for, every label is kept
     px: int  # that a run would choose
     channels: int
+    greyed: bool  # colour images that are packed as grey ones
 
     def labels(self, asked: int | str) -> int | None:
         """The number of labels that a run is asked for, evenly over the classes; None for all of them."""
@@ -262,9 +274,13 @@ def make_study_plan(
     recipe_io.override(document, settings, StudyConfig)
     config = recipe_io.validate(document, StudyConfig)
     chosen = tuple(range(first_seed, first_seed + (seeds or config.seeds)))
-    sets = _opened(config)
-    plan = StudyPlan(origin, _one_input(config, sets), sets, chosen, tuple(settings), tuple(data))
+    sources = _sources(config)
+    sets = _study_sets(config.sets, sources)
+    config = _one_input(config, sets)
+    plan = StudyPlan(origin, config, sets, chosen, tuple(settings), tuple(data))
     _refuse(plan)
+    for source in sources:
+        source.require_packed(_input(config))
     return plan
 
 
@@ -282,22 +298,34 @@ def _text(origin: str) -> str:
         raise RecipeError(f"{path} cannot be read as text in UTF-8: {error}.") from error
 
 
-def _opened(config: StudyConfig) -> tuple[StudySet, ...]:
-    root = Path(config.data.root) if config.data.root else None
+def _sources(config: StudyConfig) -> list[Source]:
+    root, share = Path(config.data.root) if config.data.root else None, config.data.max_unreadable_fraction
+    return [open_source(spec, root=root, max_unreadable_fraction=share) for spec in config.sets]
+
+
+def _study_sets(specs: Sequence[str], sources: Sequence[Source]) -> tuple[StudySet, ...]:
     found: list[StudySet] = []
-    for spec in config.sets:
-        source = open_source(spec, root=root, max_unreadable_fraction=config.data.max_unreadable_fraction)
+    for spec, source in zip(specs, sources, strict=True):
         same = sum(each.name.partition("~")[0] == source.name for each in found)
         found.append(_study_set(spec, source, f"{source.name}~{same + 1}" if same else source.name))
     return tuple(found)
 
 
 def _one_input(config: StudyConfig, sets: Sequence[StudySet]) -> StudyConfig:
-    """The same size and channels for every run, else what starts from scratch would see another set's images larger."""
+    """The same size and channels for every run, else what starts from scratch would see another set's images larger.
+
+    Colours where a set has some, unless a pack has lost them.
+    """
     px = min(sets[0].px, config.most_px or sets[0].px)
-    open_values = {"image_px": px, "channels": max(each.channels for each in sets)}
+    channels = 1 if any(each.greyed for each in sets) else max(each.channels for each in sets)
+    open_values = {"image_px": px, "channels": channels}
     values = {key: value for key, value in open_values.items() if getattr(config.data, key) is None}
     return config.model_copy(update={"data": config.data.model_copy(update=values)})
+
+
+def _input(config: StudyConfig) -> Preprocess:
+    px, channels = config.data.image_px or 0, config.data.channels or 3
+    return Preprocess(px, px, channels, "short-side-crop", (0.0,) * channels, (1.0,) * channels)
 
 
 def _study_set(spec: str, source: Source, name: str) -> StudySet:
@@ -308,7 +336,8 @@ def _study_set(spec: str, source: Source, name: str) -> StudySet:
     every = source.default_labels is None
     px = usual_px(source.kind, source.readable_px)
     per_class = tuple(map(int, counts))
-    return StudySet(spec, name, source.classes, source.fingerprint, per_class, every, px, source.channels)
+    channels, greyed = source.channels, input_channels(source) < source.channels
+    return StudySet(spec, name, source.classes, source.fingerprint, per_class, every, px, channels, greyed)
 
 
 def _refuse(plan: StudyPlan) -> None:
@@ -324,8 +353,10 @@ def _refuse(plan: StudyPlan) -> None:
         _require_labels(first, asked, len(first.classes))
     if plan.config.distillation:
         _require_labels(first, plan.config.distillation.labels, len(first.classes))
-    for target in plan.targets if transfer else ():
-        _require_labels(target, (transfer.labels_per_class if transfer else 1) * len(target.classes), 1)
+    if transfer is not None:
+        counted = plan.many_classes
+        for target in dict.fromkeys([*plan.targets, *([counted] if counted else [])]):
+            _require_labels(target, transfer.labels_per_class * len(target.classes), 1)
 
 
 def _require_labels(of: StudySet, asked: int | str, multiple: int) -> None:

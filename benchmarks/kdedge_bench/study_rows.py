@@ -63,8 +63,13 @@ class StudyRow:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def input_of(self) -> str | None:
+        """The row whose normalisation this one has, whether it starts from its network or not; None for such a row."""
+        return None if self.pretrains else _start_of(self.network)
+
+    @property
     def needs(self) -> tuple[str, ...]:
-        return (*((self.start,) if self.start else ()), *self.teachers)
+        return (*((self.input_of,) if self.input_of else ()), *self.teachers)
 
 
 @dataclass(frozen=True)
@@ -144,11 +149,15 @@ def _supervised(plan: StudyPlan, name: str, analysis: str, on: StudySet, labels:
 
 def _fine_tuning(plan: StudyPlan) -> Iterator[StudyRow]:
     config, first = plan.config.fine_tuning, plan.sets[0]
-    for asked in config.labels if config else ():
+    same: dict[int, list[int | str]] = {}  # of few images, 1% and 10% are one number
+    for asked in dict.fromkeys(config.labels if config else ()):
         labels = first.labels(asked)
+        same.setdefault(sum(first.per_class) if labels is None else labels, []).append(asked)
+    for count, ways_to_ask in same.items():
+        labels = first.labels(ways_to_ask[0])
         name = "labels-all" if labels is None else f"labels-{labels}"
-        count = sum(first.per_class) if labels is None else labels
-        row = replace(_supervised(plan, name, FINE_TUNING, first, labels), facts={"labels": count, "asked": str(asked)})
+        facts = {"labels": count, "asked": ", ".join(map(str, ways_to_ask))}
+        row = replace(_supervised(plan, name, FINE_TUNING, first, labels), facts=facts)
         yield from _ways(plan, row, WAYS)
 
 

@@ -5,12 +5,15 @@ DIR/suite.json, .csv, .md        the table
 DIR/rounds/                      rounds that are over, while it runs; the same command goes on after them
 """
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import final
 
+from kdedge import __version__
 from kdedge.runs import Run
 from kdedge_bench.accuracy import accuracy_of
 from kdedge_bench.records import Record, check_record
@@ -105,6 +108,7 @@ class _Measured:
             "files": {each.name: dict(each.hashes()) for each in of.models},
             "jobs": [job.name for job in self.jobs],
             "machine": machine()["name"],
+            "versions": _versions(),
             "effort": [of.effort, of.repeats],
         }
         self.kept = Kept(out / "rounds", identity(what))
@@ -168,3 +172,12 @@ class _Measured:
                 record["accuracy"] = accuracy_of(record, subject.path, self.say)
             found[name] = record
         return found
+
+
+def _versions() -> dict[str, str]:
+    """Of everything that is timed: rounds before and after an update are of two measurements."""
+    found = {"kdedge": __version__}
+    for name in ("onnxruntime", "openvino", "tensorrt"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

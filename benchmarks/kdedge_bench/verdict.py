@@ -54,7 +54,7 @@ def verdict(
     whatever `train` raises; what was finished stays, and the same call goes on.
     """
     folder = WorkFolder(out or plan.default_folder, KIND)
-    folder.begin(plan.to_json(), SPELLINGS)
+    folder.begin(plan.to_json(), SPELLINGS, plan.as_now)
     return make_runs(
         folder,
         jobs(plan.rows, plan.seeds),

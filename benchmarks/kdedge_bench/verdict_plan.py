@@ -51,9 +51,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """What plan.json says, but for how runs are kept, which may change."""
-        asked = self.recipe.model_dump(mode="json", by_alias=True)
-        for key in ("checkpoint_every_s", "keep_checkpoints"):
-            del asked["engine"][key]
+        asked = _but_for_how_runs_are_kept(self.recipe.model_dump(mode="json", by_alias=True))
         return {
             "schema": SCHEMA,
             "recipe": self.recipe_name,
@@ -66,6 +64,16 @@ class Plan:
             "rows": [row.name for row in self.rows],
             "settings": list(self.settings),
         }
+
+    def as_now(self, before: dict[str, Any]) -> dict[str, Any]:
+        """The plan.json `before`, which an earlier kdedge may have written, in the keys of this one."""
+        asked = recipe_io.as_now(before["asked"], self.recipe)
+        return before | {"asked": _but_for_how_runs_are_kept(asked)}
+
+
+def _but_for_how_runs_are_kept(asked: dict[str, Any]) -> dict[str, Any]:
+    kept = ("checkpoint_every_s", "keep_checkpoints")
+    return asked | {"engine": {key: value for key, value in asked["engine"].items() if key not in kept}}
 
 
 def make_plan(

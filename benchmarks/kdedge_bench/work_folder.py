@@ -6,7 +6,7 @@ plan.json               what was asked for, before the first run
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,16 @@ class WorkFolder:
     def run(self, name: str) -> Run:
         return Run(self.path / name)
 
-    def begin(self, plan: dict[str, Any], spellings: Collection[str] = ()) -> None:
+    def begin(
+        self,
+        plan: dict[str, Any],
+        spellings: Collection[str] = (),
+        as_now: Callable[[dict[str, Any]], dict[str, Any]] = lambda before: before,
+    ) -> None:
         """Write the plan, or hold it against the one there is; RunError with every difference.
 
-        `spellings` are keys that may differ: how something was named that other keys say in full.
+        `spellings` are keys that may differ: how something was named that other keys say in full. `as_now` says a plan
+        that an earlier kdedge wrote in the keys of today.
         """
         used = self.path.exists() and (not self.path.is_dir() or any(map(_is_content, self.path.iterdir())))
         # Asked in this order: what another process writes here comes after its plan.
@@ -50,7 +56,7 @@ class WorkFolder:
             if not self.plan_path.is_file():
                 write_json(self.plan_path, plan)
                 return
-        before, now = flat(read_json(self.plan_path)), flat(plan)
+        before, now = flat(as_now(read_json(self.plan_path))), flat(plan)
         keys = sorted((before.keys() | now.keys()) - set(spellings))
         differs = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
         if differs:

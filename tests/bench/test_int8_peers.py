@@ -1,9 +1,11 @@
 """The table beside other quantizers: its arithmetic, its adapters, and that the README says what the records say."""
 
 import argparse
+import contextlib
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,17 @@ def test_a_way_that_failed_for_some_seeds_is_not_told_from_the_others() -> None:
     made = [{"failure": None, "bytes": 1}, {"failure": "it broke"}]
     (row,) = rows(_record({"theirs": {"made": made, "speed": None}}))
     assert row.why == "it broke (1 of 2 runs)"
+
+
+def test_a_model_whose_export_failed_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(int8_peers, "make_all", lambda *_, **__: {"kdedge": Way(failure="no")})
+    monkeypatch.setattr(int8_peers, "_logits", lambda made, *_: ({}, made))
+    monkeypatch.setattr(int8_peers, "open_run_images", lambda run: SimpleNamespace(test=None))
+    monkeypatch.setattr(int8_peers, "load_model", lambda path: SimpleNamespace(preprocess=None))
+    monkeypatch.setattr(int8_peers, "_folder", lambda *_: contextlib.nullcontext(tmp_path))
+    options = int8_peers.parser().parse_args(["m=run", "--out", str(tmp_path / "r.json")])
+    found = int8_peers.compare([tmp_path / "run"], {}, options)
+    assert found["ways"]["kdedge"]["made"][0]["failure"] == "no"
 
 
 def test_the_table_is_drawn_between_its_marks_alone() -> None:

@@ -17,6 +17,7 @@ from kdedge.runs import Run
 from kdedge_bench import report
 from kdedge_bench.facts import Facts, read_facts
 from kdedge_bench.pareto import latency_fields
+from kdedge_bench.records import power_mode
 from kdedge_bench.report_chapter import chapter
 from kdedge_bench.report_classes import change, changes
 from kdedge_bench.report_latency import energy, latencies, spreads
@@ -152,6 +153,30 @@ def test_a_folder_that_cannot_be_written(run_folder: Path, tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="Cannot write"):
         report([run_folder], tmp_path / "x.html", tables=tmp_path / "file", load=black)
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_what_an_earlier_report_left_is_removed(two: list[Path], make_run: MakeRun, tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    report(two, tmp_path / "x.html", tables=folder, load=black)
+    (folder / "mine.csv").write_text("kept")
+    plain = make_run("plain")
+    for path in (plain / "bundle").glob("*"):
+        path.unlink()
+    report([plain], tmp_path / "x.html", tables=folder, load=black)
+    left = {path.stem for path in folder.glob("*.csv")}
+    assert {"networks", "mine"} <= left
+    assert "int8_files" not in left
+
+
+def test_a_power_mode_is_told_by_its_name(run_folder: Path) -> None:
+    facts = read_facts(Run(run_folder))
+    facts.records[0]["conditions"]["power_mode"] = {"id": 2, "name": "MAXN"}
+    measured_energy(facts.records[0])
+    assert power_mode(facts.records[0]) == "MAXN"
+    assert power_mode({"conditions": {"power_mode": {"id": 0, "name": None}}}) == "0"
+    assert power_mode({"conditions": {}}) is None
+    assert "MAXN" in {row["power_mode"] for row in energy(facts).rows}
 
 
 def test_two_runs_of_one_name(make_run: MakeRun, tmp_path: Path) -> None:

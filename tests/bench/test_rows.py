@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kdedge.intervals import signed_rank
+from kdedge_bench.cells import csv_cell, escaped
 from kdedge_bench.rows import Ratio, Row, Scored, ratio, row_of, scored
 from kdedge_bench.rows_table import as_csv, as_json, as_markdown, as_text
 
@@ -117,3 +118,12 @@ def test_the_same_in_markdown_csv_and_json() -> None:
     assert lines[2]["why"] == "nncf is not installed."
     assert json.loads(json.dumps(as_json(ROWS), allow_nan=False))[1]["speed"]["times"] == 2.0
     assert as_text([ROWS[2]]) == "a|b nncf: not measured. nncf is not installed."
+
+
+def test_a_name_is_no_formula_and_no_markup() -> None:
+    assert csv_cell('=HYPERLINK("x")') == '\'=HYPERLINK("x")'
+    assert csv_cell(["+1", "2"]) == "'+1;2"
+    assert csv_cell(-1.5) == -1.5
+    assert csv_cell(True) == "true"
+    assert csv_cell("plain") == "plain"
+    assert escaped("a|b <img>\n[c]") == "a\\|b \\<img\\> \\[c\\]"
