@@ -58,6 +58,7 @@ def _row(model: str, way: str, found: Mapping[str, Any], images: int) -> Row:
         agreement=None if plain else found["agreement"],
         bytes=first["bytes"],
         made_in_s=first["seconds"],
+        note=f"{shown} was not timed: {speed['failure']}" if "failure" in speed else None,
         peak_mib=first["peak_mib"],
     )
 
