@@ -16,7 +16,7 @@ from kdedge.models.weights import StartingWeights, read_starting_weights
 from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, DataDescription, Recipe, resolved_teacher_arch
 from kdedge_device.preprocess import Preprocess
 
-__all__ = ["describe", "held_back_truth", "make_pool", "pixel_statistics", "read_starting"]
+__all__ = ["describe", "held_back_truth", "input_channels", "make_pool", "pixel_statistics", "read_starting"]
 
 
 def read_starting(recipe: Recipe, kind: str) -> dict[str, StartingWeights]:
@@ -47,7 +47,7 @@ def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str,
         )
     return DataDescription(
         kind=source.kind,
-        channels=_channels(source),
+        channels=input_channels(source),
         shorter_px=source.readable_px,
         flip_allowed=source.flip_allowed,
         classes=len(source.classes),
@@ -59,8 +59,8 @@ def describe(recipe: Recipe, source: Source, splits: Splits, starting: dict[str,
     )
 
 
-def _channels(source: Source) -> Literal[1, 3]:
-    """Colour images may be packed as grey ones."""
+def input_channels(source: Source) -> Literal[1, 3]:
+    """That a run on these images chooses: colour images may be packed as grey ones."""
     packed_grey = isinstance(source.images, PackedImages) and source.images.image_shape[2] == 1
     return 1 if packed_grey else source.channels
 

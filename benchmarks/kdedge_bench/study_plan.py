@@ -62,7 +62,6 @@ def _percent_or_number(labels: int | str) -> int | str:
     return labels
 
 
-
 def _each_once(steps: tuple[int, ...]) -> tuple[int, ...]:
     for count in steps:
         if steps.count(count) > 1:

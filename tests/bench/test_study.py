@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from kdedge import recipe_io
 from kdedge.cli import run as kdedge
 from kdedge.data import make_splits, open_source
+from kdedge.data.pack import pack
 from kdedge.errors import DataError, RecipeError, RunError
 from kdedge.recipe import Recipe
-from kdedge.runs import Run, read_json, write_json
+from kdedge.runs import Run, read_json, write_bytes, write_json
 from kdedge_bench import study_match, work
 from kdedge_bench.study import derived_recipe, study
 from kdedge_bench.study_match import closest, held_out
@@ -25,6 +27,7 @@ from kdedge_bench.work import Work
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = [ROOT / "benchmarks" / "studies" / "simclr-cpu.yaml"]
 FEW = ("fine_tuning=null", "distillation.same_steps=[30, 60]", "distillation.other_steps=[60]", "transfer.classes=[2]")
+MEAN = (0.1253,)
 GAIN = {"linear": 0.05, "fine-tuned": 0.08, "first-layer": 0.1, "scratch": 0.0}
 
 
@@ -54,6 +57,9 @@ class FakeTraining:
         if name == self.lose:
             write_json(run.failure_path, {"step": 1})
             raise RunError("The loss of stage inner became nan at step 1.")
+        measured = {"mean": MEAN, "std": (0.25,)} if recipe.pretrain else {}
+        resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update=measured)})
+        write_bytes(run.recipe_path, recipe_io.dump(resolved).encode())
         write_json(run.splits_path, splits_of(40, recipe.seed, recipe.data.spec))
         write_json(run.result_path, result(recipe, name))
         run.update_manifest(status="finished")
@@ -222,6 +228,8 @@ def test_another_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
         (["distillation.other={arch: wide-resnet-16-1}"], "of the student's own family"),
         (["distillation.same={arch: mobilenet-v2}"], "not of the student's family"),
         (["data.labels=40"], "use `sets`"),
+        (["distillation.same_steps=[15, 30, 15]"], "15 steps are named 2 times"),
+        (["fine_tuning.labels=[]"], "fine_tuning.labels"),
         (["fine_tuning.labels=['0%']"], "'0%' is no number of labels"),
         (["fine_tuning=null", "distillation=null", "transfer=null"], "none of fine_tuning, distillation and transfer"),
         (["transfer.subsets_of=mnist"], "none of the sets: digits"),
@@ -233,31 +241,72 @@ def test_a_plan_that_makes_no_sense_is_a_sentence(settings: list[str], told: str
         plan(*settings)
 
 
+def colours(folder: Path, px: int) -> str:
+    """3 classes of 5 images, and as many test images."""
+    for part in ("train", "test"):
+        for kind in range(3):
+            for number in range(5):
+                path = folder / part / f"c{kind}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (px, px), (40 * kind, number, 9)).save(path)
+    return str(folder)
+
+
+SMALL = ("fine_tuning=null", "distillation=null", "transfer.labels_per_class=2")
+
+
 def test_every_run_sees_images_of_one_size(tmp_path: Path) -> None:
     """Else what starts from scratch on another set would see it at that set's own."""
-    for name, px in (("photos", 90), ("icons", 20)):
-        for part in ("train", "test"):
-            for kind in range(3):
-                for number in range(5):
-                    path = tmp_path / name / part / f"c{kind}" / f"{number}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.new("RGB", (px, px), (40 * kind, number, 9)).save(path)
-    photos, icons = str(tmp_path / "photos"), str(tmp_path / "icons")
-    small = ("fine_tuning=null", "distillation=null", "transfer.labels_per_class=2")
+    photos, icons = colours(tmp_path / "photos", 90), colours(tmp_path / "icons", 20)
     for sets, input_px, channels in (([photos, icons, "digits"], 32, 3), ([icons, photos], 20, 3), (["digits"], 8, 1)):
-        asked = plan(*small, data=sets)
+        asked = plan(*SMALL, data=sets)
         for row in study_rows(asked):
             data = derived_recipe(asked, row, 0, "a", "b").data
             assert (data.image_px, data.channels) == (input_px, channels)
     with pytest.raises(RecipeError, match="A set is named twice"):
-        plan(*small, data=[photos, photos])
+        plan(*SMALL, data=[photos, photos])
+    train = FakeTraining()
+    study(
+        plan(*SMALL, "pretrain.optim.total_steps=2", data=["digits", icons], seeds=1), tmp_path / "v", Work(train=train)
+    )
+    ways = [train.recipes[f"to-icons-{way}-s0"].data for way in ("linear", "fine-tuned", "scratch")]
+    assert ways[0] == ways[1] == ways[2]
+    # what starts from scratch, on whatever set, is normalised as what was pre-trained
+    assert {(data.mean, data.std) for name, data in read_by(train) if "pretrain" not in name} == {(MEAN, (0.25,))}
 
 
-def test_labels_that_a_set_does_not_have_are_refused_before_anything_is_trained() -> None:
+def read_by(train: FakeTraining) -> list[tuple[str, Any]]:
+    return [(name, recipe.data) for name, recipe in train.recipes.items()]
+
+
+def test_what_a_pack_has_lost_is_not_asked_for(tmp_path: Path) -> None:
+    colours(tmp_path / "icons", 20)
+    packed, grey = str(tmp_path / "icons.pack"), str(tmp_path / "grey.pack")
+    pack(open_source(str(tmp_path / "icons")), Path(packed), px=12)
+    pack(open_source(str(tmp_path / "icons")), Path(grey), px=20, channels=1)
+    assert plan(*SMALL, data=["digits", grey]).config.data.channels == 1
+    with pytest.raises(DataError, match=r"packed at 12 x 12 px .*; 20 x 20 with 3 are asked for"):
+        plan(*SMALL, data=[str(tmp_path / "icons"), packed])
+
+
+def test_label_counts_that_are_one_number_are_one_row(tmp_path: Path) -> None:
+    """Else some jobs are counted twice and the study never ends."""
+    asked = plan("fine_tuning.labels=[10, '1%', 120, 10]", "distillation=null", "transfer=null", seeds=1)
+    names = [row.name for row in study_rows(asked)]
+    assert len(names) == len(set(names)) == 1 + 2 * 4
+    document = study(asked, tmp_path / "v", Work(train=FakeTraining()))
+    assert document["status"] == "complete"
+    assert "| 10 (10, 1%) |" in (tmp_path / "v" / "study.md").read_text()
+
+
+def test_labels_that_a_set_does_not_have_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"15 labels do not work for digits: a multiple of its 10 classes"):
         plan("fine_tuning.labels=[15]")
     with pytest.raises(DataError, match="at most 1220"):
         plan("distillation.labels=5000")
+    only = colours(tmp_path / "icons", 20)  # the set whose classes are counted, where there is no other
+    with pytest.raises(DataError, match=r"18 labels do not work for icons.*at most 15"):
+        plan(*SMALL[:2], "transfer.labels_per_class=6", data=[only])
 
 
 def test_a_plan_that_does_not_exist_has_a_hint() -> None:
