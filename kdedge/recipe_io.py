@@ -3,6 +3,7 @@
 The schema is `kdedge.recipe.Recipe`; it is imported late, because listing recipes needs no torch.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from kdedge.runs import write_bytes
 if TYPE_CHECKING:
     from kdedge.recipe import Recipe
 
-__all__ = ["Found", "about", "copy", "dump", "find", "load", "names", "override", "parse", "show", "validate"]
+__all__ = ["Found", "about", "as_now", "copy", "dump", "find", "load", "names", "override", "parse", "show", "validate"]
 
 FLAGS = {"data": "data.spec", "labels": "data.labels", "seed": "seed", "device": "engine.device"}
 """The training flags of the command line, and the key each one sets."""
@@ -152,6 +153,24 @@ def dump(recipe: BaseModel) -> str:
     stream = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json", by_alias=True), stream)
     return stream.getvalue()
+
+
+def as_now(stored: dict[str, Any], asked: "Recipe") -> dict[str, Any]:
+    """The recipe `stored` by this or an earlier kdedge, with the keys there are now, to be held against `asked`.
+
+    What came later has its default, which is what was done before. What is no recipe of today stays as it is.
+    """
+    from kdedge.recipe import Recipe
+
+    groups = {"teacher": asked.teacher, "student": asked.student}
+    if "pretrain" not in stored:  # from before a head could be left open: "probe" was the default, and what open means
+        for who, group in groups.items():
+            part = stored.get(who)
+            if isinstance(part, dict) and part.get("head") == "probe" and group is not None and group.head is None:
+                stored = stored | {who: part | {"head": None}}
+    with contextlib.suppress(ValidationError):
+        return Recipe.model_validate_json(json.dumps(stored)).model_dump(mode="json")
+    return stored
 
 
 def _put(document: Document, model: type[BaseModel], path: KeyPath, value: Any, where: str) -> None:

@@ -1,7 +1,5 @@
 """The folder of a run: its name, whether it may be used as asked, and the manifest it begins with."""
 
-import contextlib
-import json
 import platform
 import time
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from kdedge import __version__, recipe_io
 from kdedge.data import Source, Splits
@@ -43,7 +40,7 @@ def check_folder(run: Run, recipe: Recipe, device: torch.device, resume: bool) -
         detail = "is finished" if status == "finished" else f"exists already (status: {status})"
         hint = "Choose another --seed or --out, or remove it." if status == "finished" else again
         raise RunError(f"The run in {run.path} {detail}. It was not touched. {hint}")
-    differences = _differences(_as_now(manifest.get("recipe", {})), recipe.model_dump(mode="json"))
+    differences = _differences(recipe_io.as_now(manifest.get("recipe", {}), recipe), recipe.model_dump(mode="json"))
     differences += _other_teacher(manifest, recipe)
     if differences:
         raise RunError(
@@ -69,16 +66,6 @@ _MAY_CHANGE = {
     "engine.keep_checkpoints",
     "engine.tensorboard",
 }
-
-
-def _as_now(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A manifest's recipe with the keys there are now: what came later has its default, and had no effect then."""
-    if "pretrain" not in recipe:  # from before it was left open
-        groups = {who: recipe[who] for who in ("teacher", "student") if isinstance(recipe.get(who), dict)}
-        recipe = recipe | {who: {**group, "head": None} for who, group in groups.items()}
-    with contextlib.suppress(ValidationError):
-        return Recipe.model_validate_json(json.dumps(recipe)).model_dump(mode="json")
-    return recipe
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

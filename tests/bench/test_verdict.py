@@ -314,6 +314,37 @@ def test_a_run_is_of_its_ready_teachers_content_not_of_its_path(tmp_path: Path) 
         check_folder(run, recipe_io.load("tiny", ["teacher=null"]), cpu, resume=True)
 
 
+def test_what_an_earlier_version_planned_and_began_is_gone_on_with(tmp_path: Path) -> None:
+    """earlier_plan.json was written by commit 0a42bc1, from this recipe."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "schema: 1\nname: old\ndata: {labels: 40}\nteacher: {arch: wide-resnet-10-1, head: fresh}\n"
+        "student: {width: 0.25}\nengine:\n  plan: {memory_format: channels-last}\n"
+    )
+    stored = (Path(__file__).parent / "earlier_plan.json").read_bytes()
+    run = Run(tmp_path / "run")
+    run.update_manifest(status="running", recipe=json.loads(stored)["asked"])
+    for settings in ([], ["student.head=probe"], ["engine.plan.layers=torch", "student.projection_layers=0"]):
+        folder = tmp_path / f"v{len(settings)}"
+        write_bytes(folder / "plan.json", stored)
+        asked = make_plan(str(mine), settings, seeds=(0,))
+        with pytest.raises(KeyboardInterrupt):
+            verdict(asked, folder, train=FakeTraining(stop_at="kd-fixmatch-s0"))
+        assert check_folder(run, asked.recipe, torch.device("cpu"), resume=True) is None
+    for setting, told in [
+        ("teacher.head=null", "teacher.head was 'fresh', now None"),
+        ("teacher.head=probe", "teacher.head was 'fresh', now 'probe'"),
+        ("student.head=fresh", "student.head was 'probe', now 'fresh'"),
+        ("engine.plan.layers=own", "engine.plan.layers was 'torch', now 'own'"),
+    ]:
+        asked = make_plan(str(mine), [setting], seeds=(0,))
+        with pytest.raises(RunError, match=f"planned otherwise: {told}. Go on"):
+            verdict(asked, folder, train=FakeTraining())
+        with pytest.raises(RunError, match=f"another recipe: {told}. Resume"):
+            check_folder(run, asked.recipe, torch.device("cpu"), resume=True)
+    assert (folder / "plan.json").read_bytes() == stored
+
+
 def test_another_recipe_data_or_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
     verdict(plan(), tmp_path / "v", train=FakeTraining())
     before = (tmp_path / "v" / "plan.json").read_bytes()
