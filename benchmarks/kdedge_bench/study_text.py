@@ -211,7 +211,13 @@ def _transfer(document: Mapping[str, Any]) -> list[Table]:
         f"classes ({_seeds(len(found['seeds']))})."
         for way, found in analysis["trends"].items()
     )
+    unseen = f"Whether test images of these are among the images of {analysis['from']} was not looked for."
     return [
-        Table(f"Analysis 3: from {analysis['from']} to other sets", ("target (classes)", *head[1:]), tuple(targets)),
+        Table(
+            f"Analysis 3: from {analysis['from']} to other sets",
+            ("target (classes)", *head[1:]),
+            tuple(targets),
+            (unseen,) if targets else (),
+        ),
         Table(f"Analysis 3: to some classes of {analysis['counted']}", head, tuple(subsets), trends),
     ]

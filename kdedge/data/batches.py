@@ -68,7 +68,12 @@ def _permutation(count: int, *key: int | str) -> Tensor:
 
 
 def _draw(count: int, batch: int, step: int, *key: int | str) -> Tensor:
-    """Positions [batch]: step after step walks through one permutation of `count` after another."""
+    """Positions [batch]: step after step walks through one permutation of `count` after another.
+
+    A batch may end one permutation and begin the next, so that an image is in it twice: no image is left out of an
+    epoch. A contrastive loss then pushes it from itself; a images of one and b of the next share a * b / count on
+    average.
+    """
     start = step * batch
     parts = [torch.empty(0, dtype=torch.int64)]  # of no images, where the batch has none of this kind
     while (missing := batch - sum(len(part) for part in parts)) > 0:

@@ -271,6 +271,7 @@ def test_every_run_sees_images_of_one_size(tmp_path: Path) -> None:
     )
     ways = [train.recipes[f"to-icons-{way}-s0"].data for way in ("linear", "fine-tuned", "scratch")]
     assert ways[0] == ways[1] == ways[2]
+    assert "are among the images of digits was not looked for" in (tmp_path / "v" / "study.md").read_text()
     # what starts from scratch, on whatever set, is normalised as what was pre-trained
     assert {(data.mean, data.std) for name, data in read_by(train) if "pretrain" not in name} == {(MEAN, (0.25,))}
 
