@@ -68,6 +68,8 @@ def training_of(begun: Begun, stage: str) -> Training:
 
 
 def _pretraining(begun: Begun, config: PretrainConfig) -> Training:
+    preprocess = begun.preprocess
+    image = (preprocess.channels, preprocess.height, preprocess.width)
     return Training(
         "pretrain",
         config.of,
@@ -77,7 +79,7 @@ def _pretraining(begun: Begun, config: PretrainConfig) -> Training:
         config.views,
         0,
         config.batch or 0,
-        partial(SimCLR, config=config.method),
+        partial(SimCLR, config=config.method, image=image),
     )
 
 

@@ -34,11 +34,21 @@ def blur(x_BCHW: Tensor, sigma_B: Tensor, radius: int) -> Tensor:
     steps = torch.arange(radius + 1, device=x_BCHW.device)
     weight_RB = torch.exp(-0.5 * (steps[:, None] / sigma_B).square())
     weight_RB = (weight_RB / (2 * weight_RB.sum(0) - 1)).view(radius + 1, -1, 1, 1, 1)
-    for axis, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
-        size, padded = x_BCHW.shape[axis], functional.pad(x_BCHW, pad, mode="reflect")
+    for axis in (3, 2):
+        size, padded = x_BCHW.shape[axis], _mirrored(x_BCHW, axis, radius)
         x_BCHW = weight_RB[0] * x_BCHW
         # By shifting and not as a convolution: each image has a kernel of its own.
         for step in range(1, radius + 1):
             before, after = (padded.narrow(axis, radius + way * step, size) for way in (-1, 1))
             x_BCHW = torch.addcmul(x_BCHW, weight_RB[step], before + after)
     return x_BCHW.round_()
+
+
+def _mirrored(x_BCHW: Tensor, axis: int, radius: int) -> Tensor:
+    """With `radius` more pixels before and after, mirrored at the outermost ones, as often as it takes."""
+    size = x_BCHW.shape[axis]
+    if radius < size:  # what `pad` can do, which is faster
+        return functional.pad(x_BCHW, (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius), mode="reflect")
+    there_and_back = max(2 * (size - 1), 1)
+    place = torch.arange(-radius, size + radius, device=x_BCHW.device).remainder(there_and_back)
+    return x_BCHW.index_select(axis, torch.minimum(place, there_and_back - place))

@@ -49,8 +49,10 @@ class SimCLR(Method):
     of two views of an image; `effective_dims`, in how many directions embeddings differ.
     """
 
-    def __init__(self, network: Network, config: SimCLRConfig) -> None:
-        """ValueError where the temperature has not been resolved."""
+    alarms: Tensor
+
+    def __init__(self, network: Network, config: SimCLRConfig, image: tuple[int, int, int]) -> None:
+        """Of images of (channels, height, width). ValueError where the temperature has not been resolved."""
         super().__init__(network)
         if config.temperature is None:
             raise ValueError("the temperature of SimCLR has not been resolved against the data")
@@ -58,21 +60,21 @@ class SimCLR(Method):
         # DistributedDataParallel waits for the gradient of everything that asks for one.
         network.head.requires_grad_(False)
         self.projection = ProjectionHead(network.head.in_features, config.projection_layers, config.dims)
-        self._alarmed = False
-        self._image: tuple[int, int, int] | None = None  # channels, height, width
+        self.register_buffer("alarms", torch.tensor(0))  # told so far: those of a resumed stage too
+        self._image = image
         self.memory = _Memory(network, self.projection, config) if config.queue else None
 
     @property
     def extra_flops_an_image(self) -> int:
-        """Of the average that fills the queue, a forward pass; known after the first batch."""
-        return 2 * count_macs(self.memory.network, *self._image) if self.memory is not None and self._image else 0
+        """Of the average that fills the queue, a forward pass."""
+        return 0 if self.memory is None else 2 * count_macs(self.memory.network, *self._image)
 
     def alarm(self, step: Step, done_fraction: float) -> str | None:
         """Told once of a collapse, which is expected of the first steps only."""
         dims = float(step.logs[_DIMS])
-        if self._alarmed or done_fraction < _COLLAPSE_AFTER or dims >= _COLLAPSED:
+        if self.alarms or done_fraction < _COLLAPSE_AFTER or dims >= _COLLAPSED:
             return None
-        self._alarmed = True
+        self.alarms += 1
         return (
             f"The embeddings have collapsed: all views of this step lie along {dims:.2f} directions, of "
             f"{self.config.dims}, and tell no images apart. Are the images alike? If not, try a lower "
@@ -81,8 +83,6 @@ class SimCLR(Method):
 
     def forward(self, batch: Batch) -> Step:
         labeled = len(batch.labels_B)
-        _, channels, height, width = batch.images.shape
-        self._image = (channels, height, width)
         views_VD: Tensor = self.projection(self.network.embed(batch.images))[labeled:]
         first_UD, second_UD = views_VD.tensor_split(2)
         queue_QD = None if self.memory is None else self.memory.queue_QD.clone()  # which the backward pass reads

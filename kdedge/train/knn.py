@@ -32,10 +32,11 @@ def knn_scores(
     """[N, K]: of the `neighbors` nearest by cosine the sum over those of a class of exp((cosine - 1) / temperature).
 
     Wu et al., arXiv 1805.01978, section 3.4: 200 neighbours; 0.07 there. Where the bank has fewer images all of them
-    vote. With `leave_out_itself` query n is image n of the bank, and has no vote of its own.
+    vote. With `leave_out_itself` query n is image n of the bank and has no vote, nor has one image of each other class:
+    if its own class alone had one less, features that tell nothing would be always wrong, and not right by chance.
     """
     query_NF, bank_MF = (functional.normalize(each.float(), dim=1) for each in (query_NF, bank_MF))
-    count = min(neighbors, len(bank_MF) - leave_out_itself)
+    count, place_M = min(neighbors, len(bank_MF)), _place_in_class(bank_labels_M)
     scores_NK = query_NF.new_zeros(len(query_NF), classes)
     if count < 1:
         return scores_NK
@@ -43,10 +44,19 @@ def knn_scores(
     for start in range(0, len(query_NF), size):
         cosine = query_NF[start : start + size] @ bank_MF.T
         if leave_out_itself:
-            cosine.diagonal(start).fill_(-torch.inf)
+            cosine[place_M[start : start + size, None] == place_M] = -torch.inf  # which is no vote
         nearest, place = cosine.topk(count, dim=1)
         scores_NK[start : start + size].scatter_add_(1, bank_labels_M[place], ((nearest - 1) / temperature).exp())
     return scores_NK
+
+
+def _place_in_class(labels_M: Tensor) -> Tensor:
+    """0 for the first image of its class, 1 for the second, ..."""
+    order_M, place_M = labels_M.argsort(stable=True), torch.empty_like(labels_M)
+    ordered_M = labels_M[order_M]
+    counted_M = torch.arange(len(labels_M), device=labels_M.device)
+    place_M[order_M] = counted_M - torch.searchsorted(ordered_M, ordered_M)  # the class begins where it is found first
+    return place_M
 
 
 def knn_accuracy(
@@ -60,8 +70,9 @@ def knn_accuracy(
 ) -> float | None:
     """Share of the queries whose class the nearest images of the bank give; see `knn_scores`.
 
-    Without a bank each query is held against all others: leave-one-out, where there is no validation split. Images of
-    unknown class (-1) are left out of both; None where no query or no bank is left, and of one image without a bank.
+    Without a bank each query is held against all others but one of each class: leave-one-out, where there is no
+    validation split. Images of unknown class (-1) are left out of both; None where no query or no bank is left, and
+    without a bank where no class has two images.
     """
     alone = bank_MF is None or bank_labels_M is None
     if bank_MF is None or bank_labels_M is None:
@@ -73,7 +84,7 @@ def knn_accuracy(
         bank_MF[known_M],
         bank_labels_M[known_M],
     )
-    if not len(labels_N) or len(bank_labels_M) <= alone:
+    if not len(labels_N) or not len(bank_labels_M) or (alone and int(labels_N.bincount().max()) < 2):
         return None
     classes = int(max(labels_N.max(), bank_labels_M.max())) + 1
     scores_NK = knn_scores(

@@ -65,7 +65,7 @@ def kd_fixmatch(distill: DistillConfig | None = None) -> KDFixMatch:
 
 
 def simclr(queue: int) -> SimCLR:
-    return SimCLR(toy_network(), SimCLRConfig(temperature=0.5, dims=16, queue=queue, chunk=11)).double()
+    return SimCLR(toy_network(), SimCLRConfig(temperature=0.5, dims=16, queue=queue, chunk=11), (1, 8, 8)).double()
 
 
 def pairs(ranks: Ranks) -> Batches:

@@ -4,6 +4,7 @@ import colorsys
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -175,6 +176,20 @@ def test_half_are_blurred_and_no_brightness_is_lost() -> None:
     assert torch.equal(
         view(images(px=16), changed(blur_probability=1.0)), images(px=16).float()
     )  # a kernel of one pixel
+
+
+def test_an_image_narrower_than_the_blur_is_mirrored_more_than_once() -> None:
+    x, sigma = images(px=16), torch.full((len(images(px=16)),), 2.0)
+    for size in (1, 2, 3):
+        for narrow in (x[..., :size], x[..., :size, :]):
+            tall = narrow.numpy().astype(np.float64)
+            weight = np.exp(-0.5 * (np.arange(-6, 7) / 2.0) ** 2)
+            for axis in (3, 2):
+                both = [(6, 6) if each == axis else (0, 0) for each in range(4)]
+                padded = np.pad(tall, both, mode="reflect")
+                moved = [padded.take(range(k, k + tall.shape[axis]), axis) for k in range(13)]
+                tall = sum(w * m for w, m in zip(weight / weight.sum(), moved, strict=True))
+            assert np.abs(blur(narrow.float(), sigma, 6).numpy() - tall).max() <= 0.501
 
 
 def test_blur_is_the_sum_written_out() -> None:

@@ -36,10 +36,11 @@ def counted(query: list[float], bank: list[list[float]], labels: list[int], neig
 def test_scores_are_the_votes_counted_one_by_one(monkeypatch, neighbors, itself) -> None:
     bank, labels = some(12)
     query = bank if itself else some(9, 1)[0]
-    rows = bank.tolist()
+    rows, given = bank.tolist(), labels.tolist()
+    place = [given[:m].count(k) for m, k in enumerate(given)]  # of each image in its class
     expected = []
     for n, each in enumerate(query.tolist()):
-        others = [m for m in range(12) if not (itself and m == n)]
+        others = [m for m in range(12) if not (itself and place[m] == place[n])]
         kept = [rows[m] for m in others], [int(labels[m]) for m in others]
         expected.append(counted(each, *kept, neighbors, 0.3))
     for similarities in (2**22, 24):  # at once, and two queries at a time
@@ -68,6 +69,14 @@ def test_without_a_bank_no_image_votes_for_itself() -> None:
     assert knn_accuracy(noise, labels, noise, labels, neighbors=1) == 1
     clear, classes = some(90)
     assert (knn_accuracy(clear, classes) or 0) > 0.7
+
+
+def test_features_that_tell_nothing_are_right_by_chance() -> None:
+    labels = torch.arange(4).repeat(10)
+    assert knn_accuracy(torch.ones(40, 8), labels) == 0.25
+    noise = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    assert knn_accuracy(noise, labels, temperature=1e3) == pytest.approx(0.25, abs=0.15)
+    assert knn_accuracy(noise[:4], labels[:4]) is None  # of each class one: nobody could be right
 
 
 def test_where_nothing_can_be_asked_there_is_no_accuracy() -> None:

@@ -53,6 +53,7 @@ class DiesAt(Method):
     def __init__(self, inner: SimCLR, die: int) -> None:
         super().__init__(inner.network)
         self.projection, self.memory = inner.projection, inner.memory
+        self.register_buffer("alarms", inner.alarms)
         self.die, self.count, self.inner = die, 0, [inner]
 
     def forward(self, batch: Batch) -> Step:
@@ -79,7 +80,7 @@ class Listens:
 
 
 def simclr(**config: Any) -> SimCLR:
-    return SimCLR(toy_network(), SimCLRConfig(**{"temperature": 0.5, "dims": 16} | config))
+    return SimCLR(toy_network(), SimCLRConfig(**{"temperature": 0.5, "dims": 16} | config), (1, 8, 8))
 
 
 def batches(pool: Any = None, images: int = 12) -> Batches:
@@ -135,7 +136,7 @@ def test_all_but_the_networks_head_is_trained() -> None:
     assert without == {"network.head.weight", "network.head.bias"}
     assert not any(p.requires_grad for p in method.network.head.parameters())
     with pytest.raises(ValueError, match="temperature of SimCLR has not been resolved"):
-        SimCLR(toy_network(), SimCLRConfig())
+        SimCLR(toy_network(), SimCLRConfig(), (1, 8, 8))
 
 
 def test_labeled_images_of_a_batch_are_not_looked_at() -> None:
@@ -196,6 +197,8 @@ def test_the_queue_keeps_the_newest_embeddings_of_the_average() -> None:
     method = simclr(queue=30).train()
     memory = method.memory
     assert memory is not None
+    macs = count_macs(method.network, 1, 8, 8)  # known before any batch: a resumed stage may have none left
+    assert (method.extra_flops_an_image, simclr().extra_flops_an_image) == (2 * macs, 0)
     assert not any(p.requires_grad for p in memory.parameters())
     start = memory.queue_QD.clone()
     torch.testing.assert_close(start.norm(dim=1), torch.ones(30))
@@ -212,8 +215,6 @@ def test_the_queue_keeps_the_newest_embeddings_of_the_average() -> None:
     moved = zip(memory.network.backbone.parameters(), method.network.backbone.parameters(), strict=True)
     assert any(not torch.equal(mine, trained) for mine, trained in moved)
     assert any(not torch.equal(a, b) for a, b in zip(before, memory.parameters(), strict=True))
-    macs = count_macs(method.network, 1, 8, 8)
-    assert (method.extra_flops_an_image, simclr().extra_flops_an_image) == (2 * macs, 0)
     method.eval()
     kept = memory.queue_QD.clone()
     method(batches().at(2))
@@ -257,6 +258,9 @@ def test_a_collapse_is_told_once_and_not_of_the_first_steps() -> None:
     assert method.alarm(sound, 0.5) is None
     assert "collapsed" in (method.alarm(lost, 0.5) or "")
     assert method.alarm(lost, 0.6) is None
+    resumed = simclr()
+    resumed.load_state_dict(method.state_dict())
+    assert resumed.alarm(lost, 0.7) is None
 
 
 def test_a_batch_of_one_image_and_parts_of_a_batch_run(tmp_path) -> None:
