@@ -219,7 +219,7 @@ def test_the_row_without_the_simclr_start_is_made_where_it_is_named() -> None:
 
 def test_a_student_that_is_fine_tuned_is_nothing_to_judge() -> None:
     with pytest.raises(RecipeError, match="learns by fine-tune: there is no KD-FixMatch to judge"):
-        plan("student.method={kind: fine-tune}")
+        plan("student.method={kind: fine-tune}", "student.init=teacher")
 
 
 @pytest.fixture(scope="module")
