@@ -149,9 +149,10 @@ def rows_under(head: str, readme: Path) -> list[str]:
 
 
 def test_the_readmes_quote_every_verdict_and_only_verdicts() -> None:
-    """One row a set in the README, every row of it in that of the benchmarks, to the digit."""
+    """One row a set that asks the README's question in it, every row in that of the benchmarks, to the digit."""
     short, whole = rows_under(SUMMARY_HEAD, ROOT / "README.md"), rows_under(ROWS_HEAD, ROOT / "benchmarks/README.md")
-    assert sorted(short) == sorted(summary_row(record) for record in records())
+    asked = [record for record in records() if "fixmatch-equal-total" in record["rows"]]
+    assert sorted(short) == sorted(summary_row(record) for record in asked)
     assert sorted(whole) == sorted(row for record in records() for row in markdown_rows(record))
 
 
