@@ -130,7 +130,8 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
 def test_recipes_list_show_copy_validate(capsys: Capture, tmp_path: Path) -> None:
     assert command_line.run(["recipes", "list", "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == [
-        "efficientnet", "mnasnet", "mobilenet", "mobilenet-v3", "regnet", "resnet", "shufflenet", "squeezenet", "tiny",
+        "efficientnet", "mnasnet", "mobilenet", "mobilenet-v3", "regnet", "resnet", "shufflenet", "simclr",
+        "squeezenet", "tiny", "tiny-simclr",
     ]  # fmt: skip
     assert command_line.run(["recipes", "show", "tiny"]) == 0
     shown = capsys.readouterr().out
