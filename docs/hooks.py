@@ -24,6 +24,7 @@ _NEEDED = {
     "network": "a network",
     "many-processes": "several processes",
     "desktop": "a desktop",
+    "minutes": "minutes",
 }
 _FENCE = re.compile(r"^```console((?: needs:[a-z-]+)+)$", re.MULTILINE)
 _EQUATION = re.compile(r"\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\]", re.DOTALL)

@@ -153,7 +153,7 @@ def test_a_child_process_measures(tmp_path: Path) -> None:
     assert found["artifact"]["file"] == path.name
     again = race(("a", "b"), lambda name: found, max_seconds=0.0)
     assert again.records["a"]["latency_ms"]["compute"]["count"] == 120, "a real record can be raced"
-    assert set(again.records["a"]) == {*found, "rounds_ms", "session"}
+    assert set(again.records["a"]) == {*found, "rounds_ms", "rounds_ips", "session"}
 
 
 def test_what_the_child_says_is_passed_on(tmp_path: Path) -> None:

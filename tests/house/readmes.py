@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"console", "text", "yaml", "json", "python"}
 """What a fence may be. Commands are `console`; their output, if shown, is `text`."""
 
-NEEDS = {"board", "gpu", "network", "many-processes", "desktop"}
+NEEDS = {"board", "gpu", "network", "many-processes", "desktop", "minutes"}
 """What a fence may say it needs, instead of being run."""
 
 _FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=ticks)\s*$", re.MULTILINE | re.DOTALL)
@@ -50,6 +50,7 @@ def commands(fence: Fence) -> list[str]:
 
 def tiny(command: str) -> str:
     """The same command at tiny size: the recipe `tiny` for every other one, and the quick effort."""
+    command = command.replace("runs/mobilenet-", "runs/tiny-")
     if command.startswith("kdedge recipes copy"):  # trained further down
         return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("kdedge train-recipe"):
@@ -64,7 +65,7 @@ def tiny(command: str) -> str:
         return re.sub(r" --effort \S+", "", command) + " --effort quick"
     if command.startswith("kdedge export"):  # the same
         command += " --max-drop 100"
-    return command.replace("runs/mobilenet-", "runs/tiny-")
+    return command
 
 
 def links(file: Path) -> list[str]:

@@ -164,7 +164,8 @@ class Board:
         assert self._server is not None
         for pid in _children(self._server.pid):
             for child in _children(pid):
-                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
+                    os.kill(child, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
