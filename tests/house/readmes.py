@@ -1,11 +1,12 @@
 """Fenced commands of a README, read and run as a reader would: from top to bottom, in one folder."""
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LANGUAGES", "Fence", "commands", "fences", "links", "tiny"]
+__all__ = ["LANGUAGES", "Fence", "commands", "fences", "links", "programs", "tiny"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,3 +74,13 @@ def links(file: Path) -> list[str]:
     text = _FENCE.sub("", file.read_text(encoding="utf-8"))
     text = re.sub(r"`[^`\n]*`(?!\])", "", text)
     return [match[1] or match[2] for match in _LINK.finditer(text)]
+
+
+def programs(folder: Path) -> Path:
+    """A folder for PATH in `folder`, with the kdedge and the python of these tests."""
+    found = folder / ".bin"
+    found.mkdir()
+    for name, call in (("kdedge", "-m kdedge"), ("python", "")):
+        (found / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {call} "$@"\n')
+        (found / name).chmod(0o755)
+    return found

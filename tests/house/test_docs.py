@@ -17,7 +17,7 @@ import click
 import pytest
 
 from kdedge.cli import cli
-from tests.house.readmes import tiny
+from tests.house.readmes import programs, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "pages"
@@ -103,12 +103,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
             cell["source"] = "\n".join(["%%sh", "set -e", *lines])
             commands += len(lines)
     assert commands == 13
-    programs = tmp_path / ".bin"
-    programs.mkdir()
-    for name, call in (("kdedge", "-m kdedge"), ("python", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {call} "$@"\n')
-        (programs / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PATH": f"{programs(tmp_path)}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
     path = tmp_path / "tutorial.ipynb"
     path.write_text(json.dumps(document))
     done = subprocess.run(

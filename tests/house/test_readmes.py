@@ -17,7 +17,7 @@ from PIL import Image
 from kdedge.cli import cli
 from kdedge_bench import seeds
 from kdedge_device.__main__ import _parser as device
-from tests.house.readmes import LANGUAGES, NEEDS, ROOT, Fence, commands, fences, links, tiny
+from tests.house.readmes import LANGUAGES, NEEDS, ROOT, Fence, commands, fences, links, programs, tiny
 
 READMES = sorted(
     path
@@ -110,11 +110,7 @@ def folder(tmp_path: Path) -> Path:
             picture(tmp_path / "garden" / "test" / name / f"{i}.png", tone)
             picture(tmp_path / "garden" / "unlabeled" / f"{name}{i}.png", tone)
     picture(tmp_path / "photo.jpg", 90)
-    programs = tmp_path / ".bin"
-    programs.mkdir()
-    for name, call in (("kdedge", "-m kdedge"), ("python", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {call} "$@"\n')
-        (programs / name).chmod(0o755)
+    programs(tmp_path)
     return tmp_path
 
 

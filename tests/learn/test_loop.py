@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toys import SPEC, VIEWS, toy_network, toy_pool
+from toys import SPEC, VIEWS, DiesAt, Killed, Listens, toy_network, toy_pool
 
 from kdedge.data.batches import Batch, Batches
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
@@ -42,25 +42,6 @@ OPTIM = OptimConfig(
 )
 
 
-class Killed(Exception):
-    pass
-
-
-class DiesAt(Method):
-    """A method that is killed before step `die`, counted over its life."""
-
-    def __init__(self, inner: Method, die: int) -> None:
-        super().__init__(inner.network)
-        self.die, self.count = die, 0
-        self.inner = [inner]  # in a list, so that its network is not a second submodule
-
-    def forward(self, batch: Batch) -> Step:
-        if self.count == self.die:
-            raise Killed
-        self.count += 1
-        return self.inner[0](batch)
-
-
 class AskedToStopAt(Method):
     """A method whose process gets a signal in the middle of step `at`, counted over its life."""
 
@@ -83,22 +64,6 @@ class Collapsed(Method):
         loss = self.network(batch.images[:2]).float().square().mean()
         kept = torch.ones(len(batch.truth_U))
         return Step(loss, pseudo_label_logs(torch.ones_like(batch.truth_U), kept, batch.truth_U, 3))
-
-
-class Listens:
-    """A display that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def stage(self, name: str, total_steps: int) -> None:
-        pass
-
-    def step(self, record: Any) -> None:
-        pass
-
-    def say(self, sentence: str) -> None:
-        self.said.append(sentence)
 
 
 def fixmatch(spec: ModelSpec = SPEC) -> FixMatch:

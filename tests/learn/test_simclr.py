@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toys import toy_network, toy_pool
+from toys import DiesAt, Killed, Listens, toy_network, toy_pool
 
-from kdedge.data.batches import Batch, Batches
+from kdedge.data.batches import Batches
 from kdedge.data.contrastive_views import ContrastiveViewConfig
 from kdedge.data.store import Resident
 from kdedge.methods.simclr import SimCLR, SimCLRConfig, effective_dims
-from kdedge.methods.step import Method, Step
+from kdedge.methods.step import Step
 from kdedge.models.projection import ProjectionHead
 from kdedge.models.zoo import Network, count_macs, projection_layer
 from kdedge.train.checkpoint import Checkpoints, tensors_hash
@@ -41,42 +41,6 @@ OPTIM = OptimConfig(
     ema_decay=0.0,
     batch_norm_momentum=0.1,
 )
-
-
-class Killed(Exception):
-    pass
-
-
-class DiesAt(Method):
-    """SimCLR that is killed before step `die`, under its own names, which are those in the checkpoint."""
-
-    def __init__(self, inner: SimCLR, die: int) -> None:
-        super().__init__(inner.network)
-        self.projection, self.memory = inner.projection, inner.memory
-        self.register_buffer("alarms", inner.alarms)
-        self.die, self.count, self.inner = die, 0, [inner]
-
-    def forward(self, batch: Batch) -> Step:
-        if self.count == self.die:
-            raise Killed
-        self.count += 1
-        return self.inner[0](batch)
-
-
-class Listens:
-    """A display that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def stage(self, name: str, total_steps: int) -> None:
-        pass
-
-    def step(self, record: Any) -> None:
-        pass
-
-    def say(self, sentence: str) -> None:
-        self.said.append(sentence)
 
 
 def simclr(**config: Any) -> SimCLR:
