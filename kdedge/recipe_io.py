@@ -6,9 +6,10 @@ The schema is `kdedge.recipe.Recipe`; it is imported late, because listing recip
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,22 @@ from kdedge.runs import write_bytes
 if TYPE_CHECKING:
     from kdedge.recipe import Recipe
 
-__all__ = ["Found", "about", "as_now", "copy", "dump", "find", "load", "names", "override", "parse", "show", "validate"]
+__all__ = [
+    "Found",
+    "about",
+    "as_now",
+    "copy",
+    "dump",
+    "find",
+    "load",
+    "names",
+    "override",
+    "parse",
+    "read_text",
+    "shipped",
+    "show",
+    "validate",
+]
 
 FLAGS = {"data": "data.spec", "labels": "data.labels", "seed": "seed", "device": "engine.device"}
 """The training flags of the command line, and the key each one sets."""
@@ -42,16 +58,15 @@ class Found:
 
 def names() -> list[str]:
     """The recipes that ship with kdedge, by name."""
-    return sorted(name for name, _ in _shipped())
+    return sorted(shipped("kdedge_recipes"))
 
 
 def find(name_or_path: str) -> Found:
     """A shipped recipe by name, or a file (anything with a slash or .yaml in it); RecipeError with the nearest name."""
     if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         return _read_file(Path(name_or_path))
-    for name, file in _shipped():
-        if name == name_or_path:
-            return Found(name, f"recipe {name}", file.read_text(encoding="utf-8"))
+    if file := shipped("kdedge_recipes").get(name_or_path):
+        return Found(name_or_path, f"recipe {name_or_path}", file.read_text(encoding="utf-8"))
     hint = did_you_mean(name_or_path, names())
     if Path(name_or_path).is_file():
         hint = f" For the file of that name, write ./{name_or_path}"
@@ -188,10 +203,21 @@ def _put(document: Document, model: type[BaseModel], path: KeyPath, value: Any, 
     document.places[path] = where
 
 
-def _shipped() -> Iterator[tuple[str, Any]]:
-    for file in resources.files("kdedge_recipes").iterdir():
-        if file.name.endswith(".yaml"):
-            yield file.name.removesuffix(".yaml"), file
+def shipped(package: str, *folders: str) -> dict[str, Traversable]:
+    """Name -> file of the .yaml files that ship in a folder of `package`."""
+    files = resources.files(package).joinpath(*folders).iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a user's file, which messages call `what`: no more of it than the reader takes. RecipeError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not text in UTF-8. Save it as UTF-8.") from None
+    except OSError as error:
+        raise RecipeError(f"The {what} {path} cannot be read: {error.strerror}.") from None
 
 
 def _read_file(path: Path) -> Found:

@@ -8,6 +8,7 @@ from kdedge.errors import RunError
 from kdedge.runs import Run, write_bytes
 from kdedge_bench import charts, formats
 from kdedge_bench.facts import read_facts
+from kdedge_bench.pages import environment
 from kdedge_bench.pareto import Field, latency_fields, pareto_table, size_fields
 from kdedge_bench.pareto_chart import LATENCY, SIZE, Cost, Plot, plot
 from kdedge_bench.pictures import Load, opening
@@ -57,18 +58,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _render(chapters: Sequence[Chapter], numbers: Table) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kdedge_bench", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(percent=formats.percent, confidence=formats.confidence, count=formats.count)
+    templates = environment()
+    templates.filters.update(percent=formats.percent, confidence=formats.confidence, count=formats.count)
     one = len(chapters) == 1
-    return environment.get_template("report.html.j2").render(
+    return templates.get_template("report.html.j2").render(
         title=f"kdedge report: {chapters[0].name}" if one else f"kdedge report: {len(chapters)} runs",
         chapters=chapters,
         max_named=charts.MAX_NAMED,

@@ -13,12 +13,12 @@ from kdedge.runs import Run, write_bytes, write_json
 from kdedge_bench.study_match import match_teachers
 from kdedge_bench.study_page import page
 from kdedge_bench.study_plan import StudyPlan
-from kdedge_bench.study_rows import OTHER, SAME, StudyJob, StudyRow, study_jobs, study_rows, subset
+from kdedge_bench.study_rows import OTHER, SAME, StudyRow, study_jobs, study_rows, subset
 from kdedge_bench.study_table import study_document
 from kdedge_bench.study_text import markdown
-from kdedge_bench.verdict_rows import run_name
 from kdedge_bench.work import Work, make_runs
 from kdedge_bench.work_folder import WorkFolder
+from kdedge_bench.work_job import Job, run_name
 
 __all__ = ["KIND", "command_of", "derived_recipe", "study"]
 
@@ -41,7 +41,7 @@ def study(plan: StudyPlan, out: Path | None = None, work: Work | None = None) ->
 
     drawn: list[float] = []  # when
 
-    def recipe_of(job: StudyJob) -> Recipe:
+    def recipe_of(job: Job[StudyRow]) -> Recipe:
         start = str(folder.run(run_name(job.row.start, job.seed)).pretrained_path) if job.row.start else None
         reads = folder.run(run_name(job.row.input_of, job.seed)) if job.row.input_of else None
         return derived_recipe(plan, job.row, job.seed, start, _teacher(plan, rows, folder, job), reads)
@@ -95,7 +95,7 @@ def derived_recipe(
     return recipe_io.validate(Document(f"the run {row.name} of the plan {plan.origin}", document), Recipe)
 
 
-def _teacher(plan: StudyPlan, rows: Sequence[StudyRow], folder: WorkFolder, job: StudyJob) -> str | None:
+def _teacher(plan: StudyPlan, rows: Sequence[StudyRow], folder: WorkFolder, job: Job[StudyRow]) -> str | None:
     """The network that teaches this run: the only one it names, or the one of its kind that was matched."""
     names = job.row.teachers
     if not names:

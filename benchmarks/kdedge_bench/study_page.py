@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from kdedge_bench import study_charts
+from kdedge_bench.pages import environment
 from kdedge_bench.study_text import answers, made, state, tables, title
 
 __all__ = ["page"]
@@ -16,24 +17,19 @@ class Figure(NamedTuple):
 
 def page(document: Mapping[str, Any]) -> str:
     """The page of study.json, of a study that is not complete too."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kdedge_bench", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("study.html.j2").render(
-        title=title(document),
-        state=state(document),
-        answers=[said.split("**") for said in answers(document)],
-        figures=_figures(document),
-        tables=tables(document),
-        rules=[(name, found["rule"]) for name, found in document["hypotheses"].items()],
-        made=made(document),
-        command=document["command"],
+    return (
+        environment()
+        .get_template("study.html.j2")
+        .render(
+            title=title(document),
+            state=state(document),
+            answers=[said.split("**") for said in answers(document)],
+            figures=_figures(document),
+            tables=tables(document),
+            rules=[(name, found["rule"]) for name, found in document["hypotheses"].items()],
+            made=made(document),
+            command=document["command"],
+        )
     )
 
 

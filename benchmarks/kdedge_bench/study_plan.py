@@ -7,7 +7,6 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -244,12 +243,8 @@ class StudyPlan:
 
 def shipped_plans() -> dict[str, str]:
     """Name -> text of the plans that come with kdedge."""
-    folder = resources.files("kdedge_bench") / "study_plans"
-    return {
-        file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8")
-        for file in sorted(folder.iterdir(), key=lambda each: each.name)
-        if file.name.endswith(".yaml")
-    }
+    files = recipe_io.shipped("kdedge_bench", "study_plans")
+    return {name: files[name].read_text(encoding="utf-8") for name in sorted(files)}
 
 
 def make_study_plan(

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdedge.train.optim import OptimConfig
 from kdedge_bench.study_plan import DistillationConfig, NetworkConfig, StudyPlan, StudySet
-from kdedge_bench.verdict_rows import run_name
+from kdedge_bench.work_job import Job
 
 __all__ = [
     "DISTILLATION",
@@ -26,7 +26,6 @@ __all__ = [
     "TRANSFER",
     "TUNED",
     "WAYS",
-    "StudyJob",
     "StudyRow",
     "study_jobs",
     "study_rows",
@@ -72,26 +71,6 @@ class StudyRow:
         return (*((self.input_of,) if self.input_of else ()), *self.teachers)
 
 
-@dataclass(frozen=True)
-class StudyJob:
-    """A row for one seed."""
-
-    row: StudyRow
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return run_name(self.row.name, self.seed)
-
-    @property
-    def title(self) -> str:
-        return f"{self.row.name}, seed {self.seed}"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return tuple(run_name(row, self.seed) for row in self.row.needs)
-
-
 def study_rows(plan: StudyPlan) -> tuple[StudyRow, ...]:
     """Every row of the plan, a row after those it needs."""
     found = [*_fine_tuning(plan), *_distillation(plan), *_transfer(plan)]
@@ -99,9 +78,9 @@ def study_rows(plan: StudyPlan) -> tuple[StudyRow, ...]:
     return (*(_pretraining(plan, network) for network in networks.values()), *found)
 
 
-def study_jobs(rows: Sequence[StudyRow], seeds: Sequence[int]) -> tuple[StudyJob, ...]:
+def study_jobs(rows: Sequence[StudyRow], seeds: Sequence[int]) -> tuple[Job[StudyRow], ...]:
     """Every run: a whole seed after the other, so that the first answers come early."""
-    return tuple(StudyJob(row, seed) for seed in seeds for row in rows)
+    return tuple(Job(row, seed) for seed in seeds for row in rows)
 
 
 def subset(classes: Sequence[str], count: int, seed: int) -> list[str]:

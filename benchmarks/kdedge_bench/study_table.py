@@ -29,10 +29,10 @@ from kdedge_bench.study_rows import (
     study_jobs,
 )  # fmt: skip
 from kdedge_bench.study_rules import FEW_LABELS, H1, H2, QUESTIONS, RULES, judged
-from kdedge_bench.verdict_rows import run_name
 from kdedge_bench.verdict_table import paired
 from kdedge_bench.work import result_of
 from kdedge_bench.work_folder import WorkFolder
+from kdedge_bench.work_job import run_name
 from kdedge_device.record import machine, now
 
 __all__ = ["StudyCell", "read_cells", "slope_per_doubling", "study_document"]

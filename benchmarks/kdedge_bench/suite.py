@@ -4,23 +4,22 @@ Models x precisions x runtimes x threads x batches, in single stream and offline
 Those that ship lie in `suites/`.
 """
 
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Literal, final
 
 from pydantic import Field, model_validator
 
 from kdedge.config import Config
 from kdedge.errors import RecipeError, did_you_mean
-from kdedge.recipe_io import parse
-from kdedge.recipe_yaml import MAX_BYTES
+from kdedge.recipe_io import parse, read_text, shipped
 
 __all__ = ["Base", "Found", "Model", "Precision", "Runtime", "Suite", "find", "load", "names", "with_models"]
 
 Precision = Literal["fp32", "fp16", "int8"]
 Runtime = Literal["onnxruntime", "tensorrt", "openvino"]
 Count = Annotated[int, Field(ge=1, le=1024)]
+_SHIPPED = ("kdedge_bench", "suites")
 MOST = 1000
 """Combinations; a suite of more would not end."""
 
@@ -124,7 +123,7 @@ class Found(Config):
 
 def names() -> list[str]:
     """The suites that ship with kdedge, by name."""
-    return sorted(name for name, _ in _shipped())
+    return sorted(shipped(*_SHIPPED))
 
 
 def load(name_or_path: str) -> Found:
@@ -144,30 +143,13 @@ def find(name_or_path: str) -> tuple[str, str, Path, str]:
     """(its name, what messages call it, its folder, its text)."""
     if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
-        return path.stem, str(path), path.resolve().parent, _read(path)
-    for name, file in _shipped():
-        if name == name_or_path:
-            return name, f"suite {name}", Path.cwd(), file.read_text(encoding="utf-8")
+        return path.stem, str(path), path.resolve().parent, read_text(path, "suite")
+    if file := shipped(*_SHIPPED).get(name_or_path):
+        return name_or_path, f"suite {name_or_path}", Path.cwd(), file.read_text(encoding="utf-8")
     hint = did_you_mean(name_or_path, names())
     raise RecipeError(
         f"The suite '{name_or_path}' is not known; there are {', '.join(names())}, and any path to a .yaml file.{hint}"
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:  # no more than the reader takes
-            return file.read(MAX_BYTES + 1).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not text in UTF-8. Save it as UTF-8.") from None
-    except OSError as error:
-        raise RecipeError(f"The suite {path} cannot be read: {error.strerror}.") from None
-
-
-def _shipped() -> Iterator[tuple[str, Any]]:
-    for file in resources.files("kdedge_bench").joinpath("suites").iterdir():
-        if file.name.endswith(".yaml"):
-            yield file.name.removesuffix(".yaml"), file
 
 
 def with_models(found: Found, paths: Sequence[Path]) -> Found:

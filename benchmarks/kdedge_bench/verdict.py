@@ -22,7 +22,7 @@ from kdedge_bench.verdict_rows import (
     FULL,
     READY,
     SUPERVISED,
-    Job,
+    Row,
     equal_total_steps,
     jobs,
     merged,
@@ -33,6 +33,7 @@ from kdedge_bench.verdict_table import steps_of, verdict_document
 from kdedge_bench.verdict_text import markdown
 from kdedge_bench.work import OpenDisplay, Train, Wait, Work, make_runs, result_of, silent
 from kdedge_bench.work_folder import WorkFolder
+from kdedge_bench.work_job import Job
 
 __all__ = ["KIND", "command_of", "verdict"]
 
@@ -64,7 +65,7 @@ def verdict(
     )
 
 
-def _own_settings(plan: Plan, folder: WorkFolder, job: Job) -> dict[str, str] | None:
+def _own_settings(plan: Plan, folder: WorkFolder, job: Job[Row]) -> dict[str, str] | None:
     """What the job changes in the recipe; None for equal total compute while its cost is not known."""
     steps = None
     if job.row.name == EQUAL_TOTAL:
@@ -79,7 +80,7 @@ def _own_settings(plan: Plan, folder: WorkFolder, job: Job) -> dict[str, str] | 
     return own | {"seed": str(job.seed)}
 
 
-def _recipe(plan: Plan, folder: WorkFolder, job: Job) -> Recipe:
+def _recipe(plan: Plan, folder: WorkFolder, job: Job[Row]) -> Recipe:
     own = _own_settings(plan, folder, job)
     if own is None:
         raise BugError(f"{job.name} is made before the runs it needs")
@@ -91,7 +92,7 @@ def _recipe(plan: Plan, folder: WorkFolder, job: Job) -> Recipe:
     return recipe_io.validate(document, Recipe)
 
 
-def _teacher_file(folder: WorkFolder, job: Job) -> str:
+def _teacher_file(folder: WorkFolder, job: Job[Row]) -> str:
     """The outer network of the job's seed."""
     return str(folder.run(run_name(FULL, job.seed)).teacher_path)
 
@@ -123,7 +124,7 @@ def command_of(plan: Plan, folder: Path) -> str:
     return shlex.join([*words, "--out", str(folder)])
 
 
-def _run_command(plan: Plan, folder: WorkFolder, job: Job, own: dict[str, str]) -> str:
+def _run_command(plan: Plan, folder: WorkFolder, job: Job[Row], own: dict[str, str]) -> str:
     """The command that makes this run alone."""
     words = ["kdedge", "train-recipe", plan.recipe_name, *_flags(plan), "--seed", str(job.seed)]
     changed = merged(plan.settings, {key: value for key, value in own.items() if key != "seed"})

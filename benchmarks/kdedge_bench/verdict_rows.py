@@ -12,6 +12,8 @@ from kdedge.errors import BugError, RecipeError, did_you_mean
 from kdedge.methods.kd_fixmatch import KDFixMatchConfig
 from kdedge.recipe import PRETRAINED, TEACHERS_WEIGHTS, Recipe
 from kdedge.recipe_yaml import read_value
+from kdedge_bench import work_job
+from kdedge_bench.work_job import Job
 
 __all__ = [
     "EQUAL_TOTAL",
@@ -21,7 +23,6 @@ __all__ = [
     "READY",
     "ROWS",
     "SUPERVISED",
-    "Job",
     "Row",
     "choose",
     "equal_total_steps",
@@ -71,30 +72,9 @@ ROWS = (
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run to make: a row for one seed."""
-
-    row: Row
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return run_name(self.row.name, self.seed)
-
-    @property
-    def title(self) -> str:
-        return f"{self.row.name}, seed {self.seed}"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the runs that must be finished before this one begins."""
-        return tuple(run_name(row, self.seed) for row in self.row.needs)
-
-
 def run_name(row: str, seed: int) -> str:
     """The run's folder inside the verdict's; the supervised network is in FixMatch's."""
-    return f"{FIXMATCH if row == SUPERVISED else row}-s{seed}"
+    return work_job.run_name(FIXMATCH if row == SUPERVISED else row, seed)
 
 
 def choose(names: Sequence[str] | None) -> tuple[Row, ...]:
@@ -113,7 +93,7 @@ def choose(names: Sequence[str] | None) -> tuple[Row, ...]:
     return tuple(row for row in ROWS if row.name in wanted)
 
 
-def jobs(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[Job, ...]:
+def jobs(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[Job[Row], ...]:
     """Every run, in the order of making: the main rows of all seeds, then the ablations of all seeds."""
     own = [row for row in rows if row.name != SUPERVISED]
     return tuple(Job(row, seed) for late in (False, True) for seed in seeds for row in own if row.ablation is late)

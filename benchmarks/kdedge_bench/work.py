@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from kdedge import pipeline
 from kdedge.errors import RunError
@@ -17,8 +17,9 @@ from kdedge.runs import Run, read_json
 from kdedge.train.engine import pick_device
 from kdedge.train.metrics import Display, SilentDisplay
 from kdedge_bench.work_folder import WorkFolder
+from kdedge_bench.work_job import Job, WorkRow
 
-__all__ = ["Job", "OpenDisplay", "Train", "Wait", "Work", "make_runs", "result_of", "silent"]
+__all__ = ["OpenDisplay", "Train", "Wait", "Work", "make_runs", "result_of", "silent"]
 
 WAIT_S = 20.0
 """Between two looks at runs that another process is at."""
@@ -29,23 +30,7 @@ OpenDisplay = Callable[[], AbstractContextManager[Display]]
 Wait = Callable[[float], None]
 
 
-class Job(Protocol):
-    """One run to make."""
-
-    @property
-    def name(self) -> str:
-        """The run's folder inside the whole's."""
-
-    @property
-    def title(self) -> str:
-        """What is said when it begins."""
-
-    @property
-    def needs(self) -> Sequence[str]:
-        """Names of the runs that must be finished before this one begins."""
-
-
-Some = TypeVar("Some", bound=Job)
+SomeRow = TypeVar("SomeRow", bound=WorkRow)
 
 
 def silent() -> AbstractContextManager[Display]:
@@ -72,8 +57,8 @@ def result_of(run: Run) -> dict[str, Any] | None:
 
 def make_runs(
     folder: WorkFolder,
-    jobs: Sequence[Some],
-    recipe_of: Callable[[Some], Recipe],
+    jobs: Sequence[Job[SomeRow]],
+    recipe_of: Callable[[Job[SomeRow]], Recipe],
     write: Callable[[], dict[str, Any]],
     work: Work,
 ) -> dict[str, Any]:
@@ -112,11 +97,11 @@ def make_runs(
 
 def _first_that_can_be_made(
     folder: WorkFolder,
-    waiting: list[Some],
-    recipe_of: Callable[[Some], Recipe],
+    waiting: list[Job[SomeRow]],
+    recipe_of: Callable[[Job[SomeRow]], Recipe],
     work: Work,
     lost: dict[str, RunError],
-) -> tuple[Some | None, bool]:
+) -> tuple[Job[SomeRow] | None, bool]:
     """The first job that is finished now, or `lost`, and whether it was trained here; None where all wait for another
     process."""
     for job in waiting:

@@ -4,8 +4,7 @@ No table of devices decides what a device can do: that is asked of the device it
 says what to compare there, and with which settings.
 """
 
-from collections.abc import Iterable, Iterator
-from importlib import resources
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +12,7 @@ from pydantic import Field, model_validator
 
 from kdedge.config import Config
 from kdedge.errors import ExportError, RecipeError, did_you_mean
-from kdedge.recipe_io import parse
-from kdedge.recipe_yaml import MAX_BYTES
+from kdedge.recipe_io import parse, read_text, shipped
 from kdedge_export.bundle import ARTIFACTS
 
 __all__ = ["Target", "Why", "for_board", "load", "names"]
@@ -23,6 +21,7 @@ Sentence = Annotated[str, Field(min_length=10)]
 Precision = Literal["int8", "fp16", "fp32"]
 Runtime = Literal["tensorrt", "onnxruntime"]
 
+_SHIPPED = ("kdedge_export", "targets")
 TAKEN = ("onnxruntime-cpu", "tensorrt")  # what gate.json calls this machine, and any TensorRT
 TOO_OLD = ("jetson-nano", "jetson-tx1", "jetson-tx2")
 FORMS = {
@@ -119,7 +118,7 @@ class Target(Config):
 
 def names() -> list[str]:
     """The targets that ship, by name."""
-    return sorted(name for name, _ in _shipped())
+    return sorted(shipped(*_SHIPPED))
 
 
 def load(name_or_path: str) -> Target:
@@ -146,26 +145,16 @@ def for_board(targets: Iterable[Target], model: str | None, architecture: str) -
     return possible[0] if len(possible) == 1 else None
 
 
-def _shipped() -> Iterator[tuple[str, Any]]:
-    for file in resources.files("kdedge_export").joinpath("targets").iterdir():
-        if file.name.endswith(".yaml"):
-            yield file.name.removesuffix(".yaml"), file
-
-
 def _found(name_or_path: str) -> tuple[str, str]:
     """(what messages call it, its text)."""
     if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         try:
-            with path.open("rb") as file:  # no more than the reader takes
-                return str(path), file.read(MAX_BYTES + 1).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise ExportError(f"{path} is not text in UTF-8. Save it as UTF-8.") from None
-        except OSError as error:
-            raise ExportError(f"The target {path} cannot be read: {error.strerror}.") from None
-    for name, file in _shipped():
-        if name == name_or_path:
-            return f"target {name}", file.read_text(encoding="utf-8")
+            return str(path), read_text(path, "target")
+        except RecipeError as error:
+            raise ExportError(str(error)) from None
+    if file := shipped(*_SHIPPED).get(name_or_path):
+        return f"target {name_or_path}", file.read_text(encoding="utf-8")
     if name_or_path in TOO_OLD:
         raise ExportError(
             f"There is no target '{name_or_path}': the last JetPack for that board is 4, with TensorRT 8.2 and "
