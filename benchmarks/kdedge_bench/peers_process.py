@@ -31,12 +31,14 @@ class PeerFailed(Exception):
 @final
 @dataclass(frozen=True)
 class Done:
-    """How a command ended. `told`: the last line of its standard output; `peak_mib` of its largest process."""
+    """How a command ended. `told`: the last line of its standard output; `peak_mib` of its largest process; `cpu_s` of
+    all of them."""
 
     returncode: int
     told: str
     last_error: str
     peak_mib: float
+    cpu_s: float
     killed: str | None
 
     @property

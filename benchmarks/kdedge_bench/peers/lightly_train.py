@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # it would tell its makers of every run
     # Not before: this file has the package's name, and is first on the path where it is run.
@@ -57,6 +58,7 @@ def main() -> None:
             num_workers=0,
             accelerator="cpu",
             precision="32-true",
+            seed=options.seed,
             transform_args={"image_size": (options.px, options.px)},
         )
         shutil.copyfile(f"{scratch}/out/exported_models/exported_last.pt", options.out)

@@ -1,4 +1,4 @@
-"""Runs a command as its only child and prints, as JSON, how it ended and the most memory one of its processes held.
+"""Runs a command as its only child and prints, as JSON, how it ended, its CPU time and the most memory of one process.
 
 python watch.py SECONDS MIB COMMAND...
 
@@ -29,15 +29,24 @@ def main(limit_s: float, limit_mib: float, command: Sequence[str]) -> None:
                 command, stdin=subprocess.DEVNULL, stdout=told, stderr=errors, start_new_session=True
             )
         except OSError as error:
-            done = {"returncode": 127, "told": "", "last_error": str(error), "peak_mib": 0.0, "killed": None}
+            done = {
+                "returncode": 127,
+                "told": "",
+                "last_error": str(error),
+                "peak_mib": 0.0,
+                "cpu_s": 0.0,
+                "killed": None,
+            }
             json.dump(done, sys.stdout)
             return
         killed = _watch(child, limit_s, limit_mib)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = {
             "returncode": child.returncode,
             "told": _last_line(told),
             "last_error": _last_line(errors) or "no message",
-            "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10,
+            "peak_mib": used.ru_maxrss / 2**10,
+            "cpu_s": used.ru_utime + used.ru_stime,
             "killed": killed,
         }
     json.dump(done, sys.stdout)
