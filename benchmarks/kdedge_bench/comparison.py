@@ -12,7 +12,7 @@ import numpy as np
 from kdedge.errors import BudgetFailed, RunError
 from kdedge.intervals import newcombe
 from kdedge_bench.formats import milliseconds, percent
-from kdedge_bench.records import flags
+from kdedge_bench.records import flags, power_mode
 from kdedge_bench.sides import Side, read_side
 from kdedge_bench.slowdown import Slowdown, Verdict, judge, repeats_wanted, slowdown
 from kdedge_bench.stats import PairedDifference, paired_difference
@@ -144,6 +144,10 @@ def _slower(base: Side, new: Side) -> tuple[Slowdown | None, str]:
         if before[key] != after[key]:
             one, other = told.format(before[key]), told.format(after[key])
             return None, f"one was measured {one}, the other {other}. Measure both alike: kdedge bench."
+    modes = [power_mode(side.record) or "unknown" for side in (base, new) if side.record]
+    if len(set(modes)) > 1:
+        told = f"in power mode {modes[0]}, the other in power mode {modes[1]}"
+        return None, f"one was measured {told}. Measure both alike: kdedge bench."
     in_turn = base.session is not None and base.session == new.session
     paired = in_turn and len(base.p90_by_round_ms) == len(new.p90_by_round_ms)
     return slowdown(base.p90_by_round_ms, new.p90_by_round_ms, paired), ""
@@ -196,10 +200,11 @@ def _latency_line(document: dict[str, Any], why_not: str) -> str:
     repeats = f"{document['repeats']} repeat(s)" + (" in turn" if document["in_turn"] else "")
     ends = f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %, " if interval else ""
     wanted = document["repeats_wanted"]
-    more = f"about {wanted} repeats would tell: kdedge bench BASE NEW --repeats {wanted}"
-    apart = "measured on two occasions, which may differ by as much; measure in turn: kdedge bench BASE NEW"
+    more = f"about {wanted} repeats in turn would tell: kdedge bench BASE NEW --repeats {wanted}"
     hopeless = "the difference is as large as the budget, and a thousand repeats would not tell"
-    hint = more if wanted else hopeless if document["in_turn"] else apart
+    hint = more if wanted else hopeless
+    if not document["in_turn"]:
+        hint = f"measured on two occasions, which may differ by as much; {hint}"
     return f"p90 slower by: {100 * slower:.1f} % ({ends}{repeats})." + _verdict(document, "latency", hint)
 
 

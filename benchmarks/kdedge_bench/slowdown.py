@@ -70,20 +70,21 @@ def judge(low: float | None, high: float | None, budget: float) -> Verdict:
 
 
 def repeats_wanted(found: Slowdown, budget: float) -> int | None:
-    """How many repeats in turn would tell, if the noise stays as it is; None where more than 1,000, or none, would.
+    """How many repeats in turn would tell, if noise and difference stay as they are; None where a thousand would not.
 
-    An interval narrows with the root of the repeats, and it has to leave the budget outside.
+    An interval narrows with the root of the repeats, and it has to leave the budget outside. On another occasion the
+    machine is another one, and no number of repeats makes up for it; in turn that part of the interval is gone.
     """
-    fewest = FEWEST_PAIRS if found.paired else FEWEST_UNPAIRED
     if found.low is None or found.high is None:
-        return fewest
-    if not found.paired:
-        return None  # on another occasion the machine is another one; only in turn more of them help
+        return FEWEST_PAIRS
+    drift = 0.0 if found.paired else SESSION_DRIFT
+    low, high = (math.expm1(math.log1p(end) + by) for end, by in ((found.low, drift), (found.high, -drift)))
     reach = SURELY * (budget - found.fraction)
-    half = found.high - found.fraction if reach > 0 else found.fraction - found.low
+    half = high - found.fraction if reach > 0 else found.fraction - low
     if reach == 0 or half * half * found.repeats > MOST_REPEATS * reach * reach:
         return None
-    return max(fewest, found.repeats + 1, math.ceil(found.repeats * (half / reach) ** 2))
+    wanted = math.ceil(found.repeats * (half / reach) ** 2)
+    return max(FEWEST_PAIRS, found.repeats + 1, wanted) if found.paired else max(FEWEST_PAIRS, wanted)
 
 
 def _middle(values: Sequence[float]) -> float:

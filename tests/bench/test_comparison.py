@@ -80,7 +80,10 @@ def test_an_interval_that_holds_the_budget_is_no_alarm(make_run: MakeRun) -> Non
     assert found["verdicts"] == {"accuracy": "cannot tell", "latency": "cannot tell"}
     assert found["passed"] is True
     assert "Cannot tell whether it is within the 1 points allowed; more test images would tell." in found["text"]
-    assert "about 4 repeats would tell: kdedge bench BASE NEW --repeats 4" in found["text"]
+    assert (
+        "measured on two occasions, which may differ by as much; "
+        "about 6 repeats in turn would tell: kdedge bench BASE NEW --repeats 6" in found["text"]
+    )
     in_turn(base, new, 1.12, repeats=8, noise=0.1, seed=3)
     found = compare(base, new, max_slower=0.1)
     assert found["verdicts"]["latency"] == "cannot tell"
@@ -142,6 +145,20 @@ def test_other_machine_or_threads(make_run: MakeRun) -> None:
         path.write_text(json.dumps(record))
     with pytest.raises(RunError, match=r"on Example CPU @ 2\.0 GHz, the other on Other CPU"):
         compare(base, new, max_slower=0.1)
+
+
+def test_other_power_modes(make_run: MakeRun) -> None:
+    base, new = make_run("base"), make_run("new")
+    conditions = json.loads((base / "bench" / "example-cpu-int8.json").read_text())["conditions"]
+    modes = [conditions | {"power_mode": {"id": number, "name": name}} for number, name in ((0, "MAXN"), (2, "15W"))]
+    change(base, conditions=modes[0])
+    with pytest.raises(RunError, match=r"in power mode MAXN, the other in power mode unknown\. Measure both"):
+        compare(base, new, max_slower=0.1)
+    change(new, conditions=modes[1])
+    with pytest.raises(RunError, match=r"in power mode MAXN, the other in power mode 15W\. Measure both alike"):
+        compare(base, new, max_slower=0.1)
+    change(new, conditions=modes[0])
+    assert compare(base, new, max_slower=0.1)["verdicts"]["latency"] == "cannot tell"
 
 
 def test_images_are_matched_by_id(make_run: MakeRun) -> None:

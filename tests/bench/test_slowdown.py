@@ -98,12 +98,15 @@ def test_verdicts() -> None:
 
 def test_repeats_wanted() -> None:
     assert repeats_wanted(Slowdown(0.1, None, None, 1, True), 0.03) == 6
-    assert repeats_wanted(Slowdown(0.1, None, None, 1, False), 0.03) == 4
+    assert repeats_wanted(Slowdown(0.1, None, None, 1, False), 0.03) == 6, "those to come are in turn"
     # Half of the interval is 0.08, and the way to the budget 0.02: sixteen times as many, and twice that to be sure.
     for found in (Slowdown(0.05, -0.03, 0.13, 10, True), Slowdown(0.01, -0.07, 0.09, 10, True)):
         assert repeats_wanted(found, 0.03) == pytest.approx(160 * (2.8 / 1.96) ** 2, abs=1)
     assert repeats_wanted(Slowdown(0.03, -0.03, 0.13, 10, True), 0.03) is None
-    assert repeats_wanted(Slowdown(0.01, -0.07, 0.09, 10, False), 0.03) is None, "only in turn more of them help"
+    # Of two occasions the noise within them counts, 0.01 on either side, and not what may lie between them.
+    low, high = (math.exp(math.log1p(end) + by) - 1 for end, by in ((0.0, -0.05), (0.02, 0.05)))
+    assert repeats_wanted(Slowdown(0.01, low, high, 10, False), 0.03) == 6
+    assert repeats_wanted(Slowdown(0.01, low, high, 60, False), 0.03) == math.ceil(60 / 4 * (2.8 / 1.96) ** 2)
     assert repeats_wanted(Slowdown(0.0301, -0.03, 0.13, 10, True), 0.03) is None
 
 
