@@ -163,19 +163,6 @@ def test_models_are_counted(capsys: Capture) -> None:
     assert all(row["int8"] for row in rows.values())
 
 
-def test_doctor_gives_a_reason_for_all_that_does_not_work(capsys: Capture) -> None:
-    assert command_line.run(["doctor", "--json"]) == 0
-    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert all(findings[name]["works"] for name in ("python", "torch", "torchvision", "onnxruntime"))
-    assert all(finding["detail"] for finding in findings.values() if not finding["works"])
-    assert findings["kdedge train-recipe"]["works"]
-    gpu = findings["kdedge train-recipe --device cuda"]
-    assert gpu["works"] == findings["cuda"]["works"]
-    assert gpu["works"] or gpu["detail"] == "for want of cuda"
-    assert command_line.run(["doctor"]) == 0
-    assert capsys.readouterr().out.endswith("kdedge can train, export and measure here.\n")
-
-
 def test_data_check_counts_and_exits_with_1_where_something_is_wrong(capsys: Capture, tmp_path: Path) -> None:
     from PIL import Image
 
