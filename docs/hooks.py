@@ -1,5 +1,5 @@
-"""What mkdocs does to our pages beside the usual: equations become MathML, a fence says what it needs, and the keys of
-recipes are listed from the code that reads them.
+"""What mkdocs does to our pages beside the usual: equations become MathML, a fence says what it needs, all such fences
+are listed, and the keys of recipes are taken from the code that reads them.
 
 Browsers draw MathML themselves, so that no script has to come from anywhere.
 """
@@ -26,21 +26,41 @@ _NEEDED = {
     "desktop": "a desktop",
     "minutes": "minutes",
 }
+PAGES = Path(__file__).parent / "pages"
 _FENCE = re.compile(r"^```console((?: needs:[a-z-]+)+)$", re.MULTILINE)
+_MARKED = re.compile(r"^```console((?: needs:[a-z-]+)+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _EQUATION = re.compile(r"\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\]", re.DOTALL)
 _MATH = re.compile(r"<(?P<tag>span|div) class=\"arithmatex\">(?P<text>.*?)</(?P=tag)>", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A fence such as `console needs:gpu` gets a sentence before it, since no test runs it; recipes get their keys."""
+    """A fence such as `console needs:gpu` gets a sentence before it, since no test runs it; marks become tables."""
 
     def told(match: re.Match[str]) -> str:
-        needs = " and ".join(_NEEDED.get(word.removeprefix("needs:"), word) for word in match[1].split())
-        return f"*Needs {needs}; no test of ours runs it.*\n\n```console"
+        return f"*Needs {_wanted(match[1])}; no test of ours runs it.*\n\n```console"
 
-    return _FENCE.sub(told, markdown).replace(
-        "<!-- every key -->", tables() if "<!-- every key -->" in markdown else ""
-    )
+    text = _FENCE.sub(told, markdown)
+    for mark, made in (("<!-- every key -->", tables), ("<!-- every command that no test runs -->", not_run)):
+        if mark in text:
+            text = text.replace(mark, made())
+    return text
+
+
+def _wanted(marks: str) -> str:
+    return " and ".join(_NEEDED.get(word.removeprefix("needs:"), word) for word in marks.split())
+
+
+def not_run() -> str:
+    """Markdown: every command of these pages that is marked as needing something, with its page, and their number."""
+    rows = []
+    for path in sorted(PAGES.rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        title = text.partition("\n")[0].removeprefix("# ")
+        for marks, body in _MARKED.findall(text):
+            commands = [line[2:] for line in body.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+            link = f"[{title}]({path.relative_to(PAGES).as_posix()})"
+            rows += [f"| {link} | {_wanted(marks)} | <code>{html.escape(each)}</code> |" for each in commands]
+    return "\n".join([f"They are {len(rows)}:", "", "| page | needs | command |", "| --- | --- | --- |", *rows])
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import click
 import pytest
 
 from kdedge.cli import cli
-from tests.house.readmes import programs, tiny
+from tests.house.readmes import commands as fenced
+from tests.house.readmes import fences, programs, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "pages"
@@ -62,6 +64,15 @@ def test_equations_are_drawn(site: Path) -> None:
     assert [name for name, page in pages.items() if "arithmatex" in page or "<merror" in page] == []
     drawn = [(name, math) for name, page in pages.items() for math in re.findall(r"<math.*?</math>", page, re.DOTALL)]
     assert [(name, math) for name, math in drawn if "\\" in math] == []  # a command that the converter does not know
+
+
+def test_what_no_test_runs_is_listed(site: Path) -> None:
+    marked = [fence for path in PAGES.rglob("*.md") for fence in fences(path) if fence.needs]
+    expected = sorted(command for fence in marked for command in fenced(fence))
+    listed = html(site)["limits.html"]
+    found = [unescape(text) for text in re.findall(r"<td><code>(.*?)</code></td>", listed)]
+    assert sorted(found) == expected
+    assert f"They are {len(expected)}:" in listed
 
 
 def commands(group: click.Group, before: str) -> Iterator[str]:
