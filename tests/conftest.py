@@ -1,4 +1,4 @@
-"""What every test has: two threads, and a word on what this machine cannot run."""
+"""What every test has: its share of two cores, the order of files, and a word on what this machine cannot run."""
 
 import os
 import shutil
@@ -8,15 +8,33 @@ from pathlib import Path
 
 import pytest
 
-# Before torch and numpy are imported, here and in every child: a test machine has two cores, whatever it says.
+# Before torch and numpy are imported, here and in every child: a test machine has two cores, whatever it says, and two
+# processes of two threads on them would mostly wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # A shell that starts the tests in the background has them, and all that they start, ignore the Ctrl-C that some send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")  # often only root's PATH has it
+LONGEST = (
+    "house/test_readmes.py",
+    "journeys/test_road.py",
+    "journeys/test_faults.py",
+    "house/test_docs.py",
+    "export/test_families.py",
+    "export/test_export_run.py",
+    "learn/test_pipeline.py",
+    "learn/test_distributed_cli.py",
+    "learn/test_distributed.py",
+    "export/test_qat.py",
+    "bench/test_gpu_script.py",
+)
+"""Files of tests that take long, the longest first: begun last, one would go on alone when all others have ended."""
 SHARED_DATA = Path(os.environ.get("KDEDGE_SHARED_DATA") or ROOT.parent / "shared" / "data")
 
 
@@ -50,6 +68,10 @@ def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> No
     os.environ["KDEDGE_MEASURING"] = "1"  # no test waits for what else is measured on this machine
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would begin with the files that have the most tests
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     told = config.stash[_LEFT_OUT] = []
     for marker, program, name in (("browser", CHROMIUM, "Chromium"), ("sshd", SSHD, "sshd")):
@@ -63,6 +85,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("shared_data"):
                 item.add_marker(absent)
+    ranks = {TESTS / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in ranks), "LONGEST names a file of tests that is no more"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: Sequence[pytest.Item]) -> list[str]:
