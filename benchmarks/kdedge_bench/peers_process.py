@@ -9,12 +9,13 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, final
+from typing import IO, Any, Self, final
 
 import numpy as np
 import numpy.typing as npt
@@ -64,18 +65,20 @@ class Served:
         self.command = [python, adapter, "--serve", str(file)]
         self.limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
         self._unread = b""
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        self._errors = tempfile.TemporaryFile()
         try:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             if self._answer() != {"ready": True}:
                 raise PeerFailed("the runtime did not say that it is ready")
         except BaseException:
@@ -119,7 +122,7 @@ class Served:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise PeerFailed(f"the runtime ended with exit code {self._process.wait()}") from None
+            raise self._ended() from None
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class Served:
                     raise PeerFailed(f"the runtime did not answer within {self.limit_s:.0f} s")
                 content = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not content:
-                    raise PeerFailed(f"the runtime ended with exit code {self._process.wait()}")
+                    raise self._ended()
                 self._unread += content
         line, _, self._unread = self._unread.partition(b"\n")
         try:
@@ -145,7 +148,17 @@ class Served:
             raise PeerFailed(f"the runtime answered {line[:80]!r}; a JSON object was expected")
         return answer
 
+    def _ended(self) -> PeerFailed:
+        assert self._process is not None
+        assert self._errors is not None
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        return PeerFailed(f"the runtime ended with exit code {code}: {said[:300] or 'no message'}")
+
     def _end(self) -> None:
+        if self._errors is not None:
+            self._errors.close()
         process, self._process = self._process, None
         if process is None:
             return

@@ -181,7 +181,7 @@ for line in sys.stdin:
 @pytest.mark.parametrize(
     ("text", "failure"),
     [
-        ("raise SystemExit(3)", "ended with exit code 3"),
+        ("raise SystemExit('no such delegate')", "ended with exit code 1: no such delegate"),
         ("import time; time.sleep(60)", "did not answer within 1 s"),
         ("print('not JSON')", "answered b'not JSON'; a JSON object was expected"),
         ("print('{}')", "did not say that it is ready"),

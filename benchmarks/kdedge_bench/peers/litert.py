@@ -1,14 +1,15 @@
 """LiteRT: onnx2tf's conversion, Google's quantizer for LiteRT files (int8 weights and activations), LiteRT's runtime.
 
 The batch is fixed to 1 before: with an open one the converter pads by operations that compute shapes, which nothing
-quantizes. Of the quantizer these are its defaults, min-max; the input and the logits stay float32, as the others' do.
-The runtime computes through XNNPACK, its default, on one thread.
+quantizes. Of the quantizer these are its defaults, min-max, by which a file may take and give INT8: its image is then
+quantized here, which is not timed, and its logits made float. The runtime computes through XNNPACK, its default, on one
+thread.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,14 +73,33 @@ def open_file(file: str) -> Runner:
 
     interpreter = Interpreter(file, num_threads=1)
     interpreter.allocate_tensors()
-    entry, exit_ = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+    entry, exit_ = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def prepare(image: Array) -> Array:
+        return _quantized_as(entry, _nhwc(image))
 
     def run(image: Array) -> Array:
-        interpreter.set_tensor(entry, image)
+        interpreter.set_tensor(entry["index"], image)
         interpreter.invoke()
-        return interpreter.get_tensor(exit_)
+        return interpreter.get_tensor(exit_["index"])
 
-    return Runner(_nhwc, run)
+    return Runner(prepare, lambda image: _float_as(exit_, run(image)))
+
+
+def _quantized_as(tensor: Mapping[str, Any], values: Array) -> Array:
+    """In the type that the file takes."""
+    if tensor["dtype"] == np.float32:
+        return values
+    scale, zero = tensor["quantization"]
+    limits = np.iinfo(tensor["dtype"])
+    return np.clip(np.rint(values / scale) + zero, limits.min, limits.max).astype(tensor["dtype"])
+
+
+def _float_as(tensor: Mapping[str, Any], values: Array) -> Array:
+    if tensor["dtype"] == np.float32:
+        return values
+    scale, zero = tensor["quantization"]
+    return np.asarray((values.astype(np.float32) - zero) * scale)
 
 
 def version() -> str:
