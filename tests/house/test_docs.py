@@ -66,6 +66,12 @@ def test_equations_are_drawn(site: Path) -> None:
     assert [(name, math) for name, math in drawn if "\\" in math] == []  # a command that the converter does not know
 
 
+def test_no_page_shows_what_python_calls_its_own_things(site: Path) -> None:
+    inner = re.compile(r"Sentinel\.|object at 0x|&lt;(?:class|function) ")
+    assert [name for name, page in html(site).items() if inner.search(page)] == []
+    assert "[default: local]" in html(site)["reference/commands.html"]
+
+
 def test_what_no_test_runs_is_listed(site: Path) -> None:
     marked = [fence for path in PAGES.rglob("*.md") for fence in fences(path) if fence.needs]
     expected = sorted(command for fence in marked for command in fenced(fence))
