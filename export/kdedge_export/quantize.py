@@ -255,7 +255,7 @@ class _Maker:
         )
         self.effects = [each.to_json() for each in found.effects]
         self.lap("cures")
-        if not any(each.kept for each in found.effects):
+        if found.model is start.model:
             return []
         return [self._numbers("cured", found.model, found.reference, found.table)]
 

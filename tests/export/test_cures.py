@@ -1,6 +1,7 @@
 """Cures: each against a slow independent version, or a defect that was planted for it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from kdedge_export.cpu.plan import Plan, make_plan
 from kdedge_export.cpu.qdq import write_int8
 from kdedge_export.cures.adaround import adaround
 from kdedge_export.cures.bias_correction import correct_bias
-from kdedge_export.cures.cure import Cured, cure, partly_float
+from kdedge_export.cures.cure import BY_CHANNEL, Cured, cure, partly_float
 from kdedge_export.cures.equalize import MARGIN, equalize, pairs, peaks
 from kdedge_export.cures.sensitivity import divergences, sensitivity, units
 from kdedge_export.cures.taps import run, set_constant, tap
@@ -457,10 +458,11 @@ def test_a_cure_is_kept_where_it_helps_and_says_what_it_did(small: onnx.ModelPro
     table = coarse(table_of(small), 12)
     found = cured(small, table, batches, until_points=np.inf)
     assert [each.cure for each in found.effects] == [
+        BY_CHANNEL,
         "bias correction",
         "cross-layer equalization, then bias correction",
     ], "AdaRound was not asked for"
-    first = found.effects[0]
+    first = found.effects[1]
     assert first.kept
     assert first.divergence[1] < first.divergence[0]
     assert set(first.to_json()) == {"cure", "kept", "divergence", "disagreement_points", "seconds"}
@@ -482,7 +484,7 @@ def test_a_cure_that_harms_is_not_kept(
 
     monkeypatch.setattr("kdedge_export.cures.cure.correct_bias", spoilt)
     found = cured(small, table, batches, until_points=np.inf)
-    assert [each.kept for each in found.effects] == [False, False]
+    assert [each.kept for each in found.effects] == [True, False, False]
     assert found.model is small
     assert found.table is table
 
@@ -496,7 +498,8 @@ def test_a_network_torch_cannot_run_goes_uncured(
     monkeypatch.setattr("kdedge_export.cures.cure.correct_bias", refused)
     table = table_of(small)
     found = cured(small, table, batches, until_points=np.inf)
-    assert (found.model is small, found.table is table, found.effects) == (True, True, ())
+    assert (found.model is small, found.table is table) == (True, True)
+    assert [each.cure for each in found.effects] == [BY_CHANNEL]
 
 
 def test_a_layer_given_back_to_float_is_the_original_again(small: onnx.ModelProto, batches: Batches) -> None:
@@ -520,4 +523,20 @@ def test_adaround_is_tried_while_the_budget_is_not_met(small: onnx.ModelProto, b
     found = cured(small, coarse(table_of(small), 30), batches, until_points=-1)
     assert found.effects[-1].cure == "AdaRound"
     best = [each.divergence[1] for each in found.effects if each.kept]
-    assert best[-1] <= found.effects[0].divergence[0]
+    assert best[-1] <= found.effects[1].divergence[0]
+
+
+def test_what_one_scale_a_channel_does_is_told(small: onnx.ModelProto, batches: Batches) -> None:
+    """By value: the file with one scale a weight is written here by hand, from channels that lie far apart."""
+    plan, table = make_plan(small), table_of(small)
+    held = [SMALL.normalize(images(56)[40:])]
+    scales = {name: np.full(len(each), each.max(), np.float32) for name, each in table.weight_scales.items()}
+    coarse_file = write_int8(small, plan, replace(table, weight_scales=scales))
+    told = cured(small, table, batches, until_points=np.inf).effects[0]
+    fp32 = run(small, held)
+    before, after = (
+        float(divergences(fp32, run(each, held)).mean()) for each in (coarse_file, write_int8(small, plan, table))
+    )
+    assert (told.cure, told.kept) == (BY_CHANNEL, True)
+    assert told.divergence == pytest.approx((before, after))
+    assert before > after

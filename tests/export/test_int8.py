@@ -18,9 +18,11 @@ from kdedge_export.cpu.cpu_form import cpu_form
 from kdedge_export.cpu.lint import lint_int8, require_clean
 from kdedge_export.cpu.plan import Plan, make_plan
 from kdedge_export.cpu.qdq import write_int8
+from kdedge_export.cures.walk import weighted_layers
 from kdedge_export.float_form.onnx_export import export_float
+from kdedge_export.graph import Graph
 from kdedge_export.sessions import run_onnx
-from kdedge_export.table import U8, RangeTable
+from kdedge_export.table import U8, RangeTable, natural_weight_scales
 
 from .conftest import CLASSES, SMALL, images, network, warm
 
@@ -386,3 +388,24 @@ def test_layers_called_like_what_the_writer_adds() -> None:
         floats.append(run_onnx(write_int8(each, part, table).SerializeToString(), batch))
         assert plan.layers > part.layers
     assert np.array_equal(*floats), "with a layer left in float, which reads scales by channel"
+
+
+def most_bytes(model: onnx.ModelProto, plan: Plan) -> float:
+    """A quarter of the weights in 8 bits, all else as in FP32, and the overhead that export/README.md states."""
+    graph = Graph(model)
+    weights = [graph.constant(node.input[1]) for node in weighted_layers(model, plan)]
+    quantized = sum(each.nbytes for each in weights if each is not None)
+    channels = sum(len(each) for each in weights if each is not None)
+    return quantized / 4 + model.ByteSize() - quantized + 8 * channels + 1024 * len(graph.nodes) + 100_000
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3"])
+def test_the_size_of_the_file(name: str, request: pytest.FixtureRequest) -> None:
+    """All in 8 bits, and with every fifth layer in float."""
+    model = cpu_form(request.getfixturevalue(name)[1])
+    plan = make_plan(model)
+    mixed = make_plan(model, frozenset(node.name for node in weighted_layers(model, plan)[::5]))
+    table = RangeTable(dict.fromkeys(plan.tensors, (-1.0, 1.0)), natural_weight_scales(model, plan.layers))
+    whole, partly = (write_int8(model, each, table).ByteSize() for each in (plan, mixed))
+    assert whole <= most_bytes(model, plan)
+    assert whole < partly <= most_bytes(model, mixed)

@@ -1,12 +1,13 @@
 """The cures one after the other, each kept only where images that had no part in it say that it helps.
 
-Bias correction comes first and equalization is judged with it, since the shift of the means hides all else; AdaRound
-(which corrects biases too) last, since it costs most. N images, K classes.
+One scale an output channel of a weight is in every file; what one a weight would have cost is told first. Then comes
+bias correction, and equalization is judged with it, since the shift of the means hides all else; AdaRound (which
+corrects biases too) last, since it costs most. N images, K classes.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from kdedge_export.cures.taps import Batches, set_constant
 from kdedge_export.graph import Graph
 from kdedge_export.table import RangeTable
 
-__all__ = ["Cured", "Effect", "cure", "partly_float"]
+__all__ = ["BY_CHANNEL", "Cured", "Effect", "cure", "partly_float"]
 
+BY_CHANNEL = "one weight scale a channel"
 Logits = npt.NDArray[np.float32]
 
 
@@ -81,13 +83,15 @@ def cure(
 ) -> Cured:
     """`batches`: calibration images. `logits(model, table)`: of the INT8 file, and `fp32`, [N, K] on the held slice.
 
-    A cure is kept where the mean divergence falls by more than its standard error, image by image. AdaRound is tried
+    The first effect is that of one scale a channel, which is kept whatever it did. A cure is kept where the mean
+    divergence falls by more than its standard error, image by image. AdaRound is tried
     while more than `until_points` of 100 images of the slice get another class (0: always, unless none does; infinite:
     never). `recalibrate` gives the table of a model whose ranges have moved. `plan` holds for the result.
     """
     if len(fp32) == 0:
         return Cured(model, model, table, ())
     trial = _Trial(_Candidate(model, table, model), logits, fp32, say)
+    trial.tell_by_channel()
 
     def biased() -> _Candidate:
         return _Candidate(correct_bias(model, plan, table, batches), table, model)
@@ -157,6 +161,21 @@ class _Trial:
         self.effects: list[Effect] = []
         self.divergences, self.points = self._measured(first)
 
+    def tell_by_channel(self) -> None:
+        """What one scale a channel does beside one scale a weight, wide enough for its largest channel."""
+        started = time.perf_counter()
+        scales = self.best.table.weight_scales
+        wide = {name: np.full_like(each, each.max(initial=0.0)) for name, each in scales.items()}
+        coarse = replace(self.best, table=replace(self.best.table, weight_scales=wide))
+        found, points = self._measured(coarse)
+        self._note(
+            BY_CHANNEL,
+            True,
+            (found.mean(), self.divergences.mean()),
+            (points, self.points),
+            time.perf_counter() - started,
+        )
+
     def attempt(self, name: str, make: Callable[[], _Candidate]) -> None:
         started = time.perf_counter()
         try:
@@ -168,17 +187,16 @@ class _Trial:
         found, points = self._measured(candidate)
         gain = self.divergences - found
         kept = bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
-        effect = Effect(
-            cure=name,
-            kept=kept,
-            divergence=(float(self.divergences.mean()), float(found.mean())),
-            disagreement_points=(self.points, points),
-            seconds=seconds,
-        )
-        self.effects.append(effect)
-        self.say(str(effect))
+        self._note(name, kept, (self.divergences.mean(), found.mean()), (self.points, points), seconds)
         if kept:
             self.best, self.divergences, self.points = candidate, found, points
+
+    def _note(
+        self, name: str, kept: bool, divergence: tuple[float, float], points: tuple[float, float], seconds: float
+    ) -> None:
+        effect = Effect(name, kept, (float(divergence[0]), float(divergence[1])), points, seconds)
+        self.effects.append(effect)
+        self.say(str(effect))
 
     def _measured(self, candidate: _Candidate) -> tuple[npt.NDArray[np.float64], float]:
         """KL of each image, and the points of disagreement."""
