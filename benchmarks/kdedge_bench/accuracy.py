@@ -33,12 +33,16 @@ Accuracy = dict[str, Any]
 @final
 @dataclass(frozen=True)
 class Exam:
-    """The images that files of a bundle are scored on. `run`: whose test split it is; None: the bundle's eval.npz."""
+    """The images that files of a bundle are scored on. `run`: whose test split it is; None: the bundle's eval.npz.
+
+    `sha256`: of that file, or of the names of a run's images, whose pixels and labels are in `fingerprint`.
+    """
 
     bundle: Path
     split: str
     sha256: str
     run: Path | None = None
+    fingerprint: str | None = None
 
 
 def scores_folder() -> Path:
@@ -62,11 +66,11 @@ def _test_exam(folder: Path) -> Exam | None:
     try:
         splits = read_json(run.splits_path)
         test = splits["splits"]["test"]
-        count, sha256 = test["count"], test["sha256"]
+        count, sha256, fingerprint = test["count"], test["sha256"], splits.get("fingerprint")
     except (RunError, KeyError, TypeError):
         return None
     split = "val" if splits.get("test_is_val") else "test"
-    return Exam(folder, split, str(sha256), run.path) if count and sha256 else None
+    return Exam(folder, split, str(sha256), run.path, fingerprint) if count and sha256 else None
 
 
 def carried_exam(folder: Path) -> Exam | None:
@@ -121,6 +125,7 @@ def _key(record: Record, exam: Exam) -> dict[str, Any]:
     return {
         "sha256": artifact["sha256"],
         "images_sha256": exam.sha256,
+        "data_fingerprint": exam.fingerprint,
         "runtime": artifact.get("runtime"),
         "version": artifact.get("version"),
         "machine": record["machine"].get("name"),

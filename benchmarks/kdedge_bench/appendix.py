@@ -13,10 +13,10 @@ __all__ = ["commands", "conditions", "hashes", "provenance", "stages"]
 
 
 def conditions(facts: Facts) -> list[tuple[str, str]]:
-    """How the newest measurement was made; the others of the same batch differ in temperature and load only."""
-    if not facts.records:
+    """How the newest measurement was made; others of its session differ in what the tables say, and in temperature."""
+    record = facts.newest
+    if record is None:
         return []
-    record = facts.records[0]
     artifact = record["artifact"]
     rows = [("Machine", machine_name(record))]
     machine = record.get("machine")
@@ -144,6 +144,6 @@ def commands(facts: Facts) -> list[str]:
     if result.get("labels") is not None:
         words += ["--labels", str(result["labels"])]
     train = shlex.join([*words, "--seed", str(result.get("seed", 0))])
-    effort = ((facts.records[0].get("conditions") or {}).get("effort") if facts.records else None) or "quick"
+    effort = ((facts.newest or {}).get("conditions") or {}).get("effort") or "quick"
     export = "kdedge export" + (" --int8" if "int8" in ((facts.bundle or {}).get("artifacts") or {"int8": 1}) else "")
     return [train, export, f"kdedge bench --effort {effort}", "kdedge report"]

@@ -13,7 +13,7 @@ from kdedge.errors import BudgetFailed, RunError
 from kdedge.intervals import newcombe
 from kdedge_bench.formats import milliseconds, percent
 from kdedge_bench.records import flags, power_mode
-from kdedge_bench.sides import Side, read_side
+from kdedge_bench.sides import Side, matched, read_side
 from kdedge_bench.slowdown import Slowdown, Verdict, judge, repeats_wanted, slowdown
 from kdedge_bench.stats import PairedDifference, paired_difference
 from kdedge_bench.table import artifact_label
@@ -42,7 +42,7 @@ def compare(
     of None is not judged. CompareFailed where a verdict is *fail*. RunError where a budget is given and its number was
     not measured: what nobody measured does not pass.
     """
-    old, young = read_side(base, artifact), read_side(new, artifact)
+    old, young = matched(read_side(base, artifact), read_side(new, artifact))
     paired = _paired(old, young)
     drop, interval = _drop(old, young, paired)
     slower, why_not = _slower(old, young)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kdedge.errors import RunError
 from kdedge.runs import Run, read_json
-from kdedge_bench.records import Record, machine_name, read_records
+from kdedge_bench.records import Record, measured_under, model_sha256, one_image, read_records
 
 __all__ = ["Facts", "array_file", "read_facts"]
 
@@ -84,16 +84,33 @@ class Facts:
         scored = ((self.bundle or {}).get("accuracy") or {}).get("images")
         return scored or _split_size(self.splits, "test")
 
+    @property
+    def artifacts(self) -> Mapping[str, Any]:
+        """What the bundle says of each file; empty before an export."""
+        return (self.bundle or {}).get("artifacts") or {}
+
+    @property
+    def newest(self) -> Record | None:
+        """The measurement whose conditions stand for the run's: the newest of one image at a time, if there is one."""
+        return next((each for each in self.records if one_image(each)), next(iter(self.records), None))
+
+    def measured(self, artifact: str) -> tuple[Record, ...]:
+        """All measurements of `artifact`, newest first."""
+        sha256 = str(self.artifacts.get(artifact, {}).get("sha256"))
+        return tuple(each for each in self.records if model_sha256(each) == sha256)
+
     def record(self, artifact: str) -> Record | None:
-        """The newest measurement of `artifact` on the machine measured last, so that rows of a table are comparable."""
-        if not self.records:
-            return None
-        machine = machine_name(self.records[0])
-        sha256 = str(((self.bundle or {}).get("artifacts") or {}).get(artifact, {}).get("sha256"))
-        for record in self.records:
-            if record["artifact"].get("sha256") == sha256 and machine_name(record) == machine:
-                return record
-        return None
+        """The newest of `artifact` under the conditions of `newest`, so that rows of a table are comparable.
+
+        In the file's own runtime, where that was measured.
+        """
+        found = [
+            each
+            for each in self.measured(artifact)
+            if one_image(each) and self.newest and measured_under(each) == measured_under(self.newest)
+        ]
+        own = self.artifacts.get(artifact, {}).get("runtime")
+        return next((each for each in found if each["artifact"].get("runtime") == own), next(iter(found), None))
 
 
 def read_facts(run: Run) -> Facts:

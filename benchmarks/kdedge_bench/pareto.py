@@ -4,21 +4,26 @@ Accuracies are compared on the same test images, latencies of one image on the s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import DASH, interval, milliseconds, percent, size
-from kdedge_bench.records import Record, latency, machine_name, power_mode
+from kdedge_bench.records import Record, flags, latency, measured_under, model_sha256, one_image
 from kdedge_bench.report_tables import Column, Table
-from kdedge_bench.table import Row, Summary
+from kdedge_bench.rows import scored
+from kdedge_bench.stats import wilson
+from kdedge_bench.table import Row, Summary, artifact_label
 
-__all__ = ["Field", "Point", "beaten_by", "latency_fields", "measurements", "pareto_table", "size_fields"]
+__all__ = ["Field", "Measured", "Point", "beaten_by", "latency_fields", "measurements", "pareto_table", "size_fields"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One file. `cost` is milliseconds or bytes; `low` and `high` are the fastest and slowest of `rounds`, if any."""
+    """One file. `cost` is milliseconds or bytes; `low` and `high` are the fastest and slowest of `rounds`, if any.
+
+    `record`: the measurement of a latency; None of a size.
+    """
 
     run: str
     row: Row
@@ -27,6 +32,7 @@ class Point:
     low: float | None = None
     high: float | None = None
     rounds: int = 0
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,25 @@ class Field:
 
     conditions: str
     points: tuple[Point, ...]
+
+    @property
+    def occasions(self) -> str:
+        """A sentence where the latencies were not all measured in turn, in one session; else empty."""
+        records = [point.record for point in self.points if point.record is not None]
+        sessions = {record.get("session") or id(record) for record in records}
+        if len(sessions) < 2:
+            return ""
+        efforts = list(dict.fromkeys(str(record["conditions"].get("effort") or "unknown") for record in records))
+        said = f", with efforts {' and '.join(efforts)}" if len(efforts) > 1 else ""
+        return f"Measured on several occasions{said}: on another one a machine is some percent faster or slower."
+
+
+class Measured(NamedTuple):
+    """`key` of the file in the bundle, and what a measurement of it is called."""
+
+    key: str
+    name: str
+    record: Record
 
 
 def beaten_by(points: Sequence[Point]) -> list[Point | None]:
@@ -56,22 +81,19 @@ def beaten_by(points: Sequence[Point]) -> list[Point | None]:
     return found
 
 
-def measurements(facts: Facts) -> list[tuple[str, Record]]:
-    """(artifact, record) of each file as it is now: the newest under each machine, threads, batch and power mode."""
-    artifacts = ((facts.bundle or {}).get("artifacts") or {}).items()
-    keys = {str(entry.get("sha256")): key for key, entry in artifacts}
-    found: dict[tuple[Any, ...], tuple[str, Record]] = {}
+def measurements(facts: Facts) -> list[Measured]:
+    """Of each file as it is now, the newest in each runtime under each machine, threads, power mode, batch and mode."""
+    keys = {str(entry.get("sha256")): key for key, entry in facts.artifacts.items()}
+    found: dict[tuple[Any, ...], Measured] = {}
     for record in facts.records:
-        key = keys.get(str(record["artifact"].get("sha256")))
+        key = keys.get(model_sha256(record))
         if key is not None:
-            runtime, batch = record["artifact"].get("runtime"), record["conditions"].get("batch")
-            found.setdefault((key, runtime, batch, *_conditions(record)), (key, record))
+            runtime, said = record["artifact"].get("runtime"), record["conditions"]
+            under = (said.get("batch"), said.get("mode") == "offline", *measured_under(record))
+            own = facts.artifacts[key].get("runtime") in (None, runtime)
+            name = artifact_label(key) + ("" if own else f" ({runtime})")
+            found.setdefault((key, runtime, *under), Measured(key, name, record))
     return list(found.values())
-
-
-def _conditions(record: Record) -> tuple[Any, ...]:
-    said = record["conditions"]
-    return machine_name(record), said.get("threads"), power_mode(record) or ""
 
 
 def _told(machine: str, threads: int | None, mode: str) -> str:
@@ -91,15 +113,28 @@ def latency_fields(runs: Sequence[tuple[Facts, Summary]]) -> list[Field]:
     """A field for each set of test images and conditions of measurement; the runtime is the file's own matter."""
     fields: dict[tuple[Any, ...], list[Point]] = {}
     for facts, found in runs:
-        for key, record in measurements(facts):
-            row, cost = found.row(key), latency(record, "compute").get("p90")
-            if row is None or row.accuracy is None or cost is None or (record["conditions"].get("batch") or 1) > 1:
-                continue  # the times of a batch are no latency of one image
-            rounds = [value for value in (record.get("rounds_ms") or {}).get("p90") or [] if value is not None]
+        for each in measurements(facts):
+            row, cost = _row(facts, found, each), latency(each.record, "compute").get("p90")
+            if row is None or row.accuracy is None or cost is None or not one_image(each.record):
+                continue
+            rounds = [value for value in (each.record.get("rounds_ms") or {}).get("p90") or [] if value is not None]
             low, high = (min(rounds), max(rounds)) if len(rounds) > 1 else (None, None)
-            point = Point(found.run, row, row.accuracy, float(cost), low, high, len(rounds))
-            fields.setdefault((_test_images(facts), *_conditions(record)), []).append(point)
+            point = Point(found.run, row, row.accuracy, float(cost), low, high, len(rounds), each.record)
+            fields.setdefault((_test_images(facts), *measured_under(each.record)), []).append(point)
     return _fields(runs, fields, lambda key: _told(*key[1:]))
+
+
+def _row(facts: Facts, found: Summary, each: Measured) -> Row | None:
+    """The file's row as this measurement has it: another runtime may give another class."""
+    row, told = found.row(each.key), scored(each.record.get("accuracy"))
+    if row is None:
+        return None
+    row = replace(row, name=each.name, flags=tuple(flags(each.record)))
+    test = ((facts.splits or {}).get("splits") or {}).get("test") or {}
+    if told is None or not told.images or told.sha256 != test.get("sha256"):
+        return row
+    low, high = wilson(round(told.value * told.images), told.images)
+    return replace(row, accuracy=told.value, low=low, high=high, images=told.images)
 
 
 def size_fields(runs: Sequence[tuple[Facts, Summary]]) -> list[Field]:
@@ -133,6 +168,7 @@ def pareto_table(fields: Sequence[tuple[str, Field]]) -> Table:
     for against, field in fields:
         for point, other in zip(field.points, beaten_by(field.points), strict=True):
             timed = against == "latency"
+            record: Record = point.record or {"artifact": {}, "conditions": {}}
             rows.append(
                 {
                     "against": against,
@@ -147,6 +183,9 @@ def pareto_table(fields: Sequence[tuple[str, Field]]) -> Table:
                     "p90_ms": point.cost if timed else None,
                     "lowest_round_p90_ms": point.low,
                     "highest_round_p90_ms": point.high,
+                    "runtime": record["artifact"].get("runtime"),
+                    "session": record.get("session"),
+                    "effort": record["conditions"].get("effort"),
                     "bytes": point.row.bytes,
                     "shipped": point.row.shipped,
                     "beaten_by": other and f"{other.run} {other.row.key}",

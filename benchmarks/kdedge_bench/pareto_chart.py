@@ -243,8 +243,9 @@ def _tiny(class_: str, drawn: str) -> str:
 def _caption(field: Field, cost: Cost) -> str:
     rounds = " and across from the fastest round to the slowest" if any(point.low for point in field.points) else ""
     where = f" On {field.conditions}." if field.conditions else ""
+    occasions = f" {field.occasions}" if field.occasions else ""
     return (
         f"Test accuracy against {cost.name}; up and to the left is better. Bars are the 95 % interval over the test "
         f"images{rounds}. Filled is what ships. Faded: another one here is as accurate and {cost.as_cheap} or better, "
-        f"by the numbers as they stand; where intervals overlap, that can be chance.{where}"
+        f"by the numbers as they stand; where intervals overlap, that can be chance.{where}{occasions}"
     )

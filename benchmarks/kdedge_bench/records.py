@@ -9,24 +9,43 @@ from kdedge.errors import RunError
 from kdedge.runs import read_json
 from kdedge_device.record import SCHEMA
 
-__all__ = ["Record", "check_record", "file_name", "flags", "latency", "machine_name", "power_mode", "read_records"]
+__all__ = [
+    "Record",
+    "check_record",
+    "file_name",
+    "flags",
+    "latency",
+    "machine_name",
+    "measured_under",
+    "model_sha256",
+    "one_image",
+    "power_mode",
+    "read_records",
+    "record_files",
+]
 
 Record = dict[str, Any]
+
+
+def record_files(folder: Path) -> list[Path]:
+    """What `kdedge bench` wrote into `folder` and, with --suite, below it; `folder` may be a suite's own."""
+    if (folder / "suite.json").is_file():
+        folder = folder / "records"
+    return [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/records/*.json"))]
 
 
 def read_records(folder: Path, bundle: Mapping[str, Any] | None) -> tuple[tuple[Record, ...], int]:
     """Records in `folder`, newest first, and how many were left out because their file has changed since.
 
-    A latency belongs to the bytes that were timed: a record whose sha256 is not in the bundle is of an earlier export.
-    RunError where a record is damaged or of a newer kdedge.
+    A latency belongs to the bytes that were timed: a record of a model that is not in the bundle is of an earlier
+    export. RunError where a record is damaged or of a newer kdedge.
     """
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    records = [check_record(read_json(path), path) for path in paths]
+    records = [check_record(read_json(path), path) for path in record_files(folder)]
     records.sort(key=lambda record: str(record.get("started_at") or ""), reverse=True)
     if bundle is None:
         return tuple(records), 0
     known = {str(entry.get("sha256")) for entry in (bundle.get("artifacts") or {}).values()}
-    current = [record for record in records if str(record["artifact"].get("sha256")) in known]
+    current = [record for record in records if model_sha256(record) in known]
     return tuple(current), len(records) - len(current)
 
 
@@ -42,6 +61,23 @@ def check_record(document: Any, path: Path) -> Record:
         if not isinstance(document.get(key), dict):
             raise RunError(f"{path} has no '{key}'; a measurement record was expected. Measure again: kdedge bench.")
     return document
+
+
+def model_sha256(record: Record) -> str:
+    """Of the ONNX file that was timed, or that the engine was built of which was timed."""
+    artifact = record["artifact"]
+    return str(artifact.get("onnx_sha256") or artifact.get("sha256"))
+
+
+def one_image(record: Record) -> bool:
+    """Whether its times are of one image at a time: those of a batch, or of batch after batch, are no such latency."""
+    said = record["conditions"]
+    return said.get("mode") != "offline" and (said.get("batch") or 1) == 1
+
+
+def measured_under(record: Record) -> tuple[str, int | None, str]:
+    """(machine, threads, power mode): what latencies have to share before one is told beside the other."""
+    return machine_name(record), record["conditions"].get("threads"), power_mode(record) or ""
 
 
 def latency(record: Record | None, part: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from kdedge_bench.pareto import latency_fields, size_fields
 from kdedge_bench.pareto_chart import LATENCY, SIZE, Plot, plot
 from kdedge_bench.pictures import Load, Strip, strip
 from kdedge_bench.report_classes import change
-from kdedge_bench.report_latency import energy, latencies, spreads
+from kdedge_bench.report_latency import energy, latencies, spreads, throughput
 from kdedge_bench.report_tables import Column, Table
 from kdedge_bench.report_verdict import verdict
 from kdedge_bench.sentences import headline, pretraining_sentence, trusted_sentences
@@ -113,7 +113,8 @@ def _tables(facts: Facts, found: Summary, matrix: Any, label: str, int8: Int8Sec
     every = [_networks(found), verdict(facts), classes]
     if int8:
         every += [int8.files, int8.change, int8.layers, int8.lost_images, int8.moved, int8.ways, int8.cures]
-    every += [latencies(facts), energy(facts), pseudo.stage_ends(facts), pseudo.filters(facts), stages(facts)]
+    every += [latencies(facts), throughput(facts), energy(facts)]
+    every += [pseudo.stage_ends(facts), pseudo.filters(facts), stages(facts)]
     return {table.key: table for table in every}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from kdedge import __version__
 from kdedge.errors import RunError
 from kdedge.runs import read_json, write_bytes
+from kdedge_bench.cells import escaped
 from kdedge_bench.report_chapter import Chapter
 from kdedge_bench.report_tables import Table, as_csv, as_markdown
 
@@ -83,9 +84,11 @@ def _markdown(chapters: Sequence[Chapter], pareto: Table) -> str:
     if pareto:
         parts += [f"## {pareto.title}", as_markdown(pareto)]
     for chapter in chapters:
-        parts += [f"## {chapter.name}", chapter.headline, *(f"**Alarm.** {sentence}" for sentence in chapter.alarms)]
+        parts += [f"## {escaped(chapter.name)}", escaped(chapter.headline)]
+        parts += [f"**Alarm.** {escaped(sentence)}" for sentence in chapter.alarms]
         for table in filter(None, chapter.tables.values()):
-            parts += [f"### {table.title}", as_markdown(table)]
+            parts += [f"### {escaped(table.title)}", as_markdown(table)]
             if table.key == "networks":
-                parts += list(filter(None, [" ".join(chapter.notes), chapter.decision, *chapter.gaps]))
+                said = filter(None, [" ".join(chapter.notes), chapter.decision, *chapter.gaps])
+                parts += map(escaped, said)
     return "\n\n".join(parts) + "\n"

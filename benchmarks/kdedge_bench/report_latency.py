@@ -5,13 +5,12 @@ from typing import Any
 
 from kdedge_bench.facts import Facts
 from kdedge_bench.formats import DASH, count, milliseconds, shorten
-from kdedge_bench.pareto import measurements
-from kdedge_bench.records import Record, flags, latency, machine_name, power_mode
+from kdedge_bench.pareto import Measured, measurements
+from kdedge_bench.records import flags, latency, machine_name, one_image, power_mode
 from kdedge_bench.report_plot import WIDTH_PX, Scale, element, label, svg, x_axis
 from kdedge_bench.report_tables import Column, Table
-from kdedge_bench.table import artifact_label
 
-__all__ = ["energy", "latencies", "spreads"]
+__all__ = ["energy", "latencies", "spreads", "throughput"]
 
 PARTS = {"compute": "compute", "with_copies": "with copies", "end_to_end": "end to end"}
 NUMBERS = ("p50", "p90", "p99", "min", "max", "mean", "std")
@@ -23,38 +22,44 @@ BANDS = ((1, 99, 4), (5, 95, 9), (10, 90, 13), (25, 75, 17))  # from, to, height
 def latencies(facts: Facts) -> Table:
     """Every part of every measurement: its times in milliseconds, and p90 of each round."""
     rows = []
-    for key, record in _sorted(facts):
-        for part, name in PARTS.items():
-            times = latency(record, part)
+    for each in _sorted(facts):
+        for part, what in PARTS.items():
+            times = latency(each.record, part)
             if times:
-                rows.append(_row(key, record, part, name, times))
+                rows.append(_row(each, part, what, times))
     columns = (
         Column("Artifact", ("name",), text=True),
         Column("What is timed", ("what",), text=True),
         *(Column(f"{number} ms", (f"{number}_ms",), milliseconds) for number in NUMBERS),
         Column("runs", ("runs",), count),
     )
-    differing = ("machine", "Machine"), ("runtime", "Runtime"), ("threads", "Threads"), ("batch", "Batch")
+    words = ("machine", "Machine"), ("power_mode", "Power mode"), ("runtime", "Runtime")
+    differing = [*words, ("threads", "Threads"), ("batch", "Batch")]
     several = [
-        Column(heading, (key,), text=key in ("machine", "runtime"))
+        Column(heading, (key,), text=(key, heading) in words)
         for key, heading in differing
         if len({row[key] for row in rows}) > 1
     ]
     return Table("latencies", "Latencies", (columns[0], *several, *columns[1:]), tuple(rows))
 
 
-def _sorted(facts: Facts) -> list[tuple[str, Record]]:
-    return sorted(measurements(facts), key=lambda found: (machine_name(found[1]), found[0]))
+def _sorted(facts: Facts) -> list[Measured]:
+    def place(each: Measured) -> tuple[str, str, str, bool]:
+        return machine_name(each.record), each.key, each.name, not one_image(each.record)
+
+    return sorted(measurements(facts), key=place)
 
 
-def _row(key: str, record: Record, part: str, name: str, times: dict[str, Any]) -> dict[str, Any]:
+def _row(each: Measured, part: str, what: str, times: dict[str, Any]) -> dict[str, Any]:
+    record = each.record
     said, rounds = record["conditions"], (record.get("rounds_ms") or {}) if part == "compute" else {}
     quantiles = (record.get("quantiles_ms") or {}).get(part) or {}
     return {
-        "artifact": key,
-        "name": artifact_label(key),
+        "artifact": each.key,
+        "name": each.name,
         "machine": machine_name(record),
-        "what": name,
+        "power_mode": power_mode(record),
+        "what": what,
         **{f"{number}_ms": times.get(number) for number in NUMBERS},
         "runs": times.get("count"),
         **{f"p{quantile}_ms": quantiles.get(quantile) for quantile in QUANTILES},
@@ -63,34 +68,67 @@ def _row(key: str, record: Record, part: str, name: str, times: dict[str, Any]) 
         "threads": said.get("threads"),
         "batch": said.get("batch"),
         "effort": said.get("effort"),
+        "session": record.get("session"),
         "runtime": record["artifact"].get("runtime"),
         "flags": flags(record),
         "started_at": record.get("started_at"),
     }
 
 
+def throughput(facts: Facts) -> Table:
+    """Images a second of what was measured offline, batch after batch; no rows where nothing was."""
+    rows = [_rate(each) for each in _sorted(facts) if each.record["conditions"].get("mode") == "offline"]
+    columns = (
+        Column("Artifact", ("name",), text=True),
+        Column("Machine", ("machine",), text=True),
+        Column("Threads", ("threads",)),
+        Column("Batch", ("batch",)),
+        Column("Images a second", ("throughput_ips",), lambda ips: DASH if ips is None else f"{ips:,.1f}"),
+    )
+    return Table("throughput", "Throughput", columns, tuple(rows))
+
+
+def _rate(each: Measured) -> dict[str, Any]:
+    record = each.record
+    return {
+        "artifact": each.key,
+        "name": each.name,
+        "machine": machine_name(record),
+        "power_mode": power_mode(record),
+        "threads": record["conditions"].get("threads"),
+        "batch": record["conditions"].get("batch"),
+        "mode": record["conditions"].get("mode"),
+        "runtime": record["artifact"].get("runtime"),
+        "throughput_ips": record.get("throughput_ips"),
+    }
+
+
 def energy(facts: Facts) -> Table:
     """What an inference costs, where something measured power; no rows where nothing did."""
     rows = [
-        {
-            "artifact": key,
-            "name": artifact_label(key),
-            "machine": machine_name(record),
-            "power_mode": power_mode(record),
-            "energy_mj_per_inference": record.get("energy_mj_per_inference"),
-            "throughput_ips": record.get("throughput_ips"),
-            "source": _source(record.get("energy_source")),
+        _rate(each)
+        | {
+            "energy_mj_per_inference": each.record.get("energy_mj_per_inference"),
+            "source": _source(each.record.get("energy_source")),
         }
-        for key, record in _sorted(facts)
+        for each in _sorted(facts)
     ]
     columns = (
         Column("Artifact", ("name",), text=True),
         Column("Machine", ("machine",), text=True),
         Column("Power mode", ("power_mode",), text=True),
+        Column("Images", ("mode", "batch"), _images, text=True),
         Column("mJ an inference", ("energy_mj_per_inference",), lambda mj: DASH if mj is None else f"{mj:.3g}"),
         Column("Measured by", ("source",), text=True),
     )
     return Table("energy", "Energy", columns, tuple(row for row in rows if row["energy_mj_per_inference"] is not None))
+
+
+def _images(mode: str | None, batch: int | None) -> str:
+    """How they come, which an inference costs less or more by."""
+    if mode == "offline":
+        return f"batch after batch of {batch}"
+    return f"in batches of {batch}" if (batch or 1) > 1 else "one by one"
 
 
 def _source(said: Any) -> str | None:
@@ -101,13 +139,14 @@ def _source(said: Any) -> str | None:
 
 
 def spreads(table: Table) -> list[tuple[str, str]]:
-    """(conditions, an <svg>) for each machine, threads and batch: strips of the rows of `latencies` on one axis."""
+    """(conditions, an <svg>) for each of them: strips of the rows of `latencies` on one axis."""
     places: dict[str, list[Mapping[str, Any]]] = {}
     for row in table.rows:
         if row["p90_ms"] is not None:
             batch = f", batches of {row['batch']}" if (row["batch"] or 1) > 1 else ""
             threads = f", {row['threads']} thread{'s' if row['threads'] != 1 else ''}" if row["threads"] else ""
-            places.setdefault(f"{row['machine']}{threads}{batch}", []).append(row)
+            mode = f", power mode {row['power_mode']}" if row["power_mode"] else ""
+            places.setdefault(f"{row['machine']}{threads}{mode}{batch}", []).append(row)
     return [(place, _strips(rows)) for place, rows in places.items()]
 
 

@@ -1,32 +1,47 @@
 """What `kdedge compare` sets side by side: a run, a bundle that left its run, or a folder of records."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from kdedge.errors import RunError
 from kdedge.runs import Run, read_json
 from kdedge_bench.facts import Facts, read_facts
-from kdedge_bench.records import Record, flags, latency, machine_name, read_records
+from kdedge_bench.records import (
+    Record,
+    flags,
+    latency,
+    machine_name,
+    measured_under,
+    model_sha256,
+    one_image,
+    read_records,
+    record_files,
+)
 from kdedge_bench.rows import scored
 from kdedge_bench.table import summarize
 
-__all__ = ["Side", "read_side"]
+__all__ = ["Side", "matched", "read_side"]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One artifact with what is known of it. `right`: image id -> is it right, for test images of known class."""
+    """One artifact with what is known of it. `right`: image id -> is it right, for test images of known class.
+
+    `records`: its measurements, newest first; `record`: the one that is compared, once `matched` has chosen it.
+    """
 
     path: Path
     name: str
     artifact: str
     accuracy: float | None
     images: int | None
-    record: Record | None
+    records: tuple[Record, ...] = ()
     exam: str | None = None  # the hash of the images it was scored on
     right: dict[str, bool] = field(default_factory=dict)
+    record: Record | None = None
 
     @property
     def p90_ms(self) -> float | None:
@@ -53,6 +68,39 @@ class Side:
         }  # fmt: skip
 
 
+def matched(base: Side, new: Side) -> tuple[Side, Side]:
+    """Both with the measurements that tell most about each other.
+
+    Those under the same conditions, of one image rather than a batch, in turn rather than on two occasions, in one
+    runtime; and of several such the newest. What a record alone knows of accuracy is its side's.
+    """
+
+    def worth(pair: tuple[Record | None, Record | None]) -> tuple[int | bool, ...]:
+        one, other = pair
+        timed = sum(latency(each, "compute").get("p90") is not None for each in pair)
+        if one is None or other is None:
+            return (timed,)
+        alike = _under(one) == _under(other)
+        in_turn = one.get("session") is not None and one.get("session") == other.get("session")
+        runtime = one["artifact"].get("runtime") == other["artifact"].get("runtime")
+        return timed, alike, one_image(one), in_turn, runtime
+
+    pairs = product(base.records or (None,), new.records or (None,))
+    one, other = max(pairs, key=worth)  # the first of the best
+    return _with(base, one), _with(new, other)
+
+
+def _under(record: Record) -> tuple[Any, ...]:
+    return *measured_under(record), record["conditions"].get("batch")
+
+
+def _with(side: Side, record: Record | None) -> Side:
+    found = scored((record or {}).get("accuracy")) if side.accuracy is None else None
+    if found is None:
+        return replace(side, record=record)
+    return replace(side, record=record, accuracy=found.value, images=found.images, exam=found.sha256)
+
+
 def read_side(path: Path, artifact: str | None = None) -> Side:
     """What `path` ships, or its `artifact`. RunError where it is none of the three, or has no such artifact."""
     if not path.is_dir():
@@ -63,7 +111,7 @@ def read_side(path: Path, artifact: str | None = None) -> Side:
     manifest = _manifest(path)
     if manifest is not None and isinstance(manifest.get("artifacts"), dict):
         return _of_bundle(path, manifest, artifact)
-    if manifest is None and any(path.glob("*.json")):
+    if manifest is None and record_files(path):
         return _of_records(path, artifact)
     return _of_run(path, artifact)
 
@@ -83,9 +131,8 @@ def _of_run(path: Path, artifact: str | None) -> Side:
     if row is None:
         raise _unknown(path, artifact, [each.key for each in found.rows])
     right = _right_by_id(facts, row.key)
-    return Side(
-        path, facts.name, row.key, row.accuracy, facts.test_images, facts.record(row.key), _exam(facts.bundle), right
-    )
+    records, exam = facts.measured(row.key), _exam(facts.bundle)
+    return Side(path, facts.name, row.key, row.accuracy, facts.test_images, records, exam, right)
 
 
 def _of_bundle(path: Path, manifest: dict[str, Any], artifact: str | None) -> Side:
@@ -95,26 +142,32 @@ def _of_bundle(path: Path, manifest: dict[str, Any], artifact: str | None) -> Si
         raise _unknown(path, chosen, manifest["artifacts"])
     records, _ = read_records(path / "bench", manifest)
     sha256 = manifest["artifacts"][chosen].get("sha256")
-    record = next((each for each in records if each["artifact"].get("sha256") == sha256), None)
-    scored = manifest.get("accuracy") or {}
+    own = tuple(each for each in records if model_sha256(each) == sha256)
+    images = (manifest.get("accuracy") or {}).get("images") or None
     accuracy = manifest["artifacts"][chosen].get("accuracy")
-    return Side(path, path.name, chosen, accuracy, scored.get("images") or None, record, _exam(manifest))
+    return Side(path, path.name, chosen, accuracy, images, own, _exam(manifest))
 
 
 def _of_records(path: Path, artifact: str | None) -> Side:
-    """The newest record of `artifact`, which may be left out where all are of one."""
+    """The records of `artifact`, which may be left out where all are of one."""
     records, _ = read_records(path, None)
-    named: dict[str, Record] = {}
+    several = len({_model(record) for record in records} - {None}) > 1
+    named: dict[str, tuple[Record, ...]] = {}
     for record in records:  # newest first
-        named.setdefault(str(record["artifact"].get("name") or record["artifact"].get("precision")), record)
+        name = str(record["artifact"].get("name") or record["artifact"].get("precision"))
+        name = f"{_model(record)}-{name}" if several and _model(record) else name
+        named[name] = (*named.get(name, ()), record)
     if artifact is None and len(named) > 1:
         raise RunError(f"{path} has records of {', '.join(sorted(named))}. Say which to compare with --artifact NAME.")
     chosen = artifact or next(iter(named))
     if chosen not in named:
         raise _unknown(path, chosen, named)
-    found = scored(named[chosen].get("accuracy"))
-    known = (None, None, None) if found is None else (found.value, found.images, found.sha256)
-    return Side(path, path.name, chosen, known[0], known[1], named[chosen], known[2])
+    return Side(path, path.name, chosen, None, None, named[chosen])
+
+
+def _model(record: Record) -> str | None:
+    """Which of a suite's models it is of; the artifacts of several have the same names."""
+    return ((record.get("suite") or {}).get("combination") or {}).get("model")
 
 
 def _exam(manifest: Mapping[str, Any] | None) -> str | None:

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
-from kdedge.errors import DeviceError
+from kdedge.errors import DeviceError, RunError
 from kdedge.runs import read_json, write_bytes, write_json
+from kdedge_bench.cells import escaped
 from kdedge_bench.records import Record, file_name
 from kdedge_bench.rows import Row, ratio, row_of
 from kdedge_bench.rows_table import as_csv, as_json, as_markdown, as_text
@@ -49,9 +50,13 @@ class Session:
 
 
 def completed(session: Session, record: Record, row: Combination) -> Record:
-    """`record` with what it does not know of the suite it belongs to."""
+    """`record` with what it does not know of the suite it belongs to.
+
+    Its artifact is called as in any other record, by which two suites are compared; a bare file is so by its precision.
+    """
     record["conditions"]["effort"] = told_effort(session.effort, session.repeats)
-    record["artifact"] |= {"name": row.name, "precision": row.precision}
+    bare = session.subject(row).bundle is None
+    record["artifact"] |= {"precision": row.precision} | ({"name": row.precision} if bare else {})
     record["suite"] = {
         "name": session.found.name,
         "combination": asdict(row),
@@ -77,9 +82,10 @@ def finished(session: Session, records: Mapping[str, Record], failed: Mapping[st
     _write_records(folder, records)
     document = _document(session, rows, list(records.values()))
     told = _conditions(document)
-    write_json(out / "suite.json", document)
     write_bytes(out / "suite.csv", as_csv(rows).encode())
-    write_bytes(out / "suite.md", f"# {session.found.name}\n\n{as_markdown(rows)}\n{told}\n".encode())
+    heading = f"# {escaped(session.found.name)}"
+    write_bytes(out / "suite.md", f"{heading}\n\n{as_markdown(rows)}\n{escaped(told)}\n".encode())
+    write_json(out / "suite.json", document)  # last: that this session is over is read from it
     text = f"{as_text(rows)}\n\n{told}\nRecords: {folder}"
     bad = bool(failed) or any(each.failed for each in session.planned)
     return SuiteResult(rows, list(records.values()), document, text, int(bad))
@@ -91,8 +97,17 @@ def _write_records(folder: Path, records: Mapping[str, Record]) -> None:
     for name, record in written.items():
         write_json(folder / name, record)
     for path in folder.glob("*.json"):
-        if path.name not in written and "suite" in read_json(path):
+        if path.name not in written and _of_a_suite(path):
             path.unlink()
+
+
+def _of_a_suite(path: Path) -> bool:
+    """Whatever else lies there, readable or not, is its owner's."""
+    try:
+        document = read_json(path)
+    except RunError:
+        return False
+    return isinstance(document, dict) and "suite" in document
 
 
 def _row(session: Session, row: Combination, records: Mapping[str, Record], why: str | None, usual: str | None) -> Row:

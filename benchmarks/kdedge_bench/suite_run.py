@@ -6,6 +6,7 @@ DIR/rounds/                      rounds that are over, while it runs; the same c
 """
 
 import contextlib
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import final
 
 from kdedge import __version__
-from kdedge.runs import Run
+from kdedge.errors import RunError
+from kdedge.runs import Run, read_json
 from kdedge_bench.accuracy import accuracy_of
 from kdedge_bench.records import Record, check_record
 from kdedge_bench.remote_place import Place
@@ -130,7 +132,7 @@ class _Measured:
 
     def _begin(self) -> None:
         before = self.kept.read()
-        if before.session is None:
+        if before.session is None or before.session == _over(self.out):
             self._say_how_long()
             if self.jobs:
                 self.kept.begin()
@@ -174,10 +176,20 @@ class _Measured:
         return found
 
 
+def _over(out: Path) -> str | None:
+    """The session whose table lies in `out`: its rounds, where they could not be removed, are none to go on with."""
+    path = out / "suite.json"
+    try:
+        document = read_json(path) if path.is_file() else None
+    except RunError:
+        return None
+    return document.get("session") if isinstance(document, dict) else None
+
+
 def _versions() -> dict[str, str]:
     """Of everything that is timed: rounds before and after an update are of two measurements."""
-    found = {"kdedge": __version__}
-    for name in ("onnxruntime", "openvino", "tensorrt"):
+    found = {"kdedge": __version__, "python": platform.python_version()}
+    for name in ("onnxruntime", "openvino", "tensorrt", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

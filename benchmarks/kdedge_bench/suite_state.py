@@ -76,6 +76,7 @@ class Kept:
         write_json(self._path(number), document)
 
     def remove(self) -> None:
+        """What stays is not gone on with: its session is that of the table."""
         with contextlib.suppress(OSError):
             shutil.rmtree(self.folder)
 

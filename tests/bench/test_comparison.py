@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,70 @@ def test_sessions_of_their_own_are_not_paired(make_run: MakeRun) -> None:
     assert (paired["in_turn"], unpaired["in_turn"]) == (True, False)
     width = [each["slower_interval"][1] - each["slower_interval"][0] for each in (paired, unpaired)]
     assert width[0] < width[1]  # the drift is noise then
+
+
+def of_a_suite(run: Path, **changes: Any) -> Path:
+    """The run's records as a suite writes them, with and without batches; those of `kdedge bench` are gone."""
+    folder = run / "bench" / "quick" / "records"
+    folder.mkdir(parents=True)
+    for path in (run / "bench").glob("*.json"):
+        record = json.loads(path.read_text()) | changes
+        record["suite"] = {"combination": {"model": run.name}}
+        record["artifact"]["name"] = record["artifact"]["precision"]
+        (folder / path.name).write_text(json.dumps(record))
+        record["conditions"] |= {"mode": "offline", "batch": 16}
+        record |= {"latency_ms": {"compute": None}, "started_at": "2026-09-09T03:04:05Z"}
+        (folder / f"offline-{path.name}").write_text(json.dumps(record))
+        path.unlink()
+    return folder
+
+
+def test_what_a_suite_measured_is_compared(make_run: MakeRun) -> None:
+    base, new = make_run("base"), make_run("new")
+    slow_down(new, 1.25)
+    folders = [of_a_suite(run) for run in (base, new)]
+    assert compare(base, new)["slower_fraction"] == pytest.approx(0.25)
+    for one, other in (folders, [base / "bench", new / "bench"]):
+        found = compare(one, other, artifact="int8")
+        assert found["slower_fraction"] == pytest.approx(0.25)
+        assert found["base"]["batch"] == 1
+    for folder in folders:
+        (folder.parent / "suite.json").write_text('{"schema": 1}')
+    found = compare(folders[0].parent, folders[1].parent, artifact="fp32")
+    assert found["slower_fraction"] == 0
+
+
+def test_models_of_one_suite_are_told_apart(make_run: MakeRun) -> None:
+    base, other = make_run("base"), make_run("other")
+    slow_down(other, 1.25)
+    folder, more = of_a_suite(base), of_a_suite(other)
+    for path in more.iterdir():
+        shutil.copy(path, folder / f"other-{path.name}")
+    with pytest.raises(RunError, match=r"has records of base-fp32, base-int8, other-fp32, other-int8\. Say which"):
+        compare(folder, folder)
+    assert compare(folder, folder, artifact="other-int8")["new"]["latency_ms_p90"] == pytest.approx(0.0712 * 1.25)
+
+
+def test_records_that_say_most_about_each_other_are_compared(make_run: MakeRun, tmp_path: Path) -> None:
+    """Rather than the newest of each: those under the same conditions, in turn where there are such."""
+    base, new = make_run("base"), make_run("new")
+    in_turn(base, new, 1.5)
+    path = new / "bench" / "example-cpu-int8.json"
+    record = json.loads(path.read_text())
+    record |= {"session": "later", "started_at": "2026-09-09T03:04:05Z"}
+    (new / "bench" / "later.json").write_text(json.dumps(record))
+    record["conditions"]["threads"] = 4
+    (new / "bench" / "threads.json").write_text(json.dumps(record))
+    assert compare(base, new)["in_turn"] is True
+    path.unlink()
+    found = compare(base, new)
+    assert (found["in_turn"], found["new"]["threads"]) == (False, 1)
+    record |= {"accuracy": {"value": 0.5, "images": 540, "sha256": "5" * 64}}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(json.dumps(record))
+    found = compare(tmp_path / "a", tmp_path / "b", max_drop=10)
+    assert (found["drop_points"], found["base"]["accuracy"]) == (0, 0.5)
 
 
 def test_a_budget_that_was_not_measured_does_not_pass(make_run: MakeRun) -> None:

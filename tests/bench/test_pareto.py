@@ -13,7 +13,7 @@ import pytest
 
 from kdedge.runs import Run
 from kdedge_bench.facts import Facts, read_facts
-from kdedge_bench.pareto import Field, Point, beaten_by, latency_fields, measurements, size_fields
+from kdedge_bench.pareto import Field, Point, beaten_by, latency_fields, measurements, pareto_table, size_fields
 from kdedge_bench.pareto_chart import LATENCY, SIZE, plot
 from kdedge_bench.report_plot import Scale, ticks
 from kdedge_bench.table import Row, Summary, summarize
@@ -96,8 +96,49 @@ def test_the_newest_measurement_counts_under_each_condition(make_run: MakeRun) -
     document["conditions"]["threads"] = 2
     (run / "bench" / "two-threads-int8.json").write_text(json.dumps(document))
     found = [(key, record["conditions"]["threads"], record["latency_ms"]["compute"]["p90"])
-             for key, record in measurements(read_facts(Run(run)))]  # fmt: skip
+             for key, _, record in measurements(read_facts(Run(run)))]  # fmt: skip
     assert sorted(found) == [("fp32", 1, 0.1532), ("int8", 1, 0.5), ("int8", 2, 0.5)]
+
+
+def test_another_runtime_has_a_name_and_an_accuracy_of_its_own(make_run: MakeRun) -> None:
+    run = make_run()
+    (path,) = (run / "bench").glob("*-fp32.json")
+    document = json.loads(path.read_text())
+    document["artifact"]["runtime"] = "openvino"
+    document["accuracy"] = {"value": 0.5, "images": 540, "split": "test", "sha256": "5" * 64}
+    document["flags"] = {"unstable": True}
+    (run / "bench" / "openvino-fp32.json").write_text(json.dumps(document))
+    document["artifact"]["sha256"], document["artifact"]["onnx_sha256"] = "e" * 64, document["artifact"]["sha256"]
+    document["artifact"]["runtime"], document["accuracy"]["sha256"] = "tensorrt", "6" * 64
+    (run / "bench" / "engine-fp32.json").write_text(json.dumps(document))
+    facts, found = both(run)
+    (field,) = latency_fields([(facts, found)])
+    told = {each.row.name: (each.accuracy, each.row.flags) for each in field.points if each.row.key == "fp32"}
+    assert told == {
+        "Student FP32": (517 / 540, ()),
+        "Student FP32 (openvino)": (0.5, ("unstable",)),
+        "Student FP32 (tensorrt)": (517 / 540, ("unstable",)),  # scored on other images
+    }
+    assert facts.stale_records == 0, "an engine is of the file it was built of"
+    record = facts.record("fp32")
+    assert record is not None
+    assert record["artifact"]["runtime"] == "onnxruntime"
+
+
+def test_points_of_several_sessions_say_so(make_run: MakeRun) -> None:
+    run = make_run()
+    for artifact in ("fp32", "int8"):
+        change(run, artifact, session="one")
+    (field,) = latency_fields([both(run)])
+    assert field.occasions == ""
+    change(run, "fp32", session="another", conditions={"effort": "standard"})
+    (field,) = latency_fields([both(run)])
+    assert field.occasions.startswith("Measured on several occasions, with efforts standard and quick: ")
+    assert plot(field, LATENCY).caption.endswith(field.occasions)
+    rows = pareto_table([("latency", field)]).rows
+    assert [(row["session"], row["effort"]) for row in rows] == [("another", "standard"), ("one", "quick")]
+    (field,) = size_fields([both(run)])
+    assert field.occasions == ""
 
 
 def test_chart_of_one_run(make_run: MakeRun) -> None:

@@ -20,7 +20,7 @@ from kdedge_bench.pareto import latency_fields
 from kdedge_bench.records import power_mode
 from kdedge_bench.report_chapter import chapter
 from kdedge_bench.report_classes import change, changes
-from kdedge_bench.report_latency import energy, latencies, spreads
+from kdedge_bench.report_latency import energy, latencies, spreads, throughput
 from kdedge_bench.report_tables import Column, Table, as_csv, as_markdown
 from kdedge_bench.stats import paired_difference
 from kdedge_bench.table import summarize
@@ -250,7 +250,7 @@ def test_latencies_and_their_strips(run_folder: Path, two: list[Path]) -> None:
     assert svg.count('class="round"') == 4
     assert svg.count('class="band"') == 2 * 4 + 2
     assert energy(facts).texts()[1] == (
-        "Student INT8", "Example CPU @ 2.0 GHz", "–", "1.23", "VDD_IN of ina3221. the whole board",
+        "Student INT8", "Example CPU @ 2.0 GHz", "–", "one by one", "1.23", "VDD_IN of ina3221. the whole board",
     )  # fmt: skip
 
 
@@ -272,6 +272,43 @@ def test_machines_have_strips_of_their_own(make_run: MakeRun) -> None:
     assert "Board, 1 thread, batches of 8" in [place for place, _ in spreads(table)]
     fields = latency_fields([(facts, summarize(facts))])  # times of a batch are no latency of one image
     assert [len(field.points) for field in fields] == [1, 2]
+
+
+def test_batch_after_batch_is_throughput_and_no_latency(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    edit_records(run, measured_energy)
+    (path,) = (run / "bench").glob("*-int8.json")
+    document = json.loads(path.read_text())
+    document["latency_ms"] = {"compute": None, "with_copies": None, "end_to_end": None}
+    document["conditions"] |= {"mode": "offline", "batch": 16}
+    document |= {"throughput_ips": 12_345.6, "started_at": "2026-02-02T03:04:05Z"}
+    offline = run / "bench" / "quick" / "records" / "offline.json"
+    offline.parent.mkdir(parents=True)
+    offline.write_text(json.dumps(document))
+    facts = read_facts(Run(run))
+    assert throughput(facts).texts() == [("Student INT8", "Example CPU @ 2.0 GHz", "1", "16", "12,345.6")]
+    assert [row[3] for row in energy(facts).texts()] == ["one by one", "one by one", "batch after batch of 16"]
+    assert len(latencies(facts).rows) == 4
+    assert summarize(facts).row("int8").p90_ms == 0.0712, "the newest record is no latency of one image"
+    page = Page(report([run], tmp_path / "x.html", load=black))
+    assert page.table("Artifact", "Machine", "Threads", "Batch", "Images a second")
+    assert dict(chapter(facts, "x", "k", black).conditions)["Batch"] == "1"
+
+
+def test_power_modes_have_strips_of_their_own(make_run: MakeRun) -> None:
+    run = make_run()
+    (path,) = (run / "bench").glob("*-int8.json")
+    document = json.loads(path.read_text())
+    document["conditions"]["power_mode"] = {"id": 2, "name": "15W"}
+    (run / "bench" / "board-int8.json").write_text(json.dumps(document))
+    table = latencies(read_facts(Run(run)))
+    assert "Power mode" in [column.heading for column in table.columns]
+    assert "Example CPU @ 2.0 GHz, 1 thread, power mode 15W" in [place for place, _ in spreads(table)]
+
+
+def test_names_are_no_markup_in_headings(make_run: MakeRun, tmp_path: Path) -> None:
+    report([make_run("<img src=x> a*b*")], tmp_path / "x.html", tables=tmp_path / "t", load=black)
+    assert "## \\<img src=x\\> a\\*b\\*" in (tmp_path / "t" / "report.md").read_text().splitlines()
 
 
 def test_p99_that_is_not_known_is_no_mark(make_run: MakeRun) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from kdedge.errors import BundleError, DeviceError, RecipeError, RunError
-from kdedge_bench import suite_run
+from kdedge.runs import Run
+from kdedge_bench import compare, suite_run, summary
+from kdedge_bench.facts import read_facts
+from kdedge_bench.pareto import latency_fields
 from kdedge_bench.rows import ratio
 from kdedge_bench.suite_run import Stopped, run_suite
 from kdedge_device.bench_rounds import Job, Told
@@ -139,7 +142,7 @@ def test_what_is_on_disk(make_run: MakeRun, tmp_path: Path, simulate: Callable[.
         assert each["session"] == document["session"]
         assert each["repeats"] == 2
         assert each["suite"]["combination"]["model"] == "net"
-        assert each["artifact"]["name"].startswith("net-")
+        assert each["artifact"]["name"] in ("fp32", "int8")
         assert each["accuracy"] is None
     plain = list(csv.DictReader(io.StringIO((out / "suite.csv").read_text())))
     assert [line["way"] for line in plain] == ["FP32", "FP16", "INT8"]
@@ -211,6 +214,73 @@ def test_rounds_of_another_suite_are_not_gone_on_with(
     clock.stop_at = None
     run_suite(suite(tmp_path, "threads: [2]", run), repeats=2, out=out)
     assert len(clock.calls) == 2 + 4
+
+
+def test_what_lies_among_the_records(make_run: MakeRun, tmp_path: Path, simulate: Callable[..., Simulated]) -> None:
+    simulate()
+    records = tmp_path / "out" / "records"
+    records.mkdir(parents=True)
+    for name, text in (("broken", "{bad"), ("number", "5"), ("other", '{"schema": 1}'), ("old", '{"suite": {}}')):
+        (records / f"{name}.json").write_text(text)
+    run_suite(suite(tmp_path, "", make_run()), repeats=1, out=tmp_path / "out")
+    assert (tmp_path / "out" / "suite.md").is_file()
+    left = {path.stem for path in records.iterdir()}
+    assert {"broken", "number", "other"} < left
+    assert "old" not in left, "of another session"
+
+
+def test_rounds_that_could_not_be_removed_are_not_told_again(
+    make_run: MakeRun, tmp_path: Path, simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, out = simulate(), tmp_path / "out"
+    text = suite(tmp_path, "", make_run())
+    with monkeypatch.context() as patched:
+        patched.setattr("kdedge_bench.suite_state.Kept.remove", lambda _: None)
+        first = run_suite(text, repeats=2, out=out)
+    assert (out / "rounds" / "round-002.json").is_file()
+    again = run_suite(text, repeats=2, out=out)
+    assert len(clock.calls) == 2 * 4
+    assert first.document["session"] != again.document["session"]
+
+
+def test_rounds_before_an_update_are_not_gone_on_with(
+    make_run: MakeRun, tmp_path: Path, simulate: Callable[..., Simulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, run, out = simulate(), make_run(), tmp_path / "out"
+    clock.stop_at = 3
+    with pytest.raises(Stopped):
+        run_suite(suite(tmp_path, "", run), repeats=2, out=out)
+    clock.stop_at = None
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    run_suite(suite(tmp_path, "", run), repeats=2, out=out)
+    assert len(clock.calls) == 3 + 4
+
+
+def test_report_and_compare_read_what_a_suite_measured(make_run: MakeRun, simulate: Callable[..., Simulated]) -> None:
+    simulate()
+    runs = [make_run("one"), make_run("two")]
+    for run in runs:
+        for path in (run / "bench").iterdir():
+            path.unlink()
+        run_suite("quick", [run], repeats=1)
+        renamed(run)
+    found = summary(runs[0])
+    assert [row.p90_ms for row in found.rows if row.key in ("fp32", "int8")] == [4.0, 2.0]
+    (field,) = latency_fields([(read_facts(Run(runs[0])), found)])
+    assert [point.cost for point in field.points] == [4.0, 2.0], "nothing of what was measured offline"
+    assert field.occasions == ""
+    assert compare(*runs)["slower_fraction"] == 0
+    folders = [run / "bench" / "quick" / "records" for run in runs]
+    assert compare(*folders, artifact="int8")["slower_fraction"] == 0
+
+
+def renamed(run: Path) -> None:
+    """The simulated process does not know the bundle's bytes."""
+    artifacts = json.loads((run / "bundle" / "manifest.json").read_text())["artifacts"]
+    for path in (run / "bench" / "quick" / "records").iterdir():
+        record = json.loads(path.read_text())
+        record["artifact"]["sha256"] = artifacts[record["artifact"]["name"]]["sha256"]
+        path.write_text(json.dumps(record))
 
 
 def test_models_named_beside_the_suite(make_run: MakeRun, tmp_path: Path, simulate: Callable[..., Simulated]) -> None:
