@@ -217,5 +217,6 @@ def ran_on(subject: Subject, runner: Runner, pool: Pool, threads: int, batch: in
         return Ran(artifact, {**conditions, "threads": threads}, None, None)
     timed_by = {"compute": "CUDA events", "with_copies": "the host's clock, from array to array"}
     artifact["precision"] = subject.precision or runner.precision
+    artifact["onnx_sha256"] = runner.side["fingerprint"].get("onnx_sha256")  # by which a bundle knows its engines
     gpu = runner.here.gpu
     return Ran(artifact, {**conditions, **runner.conditions(), "timed_by": timed_by}, gpu.name, gpu.driver)

@@ -233,6 +233,7 @@ def test_engines_are_timed_with_and_without_copies(
         found = bench(subject, effort, "custom")
         assert (found["artifact"]["runtime"], found["artifact"]["version"]) == ("tensorrt", NEW)
         assert (found["artifact"]["precision"], found["artifact"]["file"]) == ("int8", Path(path).name)
+        assert found["artifact"]["onnx_sha256"] == Bundle(trt_bundle_folder).artifacts["trt-fp16"]["sha256"]
         assert [found["latency_ms"][part]["count"] for part in ("compute", "with_copies", "end_to_end")] == [5, 5, 5]
         conditions = found["conditions"]
         assert (conditions["threads"], conditions["cuda"], conditions["buffers"]) == (None, "ctypes", "pinned")
