@@ -163,3 +163,10 @@ def test_the_readme_tells_what_was_recorded() -> None:
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/engine-race*.json"))]
     assert len(records) >= 4
     assert sorted(table) == sorted(engine_race.markdown_row(found) for record in records for found in record["races"])
+
+
+def test_the_environment_of_the_race_is_pinned() -> None:
+    pins = (RESULTS.parent / "engine" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in pins if not line.startswith("#")]
+    assert {"semilearn==0.3.2", "torch==2.11.0"} <= set(lines)
+    assert all("==" in line and "/" not in line for line in lines), "versions, and no hosts"
