@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
-from kdedge.errors import DeviceError
+from kdedge.errors import DataError, DeviceError
 from kdedge_device.manifest import Bundle
 from kdedge_device.preprocess import Preprocess
 from kdedge_export import export as steps
@@ -21,6 +22,7 @@ from kdedge_export.judging.gate import fill_in
 from kdedge_export.judging.latency import Speedup
 from kdedge_export.targets import load
 
+from .test_export_run import BUNDLE
 from .test_latency import record
 
 LAYERS = ("first", "second", "third", "fourth", "head")
@@ -131,9 +133,24 @@ def test_the_layer_that_is_slow_there_goes_back_to_float(model: Path, here: list
 
 def test_a_file_that_is_fast_there_keeps_all_its_layers(model: Path) -> None:
     _, board = export(model, lambda layers: 1.1)
+    bundle = model.with_suffix(".bundle")
     assert quantization(model)["fallback"]["left_float"] == []
-    assert in_8_bits(model.with_suffix(".bundle") / "model.int8.onnx") == set(LAYERS)
+    assert in_8_bits(bundle / "model.int8.onnx") == set(LAYERS)
+    assert {path.name for path in bundle.iterdir()} == BUNDLE, "the same files as of a run"
+    proof = json.loads((bundle / "proof.json").read_text())
+    assert set(proof["layers"]) == {"int8", "trt", "trt-fp16"}, "of each INT8 file the first layer to diverge"
     assert board.asked == 1
+
+
+def test_images_of_one_colour_leave_nothing(model: Path, tmp_path: Path) -> None:
+    for place in range(24):
+        path = tmp_path / "grey" / "train" / "ab"[place % 2] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * place, np.uint8)).save(path)
+    before = sorted(model.parent.iterdir())
+    with pytest.raises(DataError, match="to calibrate on are of one colour each, from which no range can be learned"):
+        export_file(model, str(tmp_path / "grey"), Options(int8=True), reading=Reading(mean=(0.5,), std=(0.5,)))
+    assert sorted(model.parent.iterdir()) == before
 
 
 def test_where_nothing_helps_there_float_ships(model: Path) -> None:

@@ -14,7 +14,8 @@ from kdedge.data.batches import Batches
 from kdedge.data.sources import open_source
 from kdedge.data.splits import Splits
 from kdedge.errors import ExportError, RecipeError, RunError
-from kdedge.models.weights import load_model
+from kdedge.models.weights import load_model, save_model
+from kdedge.models.zoo import ModelSpec
 from kdedge.recipe import resolve
 from kdedge.run_pool import describe
 from kdedge.runs import Run, read_json
@@ -130,6 +131,25 @@ def test_a_rate_that_destroys_the_student_is_not_taken(
     assert taken in ([pytest.approx(share * 0.1 * 0.03)] for share in (0.1, 0.01))
     assert divergence(run, trained, plan, learned) < 2 * before, "at the recipe's own it is ten times as much"
     assert not (run.path / "qat-checkpoint").exists()
+
+
+def test_the_outer_network_can_be_asked_instead(run: Run, calibrated: Calibrated) -> None:
+    """An outer network with the student's own weights teaches the same, one with others does not."""
+    model, plan, table = calibrated
+    student = load_model(run.student_path)
+    spec = ModelSpec("mobilenet-v2", classes=10, channels=1, width=0.25, halvings=2)
+
+    def trained(teacher: str) -> onnx.ModelProto:
+        config = QATConfig.model_validate({"total_steps": 2, "learning_rate": 1e-3, "teacher": teacher})
+        return run_qat(run, model, plan, table, config, lambda _: None)[0]
+
+    by_student = trained("student")
+    save_model(run.teacher_path, student.module, spec, student.classes, student.preprocess)
+    assert trained("teacher") == by_student
+    with torch.no_grad():
+        student.module.head.weight.neg_()
+    save_model(run.teacher_path, student.module, spec, student.classes, student.preprocess)
+    assert trained("teacher") != by_student
 
 
 def test_a_rate_is_found_once(tmp_path: Path) -> None:
