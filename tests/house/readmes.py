@@ -16,6 +16,7 @@ LANGUAGES = {"console", "text", "yaml", "json", "python"}
 NEEDS = {"board", "gpu", "network", "many-processes", "desktop", "minutes"}
 """What a fence may say it needs, instead of being run."""
 
+_FEW = " --set teacher.optim.total_steps=20 --set student.optim.total_steps=10 --set baseline.optim.total_steps=5"
 _FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=ticks)\s*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(
     r"!?\[[^\]]*\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\""
@@ -50,22 +51,22 @@ def commands(fence: Fence) -> list[str]:
 
 
 def tiny(command: str) -> str:
-    """The same command at tiny size: the recipe `tiny` for every other one, and the quick effort."""
+    """The same command at tiny size: the recipe `tiny` for every other one, fewer steps yet, and the quick effort."""
     command = command.replace("runs/mobilenet-", "runs/tiny-")
     if command.startswith("kdedge recipes copy"):  # trained further down
         return re.sub(r"^(kdedge recipes copy) \S+", r"\1 tiny", command)
     if command.startswith("kdedge train-recipe"):
-        return re.sub(r"^(kdedge train-recipe) (?!-)(?!\S*\.yaml)\S+", r"\1 tiny", command)
+        return re.sub(r"^(kdedge train-recipe) (?!-)(?!\S*\.yaml)\S+", r"\1 tiny", command) + _FEW
     if command.startswith("python -m kdedge_bench.seeds"):
         shrunk = re.sub(r"--seeds( \d+)+", "--seeds 0", re.sub(r"--recipe \S+", "--recipe tiny", command))
-        return shrunk + " --max-drop 100"  # a tiny student would have its layers weighed one by one
+        return shrunk + _FEW + " --max-drop 100"  # a tiny student would have its layers weighed one by one
     if command.startswith("kdedge verdict"):
         shrunk = re.sub(r"--seeds \d+", "--seeds 1", re.sub(r"^(kdedge verdict) \S+", r"\1 tiny", command))
-        return shrunk + " --rows kd-fixmatch,fixmatch"
+        return shrunk + _FEW + " --rows kd-fixmatch,fixmatch"
     if command.startswith("kdedge bench"):
         return re.sub(r" --effort \S+", "", command) + " --effort quick"
     if command.startswith("kdedge export"):  # the same
-        command += " --max-drop 100"
+        command += " --max-drop 100" + (" --set qat.total_steps=20" if "--qat" in command else "")
     return command
 
 

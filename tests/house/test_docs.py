@@ -120,7 +120,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
             cell["source"] = "\n".join(["%%sh", "set -e", *lines])
             commands += len(lines)
     assert commands == 13
-    environment = os.environ | {"PATH": f"{programs(tmp_path)}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PATH": f"{programs(tmp_path)}{os.pathsep}{os.environ['PATH']}"}
     path = tmp_path / "tutorial.ipynb"
     path.write_text(json.dumps(document))
     done = subprocess.run(

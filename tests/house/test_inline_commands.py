@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -9,7 +10,17 @@ import pytest
 
 from kdedge.cli import cli
 from kdedge_device.__main__ import _parser as device
-from tests.house.readmes import ROOT, inline
+from tests.house.readmes import ROOT
+
+_FENCE = re.compile(r"^```.*?^```\s*$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"(?<!`)`(?:python )?(kdedge|run\.pyz) ([a-z][^`]*)`(?!`)")
+
+
+def inline(page: Path) -> Iterator[tuple[str, str]]:
+    """("kdedge" or "run.pyz", its arguments) of each command that stands in a sentence."""
+    for match in _COMMAND.finditer(_FENCE.sub("", page.read_text(encoding="utf-8"))):
+        yield match[1], " ".join(match[2].split())
+
 
 PAGES = sorted(
     path
@@ -49,7 +60,6 @@ def test_run_pyz_has_them(command: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_what_is_a_command(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(
-        "Ask `kdedge bench\n--suite quick`.\n```console\n$ kdedge nothing\n```\nOr `python run.pyz info`.\n"
-    )
+    fence = "```console\n$ kdedge `no`\n```"
+    page.write_text(f"Ask `kdedge bench\n--suite quick`.\n{fence}\nOr `python run.pyz info`.\n")
     assert list(inline(page)) == [("kdedge", "bench --suite quick"), ("run.pyz", "info")]

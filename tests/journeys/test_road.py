@@ -1,4 +1,7 @@
-"""The whole road through the real command line, as a stranger walks it."""
+"""The whole road through the real command line, as a stranger walks it.
+
+Where not the start of a program is tried but what it then does, it is forked from a process that has its imports.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 
 from kdedge.runs import sha256_file
+from kdedge_bench.faults_process import start
 
 SMALL = [
     "--set",
@@ -32,6 +36,15 @@ def kdedge(*arguments: object, cwd: Path, **options: Any) -> subprocess.Complete
         [sys.executable, "-m", "kdedge", *map(str, arguments)],
         cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **options,
     )  # fmt: skip
+
+
+def forked(*arguments: object, cwd: Path) -> tuple[int | None, str]:
+    """The same without the seconds of imports: its exit code, and what it said on both streams."""
+    told = cwd / "told.txt"
+    told.unlink(missing_ok=True)
+    process = start([str(each) for each in arguments], cwd, told)
+    process.join()
+    return process.exitcode, told.read_text()
 
 
 def one_document(done: subprocess.CompletedProcess[str]) -> Any:
@@ -132,17 +145,15 @@ def test_a_folder_of_odd_photos_just_works_and_what_is_left_out_is_told_once(tmp
     odd_photos(tmp_path / "photos")
     checked = kdedge("data", "check", "photos", cwd=tmp_path)
     assert "notes.jpg" in checked.stdout + checked.stderr
-    done = kdedge("train-recipe", "tiny", "--data", "photos", "--labels", 8, *SMALL, cwd=tmp_path)
-    assert done.returncode == 2  # two of 36 is more than a twentieth
-    assert "notes.jpg" in done.stderr
-    assert "data.max_unreadable_fraction" in done.stderr
-    done = kdedge(
-        "train-recipe", "tiny", "--data", "photos", "--labels", 8, *SMALL, "--set", "data.max_unreadable_fraction=0.1",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("huge.png") == done.stderr.count("notes.jpg") == 1
-    assert "1 stray file" in done.stderr
+    train = ("train-recipe", "tiny", "--data", "photos", "--labels", 8, *SMALL)
+    code, told = forked(*train, cwd=tmp_path)
+    assert code == 2  # two of 36 is more than a twentieth
+    assert "notes.jpg" in told
+    assert "data.max_unreadable_fraction" in told
+    code, told = forked(*train, "--set", "data.max_unreadable_fraction=0.1", cwd=tmp_path)
+    assert code == 0, told
+    assert told.count("huge.png") == told.count("notes.jpg") == 1
+    assert "1 stray file" in told
     splits = json.loads((tmp_path / "runs" / "tiny-photos-8-s0" / "splits.json").read_text())
     assert splits["classes"] == ["caffè latte", "thé"]
     assert splits["splits"]["unlabeled"]["count"] == 34
@@ -178,12 +189,14 @@ def test_stopped_in_the_middle_and_resumed_it_ends_the_same(tmp_path, how) -> No
     if how == signal.SIGINT:
         assert "--resume" in told
         assert "Traceback" not in told
-    again = kdedge("train-recipe", "tiny", *settings, "--out", "stopped", cwd=tmp_path)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
-    assert kdedge("train-recipe", "tiny", *settings, "--out", "stopped", "--resume", cwd=tmp_path).returncode == 0
+    train = ("train-recipe", "tiny", *settings, "--out")
+    code, told = forked(*train, "stopped", cwd=tmp_path)
+    assert code == 2
+    assert "--resume" in told
+    code, told = forked(*train, "stopped", "--resume", cwd=tmp_path)
+    assert code == 0, told
     if how == signal.SIGKILL:
-        assert kdedge("train-recipe", "tiny", *settings, "--out", "whole", cwd=tmp_path).returncode == 0
+        assert forked(*train, "whole", cwd=tmp_path)[0] == 0
         for name in ("teacher.safetensors", "student.safetensors"):
             assert sha256_file(tmp_path / "stopped" / name) == sha256_file(tmp_path / "whole" / name)
 
@@ -201,16 +214,16 @@ def test_a_full_disk_is_a_sentence_and_nothing_half_written_stays(tmp_path) -> N
     assert "Traceback" not in done.stderr
     assert not [p.name for p in (tmp_path / "run").rglob(".*") if p.name != ".lock"]
     assert not (tmp_path / "run" / "teacher.safetensors").exists()
-    assert kdedge("train-recipe", "tiny", *SMALL, "--out", "run", "--resume", cwd=tmp_path).returncode == 0
+    assert forked("train-recipe", "tiny", *SMALL, "--out", "run", "--resume", cwd=tmp_path)[0] == 0
 
 
 def test_an_output_folder_that_cannot_be_written_is_a_sentence(tmp_path) -> None:
     (tmp_path / "file").write_text("in the way")
     for out in ("file/run", "/proc/kdedge"):
-        done = kdedge("train-recipe", "tiny", *SMALL, "--out", out, cwd=tmp_path)
-        assert done.returncode == 2
-        assert out in done.stderr
-        assert "Traceback" not in done.stderr
+        code, told = forked("train-recipe", "tiny", *SMALL, "--out", out, cwd=tmp_path)
+        assert code == 2
+        assert out in told
+        assert "Traceback" not in told
 
 
 def test_records_say_how_accurate_the_very_file_is(place: Path) -> None:
