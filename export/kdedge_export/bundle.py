@@ -181,12 +181,15 @@ def write_manifest(
 
 
 def name_engines(folder: Path) -> None:
-    """Put the engines that were built in a finished bundle into its manifest, each with what its side file says of it.
+    """Put the engines that were built in a finished bundle into its manifest, each with what its side file says of it,
+    and the proof that they were added to.
 
     They are of use on this machine only. A bundle that was copied without them is whole: the program that checks it
     says "not here", and builds its own.
     """
     document = read_json(folder / "manifest.json")
+    if "proof.json" in document["files"]:
+        document["files"]["proof.json"] = _hashed(folder / "proof.json")
     document["engines"] = {path.name: _engine(path) for path in sorted(folder.glob("*.engine"))}
     write_json(folder / "manifest.json", document)
 

@@ -48,7 +48,7 @@ from kdedge_export.subject import Subject, file_subject, run_subject, some_image
 from kdedge_export.targets import Target
 from kdedge_export.training.qat import qat_config, require_teacher, run_qat
 from kdedge_export.trt.emulate import openvino_emulator
-from kdedge_export.trt.engines import build_here, require_tensorrt
+from kdedge_export.trt.engines import build_here, engine_logits, require_tensorrt
 from kdedge_export.trt.fp16 import overflowing, write_fp16
 
 __all__ = ["CPU", "TENSORRT", "Options", "export_file", "export_run"]
@@ -61,6 +61,7 @@ TENSORRT_FILES: tuple[tuple[str, Literal["int8", "fp16"]], ...] = (
 )
 GOLDEN_IMAGES = 8
 PROVED_IMAGES = 500  # files for TensorRT are emulated, ten times as slowly as a CPU's file runs
+PROVED = "proof.npy"  # these, decoded
 LAYER_IMAGES = 4
 HALF_IMAGES = 16
 Say = Callable[[str], None]
@@ -136,6 +137,7 @@ class _Export:
         self.preprocess, self.images = subject.preprocess, subject.images
         self.qat = qat_config(options.settings, options.qat_steps)
         self.raced: dict[str, tuple[bytes, Race]] = {}  # by file; the content that was timed
+        self.prove: Callable[[Logits], Proof]  # with the logits of more files on the same images
 
     def whole(self) -> dict[str, Any]:
         """Everything; an interrupted calibration is kept to be gone on with, one that failed is not."""
@@ -192,7 +194,9 @@ class _Export:
             proof = self._proof(quantized, tensorrt)
             gate = self._write_documents(decisions, quantized, tensorrt, proof)
             self._manifest(decisions[0], golden, test, quantized)
-            engines = self._engines() if self.options.tensorrt else None
+            engines = None
+            if self.options.tensorrt:
+                engines, proof = self._engines(proof)
             return self._document(decisions[0], gate, test, proof, engines), test
 
     @property
@@ -385,7 +389,7 @@ class _Export:
         places = np.unique(np.linspace(0, len(part) - 1, min(PROVED_IMAGES, len(part))).round().astype(np.int64))
         some = replace(part, indices=part.indices[places], labels=part.labels[places], sha256=None)
         self.say(f"Comparing {len(self.files.names)} files on {len(some)} images")
-        stored = store(some, self.preprocess, self.scratch / "proof.npy")
+        stored = store(some, self.preprocess, self.scratch / PROVED)
         runs = [(name, self.files.runner(name)) for name in self.files.names]
         if self.subject.original is not None:
             runs.insert(0, ("torch", self.subject.original))
@@ -396,7 +400,10 @@ class _Export:
             form = quantized.numbers.reference
             layers["int8"] = compare_layers(form, quantized.model, images)
             layers["trt"] = compare_layers(trt_form(form), tensorrt.weak, images, optimize=False)
-        return prove(logits, some.labels, self.subject.classes, part.name, layers)
+            if tensorrt.typed is not None:
+                layers["trt-fp16"] = compare_layers(trt_form(form), tensorrt.typed, images, optimize=False)
+        self.prove = lambda more: prove(logits | more, some.labels, self.subject.classes, part.name, layers)
+        return self.prove({})
 
     def _second_opinion(self) -> list[tuple[str, RunBatch]]:
         """The TensorRT file by OpenVINO, where that is installed; it decides nothing, so a refusal is only told."""
@@ -462,11 +469,16 @@ class _Export:
         shipped = decision.artifact
         write_manifest(self.folder, artifacts, self.preprocess, self.subject.classes, shipped, scored, provenance)
 
-    def _engines(self) -> dict[str, Any]:
+    def _engines(self, proof: Proof) -> tuple[dict[str, Any], Proof]:
+        """What was built, and the proof with what each engine says of the same images."""
         precisions = ("int8", "fp16") if self.options.int8 else ("fp16",) if self.options.fp16 else ("fp32",)
-        found = build_here(self.folder, precisions, self.say)
+        found, images = build_here(self.folder, precisions, self.say), self.scratch / PROVED
+        if images.is_file():
+            proof = self.prove({f"engine-{name}": engine_logits(self.folder, name, images) for name in found})
+            self.say(f"Engines beside FP32 on the same images:\n{proof.text()}")
+            write_json(self.folder / "proof.json", proof.to_json())
         name_engines(self.folder)
-        return found
+        return found, proof
 
     def _add_predictions(self, run: Run, test: Logits) -> None:
         """The logits of the exported files beside those of training."""

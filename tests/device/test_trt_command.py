@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import kdedge_device
 from kdedge.errors import BundleError, DeviceError, ExportError, KdedgeError, MissingPackage
-from kdedge_export.trt.engines import build_here
+from kdedge_export.trt.engines import build_here, engine_logits
 
 from .trt_world import NEW, OLD, complete
 
@@ -158,10 +159,18 @@ def test_export_builds_in_a_process_of_its_own(bundle: Path, board: Path, monkey
     assert set(found) == {"int8", "fp16"}
     assert Path(found["int8"]["engine"]).is_file()
     assert found["int8"]["side"]["report"]["layers"]["int8"] == 1
+    with np.load(bundle / "golden.npz") as golden:
+        np.save(board / "images.npy", golden["images"])
+        expected = golden["logits__trt"]
+    np.testing.assert_allclose(engine_logits(bundle, "int8", board / "images.npy"), expected, atol=0.01)
+    with pytest.raises(DeviceError, match=r"There is no engine of 'fp32' for this machine"):
+        engine_logits(bundle, "fp32", board / "images.npy")
     assert "tensorrt" not in sys.modules, "a crash of TensorRT would end the export"
     monkeypatch.setenv("FAKE_TENSORRT_CRASH", "1")
     with pytest.raises(DeviceError, match=r"ended with SIGABRT while it built"):
         build_here(bundle)
+    with pytest.raises(DeviceError, match=r"ended with SIGABRT while it ran the INT8 engine"):
+        engine_logits(bundle, "int8", board / "images.npy")
     monkeypatch.delenv("FAKE_TENSORRT_CRASH")
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
     with pytest.raises(DeviceError, match=r"TensorRT needs a GPU\. The CUDA driver finds no GPU"):

@@ -24,10 +24,12 @@ from kdedge_device.runners import OrtRunner
 from kdedge_export import export as steps
 from kdedge_export import subject as subjects
 from kdedge_export.cpu.lint import lint_float, lint_int8
+from kdedge_export.cpu.plan import Plan
 from kdedge_export.export import Options, export_run
 from kdedge_export.images import calibration_part, open_run_images
 from kdedge_export.judging.gate import fill_in
 from kdedge_export.judging.latency import Speedup, measure_alone, race
+from kdedge_export.table import RangeTable
 from kdedge_export.targets import load
 
 from .test_latency import record
@@ -37,6 +39,7 @@ FLOAT_BUNDLE = {"manifest.json", "gate.json", "proof.json", "model.onnx", "golde
 INT8_FILES = {"quantization.json", "model.int8.onnx", "model.trt.onnx", "model.trt-fp16.onnx", "model.fp16.onnx"}
 BUNDLE = FLOAT_BUNDLE | INT8_FILES
 FLOAT, LOOSE = Options(), Options(int8=True, max_drop_points=100.0)
+Trained = tuple[onnx.ModelProto, RangeTable]
 
 
 @pytest.fixture
@@ -235,6 +238,53 @@ def test_without_int8(run: Run, quick: dict[str, float]) -> None:
     assert {path.name for path in run.bundle_path.iterdir()} == FLOAT_BUNDLE
     with np.load(run.predictions_path) as predictions:
         assert {"test_logits__fp32"} == {key for key in predictions.files if "logits" in key}
+
+
+def test_engines_are_proved_on_the_same_images(
+    run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This engine gives every second image another class. TensorRT itself is faked in tests/device."""
+    built = {"fp32": {"reused": False}}
+
+    def logits(folder: Path, precision: str, images: Path) -> np.ndarray:
+        bundle = Bundle(folder)
+        with OrtRunner(bundle.model_path(precision)) as runner:
+            found = logits_of(runner, bundle.preprocess, np.load(images))
+        found[::2] = np.roll(found[::2], 1, axis=1)
+        return found
+
+    monkeypatch.setattr(steps, "require_tensorrt", lambda: None)
+    monkeypatch.setattr(steps, "build_here", lambda folder, precisions, say: {name: built[name] for name in precisions})
+    monkeypatch.setattr(steps, "engine_logits", logits)
+    document = export_run(run, replace(FLOAT, tensorrt=True))
+    assert document["tensorrt"] == built
+    proof = json.loads((run.bundle_path / "proof.json").read_text())
+    assert proof == document["proof"]
+    fp32, engine = proof["files"]["fp32"], proof["files"]["engine-fp32"]
+    assert engine["agreement"]["disagreement_points"] == 50.0
+    assert engine["top1"] < fp32["top1"]
+    assert engine["logit_error"]["rms"] > 0
+    assert sum(each["left"] for each in engine["classes"]) == proof["images"] / 2
+    assert "proof.json" in Bundle(run.bundle_path).verify(), "its hash is that of what was written last"
+
+
+def test_qat_that_is_not_better_is_not_kept_and_that_is_told(
+    run: Run, quick: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(run: Run, model: onnx.ModelProto, plan: Plan, table: RangeTable, *_: object) -> Trained:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        head = next(each for each in copy.graph.initializer if each.name == "head.weight")
+        head.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(head), "head.weight"))
+        return copy, table
+
+    monkeypatch.setattr(steps, "run_qat", spoilt)
+    told: list[str] = []
+    export_run(run, replace(LOOSE, qat=True), display=told.append)
+    table = json.loads((run.bundle_path / "quantization.json").read_text())
+    assert table["ways"]["trained"]["divergence"] > table["ways"][table["chosen"]]["divergence"]
+    assert table["chosen"] != "trained"
+    assert [each for each in told if each.endswith(f"{table['chosen']} is kept, trained is not better")]
 
 
 def test_a_slow_int8_is_written_but_not_shipped(run: Run, quick: dict[str, float]) -> None:
