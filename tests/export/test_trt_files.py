@@ -1,4 +1,4 @@
-"""The files for TensorRT by value: against a fake quantization in torch written by hand, and for the families."""
+"""The files for TensorRT by value, against a fake quantization in torch written by hand."""
 
 import copy
 from collections import Counter
@@ -11,7 +11,6 @@ from onnx import numpy_helper
 from torch import nn
 
 from kdedge.errors import BugError, ExportError
-from kdedge.models.zoo import ModelSpec, build
 from kdedge_export.cpu.cpu_form import cpu_form, trt_form
 from kdedge_export.float_form.onnx_export import export_float
 from kdedge_export.sessions import run_onnx
@@ -22,8 +21,7 @@ from kdedge_export.trt.plan import make_trt_plan
 from kdedge_export.trt.qdq import write_trt
 from kdedge_export.trt.typed import to_opset_20, write_trt_fp16
 
-from .conftest import CLASSES, SMALL, images, warm
-from .test_families import PREPROCESS, shallow
+from .conftest import CLASSES, SMALL, images
 from .test_int8 import relative_rms
 from .trt_toys import FLOAT_LAYERS, ONE_SCALE, SITES, Everything, Toy, make_toy, minmax_table
 
@@ -215,40 +213,6 @@ def test_an_operator_that_changed_its_meaning_is_refused() -> None:
     model.graph.node[0].op_type, model.graph.node[0].name = "ScatterND", "here"
     with pytest.raises(ExportError, match="ScatterND here has another meaning in opset 20"):
         to_opset_20(model)
-
-
-# Layers by kind that read 8 bits. The other architectures are made of the same blocks.
-FAMILIES = {
-    "shufflenet-v2": {"Conv": 21, "Concat": 6, "Reshape": 6, "GlobalAveragePool": 1},
-    "squeezenet": {"Conv": 25, "Concat": 8, "MaxPool": 2, "GlobalAveragePool": 1},
-    "resnet18": {"Conv": 20, "Add": 8, "GlobalAveragePool": 1},
-    "regnet-y-400mf": {"Conv": 26, "Add": 7, "GlobalAveragePool": 1},
-    "efficientnet-b0": {"Conv": 37, "Add": 5},
-    "wide-resnet-10-1": {"Conv": 10, "Add": 3},
-}
-
-
-@pytest.mark.parametrize("arch", sorted(FAMILIES))
-def test_a_family_in_both_forms(arch: str) -> None:
-    torch.manual_seed(0)
-    pixels = images(40, px=32)
-    network: nn.Module = build(ModelSpec(arch, len(CLASSES), halvings=3))
-    if not arch.startswith("wide-resnet"):  # all its blocks stand in one row
-        network = shallow(network)
-    module = warm(network, torch.from_numpy(PREPROCESS.normalize(pixels)))
-    model = export_float(module, PREPROCESS, CLASSES)
-    plan = make_trt_plan(model)
-    kept = frozenset(plan.kept_float)
-    assert Counter(node.op_type for node in model.graph.node if node.name in plan.layers) == FAMILIES[arch]
-    table = minmax_table(model, plan, pixels[:32], PREPROCESS)
-    eight, typed = write_trt(model, plan, table), write_trt_fp16(model, plan, table)
-    assert lint_trt(eight, "trt", kept) == []
-    assert lint_trt(typed, "trt-fp16", kept) == []
-    batch = PREPROCESS.normalize(pixels[32:])
-    expected = run_onnx(model.SerializeToString(), batch)
-    for file in (eight, typed):
-        found = emulate(file.SerializeToString(), batch)
-        assert relative_rms(found, expected) <= 0.5  # random weights magnify every rounding; trained ones do not
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3"])
