@@ -164,6 +164,12 @@ def test_on_the_runs_own_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
     known = labels >= 0
     right = made.right(made.images[known], labels[known])
     assert found == {"value": right / 60, "correct": right, "images": 60, "split": "test", "sha256": "5" * 64}
+    accuracy_of(made.record(), made.bundle, lambda _: None)
+    assert counted == ["test"], "the second time it is known"
+    again = {"fingerprint": "f" * 64, "splits": {"test": {"count": 70, "sha256": "5" * 64}}}
+    write_json(tmp_path / "run" / "splits.json", again)
+    accuracy_of(made.record(), made.bundle, lambda _: None)
+    assert counted == ["test"] * 2, "under the same names lie other pixels or labels"
 
 
 def test_where_the_runs_images_are_gone_those_in_the_bundle_do(
