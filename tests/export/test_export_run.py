@@ -296,14 +296,7 @@ def test_a_slow_int8_is_written_but_not_shipped(run: Run, quick: dict[str, float
     assert not run.bundle_path.exists()
 
 
-def test_a_second_export_replaces_the_first(run: Run, quick: dict[str, float]) -> None:
-    export_run(run, LOOSE)
-    export_run(run, FLOAT)
-    assert not (run.bundle_path / "model.int8.onnx").exists()
-    assert sorted(path.name for path in run.path.iterdir() if "bundle" in path.name) == ["bundle"]
-
-
-def test_training_predictions_stay(run: Run, quick: dict[str, float]) -> None:
+def test_training_predictions_stay_and_a_second_export_replaces_the_first(run: Run, quick: dict[str, float]) -> None:
     ids = np.array(open_run_images(run).test.ids)
     ones = np.ones((540, 10), np.float32)
     np.savez(run.predictions_path, test_id=ids, test_label=np.zeros(540, np.int64), test_logits__student=ones)
@@ -311,6 +304,9 @@ def test_training_predictions_stay(run: Run, quick: dict[str, float]) -> None:
     with np.load(run.predictions_path) as predictions:
         assert (predictions["test_logits__student"] == 1).all()
         assert predictions["test_logits__int8"].shape == (540, 10)
+    export_run(run, FLOAT)
+    assert not (run.bundle_path / "model.int8.onnx").exists()
+    assert sorted(path.name for path in run.path.iterdir() if "bundle" in path.name) == ["bundle"]
 
 
 @pytest.mark.parametrize("failing", ["measure_alone", "build_pyz"])
