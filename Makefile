@@ -30,9 +30,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
-	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m mypy & types=$$!; $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS); tests=$$?; \
+	wait $$types || { echo "mypy found errors; they stand above."; exit 1; }; exit $$tests
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/mkdocs.yml
