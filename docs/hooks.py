@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _wanted(marks: str) -> str:
-    return " and ".join(_NEEDED.get(word.removeprefix("needs:"), word) for word in marks.split())
+    return " and ".join(_NEEDED[word.removeprefix("needs:")] for word in marks.split())
 
 
 def not_run() -> str:

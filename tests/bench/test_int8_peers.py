@@ -122,6 +122,8 @@ def test_the_table_says_what_was_lost_how_fast_it_is_and_what_failed() -> None:
     assert "| 2.00x (1.95–2.05) |" in lines[3]
     assert "| 2.70x | 1.50x (1.40–1.60) |" in lines[4]
     assert lines[-1] == "- net z: not measured. exit code 1: no such \\| runtime"
+    untimed = table(_record({"theirs": _measured(speed={"failure": "exit code 139"})}))
+    assert untimed.splitlines()[-1] == "- net: theirs was not timed: exit code 139"
 
 
 def test_records_of_one_model_are_one_part_of_the_table() -> None:
