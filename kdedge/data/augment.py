@@ -5,7 +5,8 @@ operation follows Pillow's of the same name as used by FixMatch (arXiv 2001.0768
 rotations, shears and translations are bilinear and not nearest. On photographs, over the whole range of magnitudes, a
 pixel is Pillow's exactly, or differs by 1 of 255 after autocontrast, brightness and the bilinear ones, which round
 where Pillow cuts off; tests/learn/test_augment.py holds each to it. Nothing here draws random numbers: magnitudes come
-in, one for each image, so that a step can be repeated.
+in, one for each image, so that a step can be repeated. Constants are made on the device: one that is copied there
+makes the host wait for it, and keeps a compiler from putting all of this into one CUDA graph.
 
 B batch, C channels, H and W pixels.
 """
@@ -68,7 +69,8 @@ def contrast(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
 def sharpness(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
     """0 is the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, 1 the image; the border keeps its pixels."""
     channels = x_BCHW.shape[1]
-    kernel = x_BCHW.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    kernel = x_BCHW.new_full((3, 3), 1 / 13)
+    kernel[1, 1] = 5 / 13
     inner = functional.conv2d(x_BCHW, kernel.expand(channels, 1, 3, 3), groups=channels)
     smooth = x_BCHW.clone()
     smooth[:, :, 1:-1, 1:-1] = torch.floor(inner + 0.5)
@@ -114,7 +116,7 @@ def affine(x_BCHW: Tensor, matrix_B23: Tensor, fill: float, mode: str = "bilinea
     """Move pixels by `matrix`, which maps output to input in pixels about the centre; outside is `fill` (0..255)."""
     batch, _, height, width = x_BCHW.shape
     # grid_sample counts in half widths and half heights from the centre
-    half = matrix_B23.new_tensor([width / 2, height / 2])
+    half = torch.linspace(width / 2, height / 2, 2, dtype=matrix_B23.dtype, device=matrix_B23.device)
     scale = half.view(1, 1, 2) / half.view(1, 2, 1)
     theta = torch.cat([matrix_B23[:, :, :2] * scale, matrix_B23[:, :, 2:] / half.view(1, 2, 1)], dim=2)
     grid = functional.affine_grid(theta, [batch, 1, height, width], align_corners=False)

@@ -7,9 +7,10 @@ B labeled images, U unlabeled images, C channels, H and W pixels.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import final
+from functools import lru_cache, partial
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from kdedge.data.contrastive_views import ContrastiveViewConfig, contrastive, co
 from kdedge.data.store import Store
 from kdedge.data.views import ViewConfig, normalize, strong, strong_draws, weak, weak_draws
 
-__all__ = ["Batch", "Batches", "Pool", "share_rows", "step_seed"]
+__all__ = ["Batch", "Batches", "MakeViews", "Pool", "make_views", "share_rows", "step_seed"]
+
+# Of uint8 images and their draws [D, n], for the first and for the second kind of view: all of them, in that order.
+MakeViews: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,25 @@ def share_rows(count: int, rank: int, world: int) -> slice:
     return slice(start, start + each + (rank < longer))
 
 
+def make_views(
+    views: ViewConfig | ContrastiveViewConfig,
+    first_BCHW: Tensor,
+    first_DB: Tensor,
+    second_UCHW: Tensor,
+    second_DU: Tensor,
+    *,
+    fixed_shapes: bool = False,
+) -> Tensor:
+    """Weak views of the first images and strong ones of the second, or contrastive ones of both; [B + U, C, H, W].
+
+    `fixed_shapes` is that of `kdedge.data.views.strong`; contrastive views have none.
+    """
+    if isinstance(views, ContrastiveViewConfig):
+        return torch.cat([contrastive(first_BCHW, views, first_DB), contrastive(second_UCHW, views, second_DU)])
+    strongly = strong(second_UCHW, views, second_DU, fixed_shapes=fixed_shapes)
+    return torch.cat([weak(first_BCHW, views, first_DB), strongly])
+
+
 @final
 class Batches:
     """The batches of one stage. `unlabeled_batch` of 0 gives labels only, `labeled_batch` of 0 images without.
@@ -113,6 +136,7 @@ class Batches:
         self.pool, self.views = pool, views
         self.labeled_batch, self.unlabeled_batch = labeled_batch, unlabeled_batch
         self.share = share
+        self.make_views: MakeViews = partial(make_views, views)  # or one that is compiled (kdedge.train.engine)
         self._labeled = pool.labeled.cpu()
         self._key = (seed, stage)
 
@@ -127,8 +151,8 @@ class Batches:
         labeled, position_M = self._positions(step)
         images = self._images(step, position_M)
         pool.images.expect(self._read(self._positions(step + 1)[1]))
-        position_B, position_U = position_M.to(device).tensor_split([self.labeled_batch])
-        labels_B = pool.labels[labeled.to(device)]
+        position_B, position_U = position_M.to(device, non_blocking=True).tensor_split([self.labeled_batch])
+        labels_B = pool.labels[labeled.to(device, non_blocking=True)]
         return Batch(images, labels_B, position_B, position_U, pool.truth[pool.unlabeled[position_U]])
 
     def places(self, step: int) -> tuple[Tensor, Tensor]:
@@ -168,22 +192,16 @@ class Batches:
         weakly, strongly = self._rows()
         read = self._read(position_M)
         images_R = self.pool.images.rows(read)
-        row_M = torch.searchsorted(read, position_M).clamp_(max=len(read) - 1).to(images_R.device)
+        row_M = torch.searchsorted(read, position_M).clamp_(max=len(read) - 1)
+        row_M = row_M.to(images_R.device, non_blocking=True)
+        first, second = images_R[row_M[weakly]], images_R[row_M[self.labeled_batch :][strongly]]
         # In float32 whatever the step computes in: else a plan would change what the network sees.
         with torch.autocast(images_R.device.type, enabled=False):
-            views = [
-                self._view(images_R[row_M[weakly]], first_DM[:, weakly], 0),
-                self._view(images_R[row_M[self.labeled_batch :][strongly]], second_DU[:, strongly], 1),
-            ]
-            return normalize(torch.cat(views), self.pool.mean, self.pool.std)
+            views = self.make_views(first, first_DM[:, weakly], second, second_DU[:, strongly])
+            return normalize(views, self.pool.mean, self.pool.std)
 
     def _draws(self, count: int, generator: torch.Generator, which: int) -> Tensor:
         """For the first or the second view of `count` images, [D, count]."""
         if isinstance(self.views, ContrastiveViewConfig):
             return contrastive_draws(count, self.views, generator)
         return strong_draws(count, self.views, generator) if which else weak_draws(count, generator)
-
-    def _view(self, images_R: Tensor, draws_DR: Tensor, which: int) -> Tensor:
-        if isinstance(self.views, ContrastiveViewConfig):
-            return contrastive(images_R, self.views, draws_DR)
-        return (strong if which else weak)(images_R, self.views, draws_DR)

@@ -61,7 +61,7 @@ class Resident:
 
     def rows(self, positions: Tensor) -> Tensor:
         """uint8 [n, C, H, W] of the images at `positions` [n], in the order asked for."""
-        return self.images_u8.index_select(0, positions.to(self.device))
+        return self.images_u8.index_select(0, positions.to(self.device, non_blocking=True))
 
     def expect(self, positions: Tensor) -> None:
         """Nothing to do: all images are here."""

@@ -6,12 +6,14 @@ form with continuous magnitudes, which does not depend on the resolution (micros
 
 Images come as uint8 [B, C, H, W] and leave as float [B, C, H, W] in 0..255. All random numbers are drawn on the CPU in
 one block, a column for each image, so that a step is the same on every device and a share of a batch is some of its
-columns.
+columns. What goes to a device is not waited for (`non_blocking`): torch's copies otherwise wait for all that it was
+given to do.
 
 B batch, C channels, H and W pixels, D draws an image.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -74,7 +76,7 @@ def weak(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     """Shift and, where allowed, mirror."""
     height, width = images_BCHW.shape[2:]
     most = round(_known(config.shift_fraction) * min(height, width))
-    draws = draws_DB.to(images_BCHW.device)
+    draws = draws_DB.to(images_BCHW.device, non_blocking=True)
     offsets = (draws[:2].T * (2 * most + 1)).long().clamp_(max=2 * most)
     # Reflection makes no new edges in a photograph; for digits it would double strokes, so the background moves in,
     # which need not be a whole number. What only moves bytes is done on bytes.
@@ -83,16 +85,23 @@ def weak(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
     return augment.shift(x, offsets, most, fill, draws[2] < 0.5 if config.flip else None).float()
 
 
-def strong(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor) -> Tensor:
-    """The weak view, `operations` random operations, Cutout."""
+def strong(images_BCHW: Tensor, config: ViewConfig, draws_DB: Tensor, *, fixed_shapes: bool = False) -> Tensor:
+    """The weak view, `operations` random operations, Cutout.
+
+    With `fixed_shapes` no shape follows from a draw, and `draws` lie where the images are: the same views by more work
+    in fewer kernels, once it is compiled.
+    """
     x = weak(images_BCHW, config, draws_DB[:_WEAK])
+    if not len(x):
+        return x
     height, width = x.shape[2:]
     first = _FIRST_GEOMETRIC if config.geometric_only else 0
-    for choice, magnitude, sign in draws_DB[_WEAK:-3].reshape(config.operations, 3, len(x)):
+    apply = _apply_to_all if fixed_shapes else _apply
+    for choice, magnitude, sign in draws_DB[_WEAK:-3].reshape(config.operations, 3, len(x)).unbind():
         operation = first + (choice * (len(OPERATIONS) - first)).long().clamp_(max=len(OPERATIONS) - first - 1)
-        x = _apply(x, operation, magnitude, torch.where(sign < 0.5, -1.0, 1.0), config)
-    hole = draws_DB[-3:].to(x.device)
-    centre = hole[:2].T * hole.new_tensor([height, width])
+        x = apply(x, operation, magnitude, torch.where(sign < 0.5, -1.0, 1.0), config)
+    hole = draws_DB[-3:].to(x.device, non_blocking=True)
+    centre = hole[:2].T * torch.linspace(height, width, 2, device=x.device)
     return augment.cutout(x, centre, hole[2] * _known(config.cutout_fraction) * min(height, width), _known(config.fill))
 
 
@@ -108,20 +117,35 @@ def _apply(x: Tensor, operation_B: Tensor, magnitude_B: Tensor, sign_B: Tensor, 
     Images are put in the order of their operations, and then back, so that each kernel runs once and on images that lie
     together. The order is found where the draws are, on the CPU: a GPU is not waited for.
     """
-    if not len(x):
-        return x
     order_B = operation_B.argsort(stable=True)
     counts = torch.bincount(operation_B, minlength=len(OPERATIONS)).tolist()
-    ordered = x.index_select(0, order_B.to(x.device))
-    magnitudes = torch.split(magnitude_B[order_B].to(x.device), counts)
+    there = partial(Tensor.to, device=x.device, non_blocking=True)
+    ordered = x.index_select(0, there(order_B))
+    magnitudes = torch.split(there(magnitude_B[order_B]), counts)
     groups = zip(OPERATIONS[:_FIRST_GEOMETRIC], torch.split(ordered, counts), magnitudes, strict=False)
     done = [_photometric(name, group, magnitude) for name, group, magnitude in groups if len(group)]
     moved = ordered[sum(counts[:_FIRST_GEOMETRIC]) :]
     if len(moved):
-        signed = torch.split((magnitude_B * sign_B)[order_B].to(x.device), counts)[_FIRST_GEOMETRIC:]
+        signed = torch.split(there((magnitude_B * sign_B)[order_B]), counts)[_FIRST_GEOMETRIC:]
         matrices = _matrices(signed, x.shape[2], x.shape[3], config)
         done.append(augment.affine(moved, matrices, _known(config.fill)).round_())
-    return torch.cat(done).index_select(0, order_B.argsort().to(x.device))
+    return torch.cat(done).index_select(0, there(order_B.argsort()))
+
+
+def _apply_to_all(x: Tensor, operation_B: Tensor, magnitude_B: Tensor, sign_B: Tensor, config: ViewConfig) -> Tensor:
+    """What `_apply` does, by doing every operation to every image, of which each keeps its own.
+
+    All tensors lie on one device, and nothing is sent to it: what a CUDA graph needs.
+    """
+    chosen, found = operation_B.view(-1, 1, 1, 1), x
+    for number, name in enumerate(() if config.geometric_only else OPERATIONS[:_FIRST_GEOMETRIC]):
+        found = torch.where(chosen == number, _photometric(name, x, magnitude_B), found)
+    ways = len(OPERATIONS) - _FIRST_GEOMETRIC
+    matrices = _matrices([magnitude_B * sign_B] * ways, x.shape[2], x.shape[3], config).view(ways, len(x), 2, 3)
+    way_B = (operation_B - _FIRST_GEOMETRIC).clamp(min=0)
+    matrix_B23 = matrices[way_B, torch.arange(len(x), device=x.device)]
+    moved = augment.affine(x, matrix_B23, _known(config.fill)).round_()
+    return torch.where(chosen >= _FIRST_GEOMETRIC, moved, found)
 
 
 def _photometric(name: str, x: Tensor, magnitude: Tensor) -> Tensor:

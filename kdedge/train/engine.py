@@ -20,6 +20,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from kdedge.config import Config
+from kdedge.data.batches import Batches, make_views
+from kdedge.data.views import ViewConfig
 from kdedge.errors import DeviceError, RunError
 from kdedge.models.zoo import Network
 from kdedge.train.layers import own_layer, replaced
@@ -59,6 +61,7 @@ class EnginePlan(Config):
     parts: Annotated[int, Field(gt=0)] = 1  # a batch goes through the network in as many; more where memory is short
     deterministic: bool = False  # only kernels that give the same bits each time; on a GPU they are the slower ones
     compile: Annotated[Compile, BeforeValidator(_compile_of_old)] = "none"  # mode of torch.compile for the backbone
+    compile_views: Compile = "none"  # and for weak and strong views, which then have fixed shapes
     update: Literal["foreach", "fused"] = "foreach"  # of SGD's kernels; fused rounds elsewhere
 
 
@@ -171,17 +174,22 @@ def using(plan: EnginePlan, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def arranged(networks: Sequence[nn.Module], plan: EnginePlan) -> Iterator[None]:
-    """Inside the block `networks` train with the layers of the plan, their backbones compiled where it says so.
+def arranged(networks: Sequence[nn.Module], plan: EnginePlan, batches: Batches | None = None) -> Iterator[None]:
+    """Inside the block `networks` train with the layers of the plan; their backbones, and the views of `batches`, are
+    compiled where it says so.
 
-    A backbone is compiled at its first batch; views, loss and update are not. RunError for a plan that says so for a
-    batch in parts, or one that several processes share.
+    Both are compiled at the first batch; loss, update and average are not. RunError for a plan that says so for a
+    batch in parts, for one that several processes share, or for contrastive views.
     """
     with ExitStack() as stack:
         if plan.layers == "own":
             stack.enter_context(replaced(networks, own_layer))
+        if (plan.compile, plan.compile_views) != ("none", "none"):
+            stack.callback(torch.compiler.reset)  # what was compiled holds memory, a CUDA graph its maps
         if plan.compile != "none":
             stack.enter_context(_compiled(networks, plan))
+        if plan.compile_views != "none" and batches is not None:
+            stack.enter_context(_views_compiled(batches, plan.compile_views))
         yield
 
 
@@ -194,13 +202,42 @@ def _compiled(networks: Sequence[nn.Module], plan: EnginePlan) -> Iterator[None]
         )
     backbones = [module.backbone for network in networks for module in network.modules() if isinstance(module, Network)]
     for backbone in backbones:
-        mode = None if plan.compile == "default" else plan.compile
-        backbone.compile(dynamic=False, backend=_BACKEND, mode=mode)
+        backbone.compile(dynamic=False, backend=_BACKEND, mode=_mode(plan.compile))
     try:
         yield
     finally:
         for backbone in backbones:
             backbone._compiled_call_impl = None
+
+
+@contextmanager
+def _views_compiled(batches: Batches, asked: Compile) -> Iterator[None]:
+    """One function of images and draws that lie on the device already: the host then does nothing else for them."""
+    if not isinstance(batches.views, ViewConfig):
+        raise RunError(
+            f"The plan asks for torch.compile ({asked}) of contrastive views, whose shapes follow from what is drawn. "
+            "Set engine.plan.compile_views to none."
+        )
+    uncompiled, views = batches.make_views, batches.views
+
+    @torch.compile(fullgraph=True, dynamic=False, backend=_BACKEND, mode=_mode(asked))
+    def compiled(first_BCHW: Tensor, first_DB: Tensor, second_UCHW: Tensor, second_DU: Tensor) -> Tensor:
+        return make_views(views, first_BCHW, first_DB, second_UCHW, second_DU, fixed_shapes=True)
+
+    def make(first_BCHW: Tensor, first_DB: Tensor, second_UCHW: Tensor, second_DU: Tensor) -> Tensor:
+        there_DB, there_DU = (each.to(first_BCHW.device, non_blocking=True) for each in (first_DB, second_DU))
+        # A copy: a graph writes its answer to the same place in every step, and the backbone's may take it as well.
+        return compiled(first_BCHW, there_DB, second_UCHW, there_DU).clone()
+
+    batches.make_views = make
+    try:
+        yield
+    finally:
+        batches.make_views = uncompiled
+
+
+def _mode(asked: Compile) -> str | None:
+    return None if asked == "default" else asked
 
 
 @lru_cache(maxsize=1)

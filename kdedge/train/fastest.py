@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -9,8 +10,10 @@ from typing import Literal
 
 import torch
 
-from kdedge.data.batches import Batch, Batches
+from kdedge.data.batches import Batches
+from kdedge.data.views import ViewConfig
 from kdedge.methods.step import Method
+from kdedge.models.ema import Ema
 from kdedge.train.engine import EnginePlan, arranged, as_planned, available_cores, prepare, using
 
 __all__ = ["measure_plan"]
@@ -19,26 +22,30 @@ Timings = list[dict[str, object]]
 
 _BUDGET_S = 1.0  # a candidate, after its first step
 _REPEATS = 5
+_IN_A_ROW = 4  # steps between two looks at a GPU's clock: training waits for it as seldom
+_FIRST_CALLS = 3  # of what is compiled: CUDA graphs are traced, recorded and replayed, and may fail in each
 _FEWER_THREADS_PAY = 0.9  # of the time with all: another program that runs just now must not decide for a whole run
 
 
 def measure_plan(
     method: Method, batches: Batches, device: torch.device, *, deterministic: bool = False
 ) -> tuple[EnginePlan, Timings]:
-    """The fastest plan for this method and batch, and the milliseconds of each candidate.
+    """The fastest plan for this method and its batches, and the milliseconds of each candidate's step.
 
     First memory format and layers with all cores; then fewer threads, and bf16 where the hardware has it; then, on a
-    GPU, torch.compile; last the update. Candidates take turns, so that whatever else the machine does meets all of
-    them; and what takes as many threads of a CPU is judged by the CPU's time, from which that is left out. The method
-    is copied: measuring changes neither its weights nor its statistics.
+    GPU, torch.compile of the backbone and, with the faster of those, of the views; last the update. Candidates take
+    turns, so that whatever else the machine does meets all of them; and what takes as many threads of a CPU is judged
+    by the CPU's time, from which that is left out. The method is copied: measuring changes neither its weights nor its
+    statistics.
     """
-    batch, timings = batches.at(0), Timings()
+    timings = Timings()
     start = EnginePlan(threads=available_cores(), deterministic=deterministic)
     last = start.model_copy(update={"memory_format": "channels-last"})
     formats = [start, last, last.model_copy(update={"layers": "own"})]  # which are for a CPU
-    plan = _fastest(method, batch, formats if device.type == "cpu" else formats[:2], device, timings)
-    plan = _fastest(method, batch, [plan, *_fewer_threads_and_bf16(plan, device)], device, timings)
-    plan = _fastest(method, batch, [plan, *_compiled(method, batch, plan, device, timings)], device, timings)
+    plan = _fastest(method, batches, formats if device.type == "cpu" else formats[:2], device, timings)
+    plan = _fastest(method, batches, [plan, *_fewer_threads_and_bf16(plan, device)], device, timings)
+    for candidates in (_backbone_compiled, _views_compiled):
+        plan = _fastest(method, batches, [plan, *candidates(plan, batches, device)], device, timings)
     return plan.model_copy(update={"update": _update(method, plan, device, timings)}), timings
 
 
@@ -57,62 +64,86 @@ def _bf16_pays(device: torch.device) -> bool:
     return supported is not None and bool(supported())
 
 
-def _compiled(
-    method: Method, batch: Batch, plan: EnginePlan, device: torch.device, timings: Timings
-) -> list[EnginePlan]:
-    """`plan` compiled in the two modes, where that works; what does not is noted in `timings`.
+def _backbone_compiled(plan: EnginePlan, _: Batches, device: torch.device) -> list[EnginePlan]:
+    """`plan` with the backbone compiled in the two modes.
 
     None on a CPU, where it takes more than a minute and the layers of this package gain more; none for a deterministic
     plan, since the compiler chooses among kernels by their times; none where several processes share a batch.
     """
     if device.type != "cuda" or plan.deterministic or torch.distributed.is_initialized():
         return []
-    working = []
-    for mode in ("default", "reduce-overhead"):
-        candidate = plan.model_copy(update={"compile": mode})
-        try:
-            with ExitStack() as stack:
-                _steps(method, batch, candidate, device, stack)()
-        except RuntimeError as error:  # what torch.compile raises is one
-            timings.append(candidate.model_dump() | {"failed": str(error).strip().partition("\n")[0]})
-        else:
-            working.append(candidate)
-    return working
+    return [plan.model_copy(update={"compile": mode}) for mode in ("default", "reduce-overhead")]
+
+
+def _views_compiled(plan: EnginePlan, batches: Batches, device: torch.device) -> list[EnginePlan]:
+    """`plan` with the views compiled in the two modes; none where no backbone would be, or where views contrast."""
+    if not _backbone_compiled(plan, batches, device) or not isinstance(batches.views, ViewConfig):
+        return []
+    return [plan.model_copy(update={"compile_views": mode}) for mode in ("default", "reduce-overhead")]
 
 
 def _fastest(
-    method: Method, batch: Batch, plans: Sequence[EnginePlan], device: torch.device, timings: Timings
+    method: Method, batches: Batches, plans: Sequence[EnginePlan], device: torch.device, timings: Timings
 ) -> EnginePlan:
-    """Of `plans` the one with the fastest step. Fewer threads than the first one's must gain a tenth."""
+    """Of `plans` the one with the fastest step. Fewer threads than the first one's must gain a tenth.
+
+    What does not compile is noted in `timings` and left out.
+    """
     if len(plans) == 1:
         return plans[0]
     alike = device.type == "cpu" and len({plan.threads for plan in plans}) == 1
     with ExitStack() as stack:
-        found_s = _in_turns([_steps(method, batch, plan, device, stack) for plan in plans], _clock(cpu=alike))
+        steps = {plan: _steps(method, batches, plan, device, stack) for plan in plans}
+        for plan in plans[1:]:
+            if (plan.compile, plan.compile_views) != (plans[0].compile, plans[0].compile_views):
+                try:
+                    for _ in range(_FIRST_CALLS):
+                        steps[plan]()
+                except Exception as error:  # of a compiler, of kernels, of memory: training goes on without
+                    del steps[plan]
+                    timings.append(plan.model_dump() | {"failed": str(error).strip().partition("\n")[0]})
+        found_s = _in_turns(list(steps.values()), _clock(cpu=alike))
+    in_a_row = _steps_in_a_row(device)
     timings += [
-        plan.model_dump() | {"step_ms": round(1e3 * step_s, 2), "of": "cpu" if alike else "clock"}
-        for plan, step_s in zip(plans, found_s, strict=True)
+        plan.model_dump() | {"step_ms": round(1e3 * turn_s / in_a_row, 2), "of": "cpu" if alike else "clock"}
+        for plan, turn_s in zip(steps, found_s, strict=True)
     ]
-    worth = [1 if plan.threads >= plans[0].threads else 1 / _FEWER_THREADS_PAY for plan in plans]
-    return plans[min(range(len(plans)), key=lambda place: found_s[place] * worth[place])]
+    worth = [1 if plan.threads >= plans[0].threads else 1 / _FEWER_THREADS_PAY for plan in steps]
+    return list(steps)[min(range(len(steps)), key=lambda place: found_s[place] * worth[place])]
+
+
+def _steps_in_a_row(device: torch.device) -> int:
+    return _IN_A_ROW if device.type == "cuda" else 1
 
 
 def _steps(
-    method: Method, batch: Batch, plan: EnginePlan, device: torch.device, stack: ExitStack
+    method: Method, batches: Batches, plan: EnginePlan, device: torch.device, stack: ExitStack
 ) -> Callable[[], None]:
-    """A forward and backward pass of a copy of the method, to be called again and again within `stack`."""
+    """Whole steps of a copy of the method, as training computes them, to be called again and again within `stack`."""
     trial = as_planned(copy.deepcopy(method), plan).train()
-    stack.enter_context(arranged([trial], plan))
-    ready = dataclasses.replace(batch, images=prepare(batch.images, plan))
+    average, optimizer = Ema(trial.network, 0.0), _optimizer(trial, fused=plan.update == "fused")
+    ahead, at = copy.copy(batches), itertools.count()  # a copy: other candidates make their views in other ways
+    stack.enter_context(arranged([trial], plan, ahead))
 
-    def step() -> None:
-        trial.zero_grad(set_to_none=True)
-        with using(plan, device):
-            trial(ready).loss.backward()
+    def steps() -> None:
+        for _ in range(_steps_in_a_row(device)):
+            with using(plan, device):
+                batch = ahead.at(next(at))
+                result = trial(dataclasses.replace(batch, images=prepare(batch.images, plan)))
+                optimizer.zero_grad(set_to_none=True)
+                result.loss.backward()
+                optimizer.step()
+                average.update(0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return step
+    return steps
+
+
+def _optimizer(method: Method, *, fused: bool) -> torch.optim.SGD:
+    """Updates that take their time and, with a rate of 0, learn nothing."""
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True, foreach=not fused, fused=fused)
 
 
 def _update(method: Method, plan: EnginePlan, device: torch.device, timings: Timings) -> Literal["foreach", "fused"]:
@@ -128,9 +159,8 @@ def _update(method: Method, plan: EnginePlan, device: torch.device, timings: Tim
 
 
 def _updates(method: Method, plan: EnginePlan, device: torch.device, *, fused: bool) -> Callable[[], None]:
-    parameters = [p for p in as_planned(copy.deepcopy(method), plan).parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, foreach=not fused, fused=fused)
-    for parameter in parameters:
+    optimizer = _optimizer(as_planned(copy.deepcopy(method), plan), fused=fused)
+    for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
 
     def update() -> None:

@@ -82,7 +82,7 @@ def fit(
     pace = Pace(stage, first, batches)
 
     # ---- train
-    computing, sharing = arranged([method], plan), ranks.sharing(method, batches.images_per_step)
+    computing, sharing = arranged([method], plan, batches), ranks.sharing(method, batches.images_per_step)
     saving = Saver(checkpoints, engine.checkpoint_every_s)
     with stop_asked() as stop, using(plan, device), computing, sharing, saving as saver:
         run = Run(metrics.path.parent) if metrics.writes else None

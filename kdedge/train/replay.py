@@ -87,7 +87,7 @@ def replay(
             f"The last checkpoint of stage {stage} is of step {first}, and step {to_step} was to be replayed. "
             "Expected one before it; the run has gone past that step since. There is nothing to replay."
         )
-    with using(plan, state.device), arranged([method], plan), _outputs(method) as outputs:
+    with using(plan, state.device), arranged([method], plan, batches), _outputs(method) as outputs:
         for step in range(first, to_step):
             outputs.clear()
             torch.manual_seed(step_seed(seed, stage, "network", step))

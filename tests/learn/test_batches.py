@@ -2,15 +2,20 @@
 
 import dataclasses
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import VIEWS, toy_pool
 
-from kdedge.data.batches import Batches, share_rows
+from kdedge.data.batches import Batches, make_views, share_rows
+from kdedge.data.store import Resident
 
 
 def batches(
@@ -99,3 +104,41 @@ def test_places_are_those_of_the_batch() -> None:
     batch = batches().at(5)
     assert torch.equal(labeled, batch.position_B)
     assert torch.equal(unlabeled, batch.position_U)
+
+
+class _NeverWaits(TorchDispatchMode):
+    """Refuses copies for which torch waits until the device has done all that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name in ("aten::_to_copy", "aten::copy_") and args[name == "aten::copy_"].device != made.device:
+            self.sent += 1
+            assert (kwargs or {}).get("non_blocking") or True in args[2:], f"{name} of {args} waits for the device"
+        return made
+
+
+def _of_fixed_shapes(first: Tensor, first_DB: Tensor, second: Tensor, second_DU: Tensor) -> Tensor:
+    """What `kdedge.train.engine` compiles, and sends the draws for."""
+    draws = (each.to("meta", non_blocking=True) for each in (first_DB, second_DU))
+    return make_views(VIEWS, first, next(draws), second, next(draws), fixed_shapes=True)
+
+
+@pytest.mark.parametrize("make", [partial(make_views, VIEWS), _of_fixed_shapes], ids=["grouped", "fixed-shapes"])
+def test_a_step_never_waits_for_its_device(make, monkeypatch) -> None:
+    """On one whose tensors cannot be read, so that any look at one of them fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device has not
+    plain, there = toy_pool(), {}
+    for name in ("labels", "truth", "unlabeled", "mean", "std"):
+        there[name] = getattr(plain, name).to("meta")
+    pool = dataclasses.replace(plain, images=Resident(plain.images.images_u8.to("meta")), **there)
+    made = Batches(pool, VIEWS, labeled_batch=4, unlabeled_batch=40, seed=0, stage="outer")
+    made.make_views = make
+    with _NeverWaits() as watched:
+        batch = made.at(1)
+    assert batch.images.shape == (84, 1, 8, 8)
+    assert watched.sent > 0

@@ -1,7 +1,9 @@
 """The plan that is measured: the fastest of its candidates, on a method that is left as it was."""
 
+import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import VIEWS, toy_network, toy_pool
 
 from kdedge.data.batches import Batches
+from kdedge.data.contrastive_views import ContrastiveViewConfig
 from kdedge.errors import RunError
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
 from kdedge.methods.thresholds import ThresholdConfig, make_policy
+from kdedge.models.ema import Ema
 from kdedge.train import engine, fastest
 from kdedge.train.checkpoint import tensors_hash
 from kdedge.train.engine import EnginePlan, arranged
@@ -70,37 +74,92 @@ def test_each_candidate_takes_its_turn_and_its_fastest_counts(monkeypatch) -> No
     assert found == [1.0, 1.0]
 
 
-def test_what_cannot_be_compiled_is_no_candidate_and_says_why(monkeypatch) -> None:
-    """On a GPU: here the device says so, and the compiler refuses in one mode."""
-    tried = []
+def test_on_a_gpu_backbone_and_views_are_candidates_in_both_modes() -> None:
+    cuda, both = torch.device("cuda"), ["default", "reduce-overhead"]
+    given, plan = batches(), EnginePlan(compile="default")
+    assert [p.compile for p in fastest._backbone_compiled(EnginePlan(), given, cuda)] == both
+    views = fastest._views_compiled(plan, given, cuda)
+    assert [(p.compile, p.compile_views) for p in views] == [("default", mode) for mode in both]
+    contrasting = Batches(toy_pool(), ContrastiveViewConfig(), labeled_batch=0, unlabeled_batch=4, seed=0, stage="x")
+    assert not fastest._views_compiled(plan, contrasting, cuda)
+    for candidates in (fastest._backbone_compiled, fastest._views_compiled):
+        assert not candidates(plan, given, CPU)
+        assert not candidates(EnginePlan(deterministic=True), given, cuda)
 
-    def steps(_method, _batch, plan, *_):
-        tried.append(plan.compile)
-        if plan.compile == "default":
-            raise RuntimeError("no Triton here\nand more")
-        return lambda: None
+
+@pytest.mark.parametrize("fails_at", [0, 2], ids=["compiling", "replaying"])
+def test_what_cannot_be_compiled_is_no_candidate_and_says_why(monkeypatch, fails_at: int) -> None:
+    """The compiler refuses in one mode, at once, or a CUDA graph when it is replayed."""
+    calls = list[str]()
+
+    def steps(_method, _batches, plan, *_):
+        def step() -> None:
+            calls.append(plan.compile)
+            if plan.compile == "default" and calls.count("default") > fails_at:
+                raise AssertionError("no Triton here\nand more")
+
+        return step
 
     monkeypatch.setattr(fastest, "_steps", steps)
-    timings = fastest.Timings()
-    found = fastest._compiled(fixmatch(), batches().at(0), EnginePlan(), torch.device("cuda"), timings)
-    assert tried == ["default", "reduce-overhead"]
-    assert [plan.compile for plan in found] == ["reduce-overhead"]
-    assert [(t["compile"], t["failed"]) for t in timings] == [("default", "no Triton here")]
-    deterministic = EnginePlan(deterministic=True)
-    assert not fastest._compiled(fixmatch(), batches().at(0), deterministic, torch.device("cuda"), timings)
-    assert not fastest._compiled(fixmatch(), batches().at(0), EnginePlan(), CPU, timings)
+    timings, cuda = fastest.Timings(), torch.device("cuda")
+    plans = [EnginePlan(), *fastest._backbone_compiled(EnginePlan(), batches(), cuda)]
+    assert fastest._fastest(fixmatch(), batches(), plans, cuda, timings) in (plans[0], plans[2])
+    assert [(t["compile"], t.get("failed")) for t in timings] == [
+        ("default", "no Triton here"),
+        ("none", None),
+        ("reduce-overhead", None),
+    ]
+    assert calls.count("default") == fails_at + 1
 
 
-def test_a_compiled_backbone_is_compiled_inside_the_block_only(monkeypatch) -> None:
+def test_what_is_measured_is_the_whole_step_of_training(monkeypatch) -> None:
+    """Views, network, update and average, of copies: another candidate makes the views of these batches otherwise."""
+    given, method, done = batches(), fixmatch(), list[str]()
+    before = tensors_hash(method.state_dict())
+    for kind, name in ((Batches, "at"), (FixMatch, "forward"), (torch.optim.SGD, "step"), (Ema, "update")):
+        monkeypatch.setattr(kind, name, noting(getattr(kind, name), name, done))
+    arranging = []
+    monkeypatch.setattr(fastest, "arranged", lambda *things: arranging.append(things) or contextlib.nullcontext())
+    with contextlib.ExitStack() as stack:
+        fastest._steps(method, given, EnginePlan(), CPU, stack)()
+    assert done == ["at", "forward", "step", "update"]
+    (((network,), _, ahead),) = arranging
+    assert network is not method
+    assert ahead is not given
+    assert tensors_hash(method.state_dict()) == before
+
+
+def noting(function: Any, name: str, done: list[str]) -> Any:
+    def noted(*words: Any) -> Any:
+        done.append(name)
+        return function(*words)
+
+    return noted
+
+
+def test_what_is_compiled_is_so_inside_the_block_only(monkeypatch) -> None:
     monkeypatch.setattr(engine, "_BACKEND", "eager")
-    method, x = fixmatch(), torch.rand(4, 1, 8, 8)
-    plain = method.network(x)
-    with arranged([method], EnginePlan(compile="default")):
+    method, given = fixmatch(), batches()
+    plain, uncompiled = given.at(3), given.make_views
+    logits = method.network(plain.images)
+    with arranged([method], EnginePlan(compile="default", compile_views="default"), given):
         assert method.network.backbone._compiled_call_impl is not None
-        torch.testing.assert_close(method.network(x), plain)
+        assert given.make_views is not uncompiled
+        again = given.at(3)
+        assert torch.equal(again.images, plain.images)  # the same kernels, in another order
+        torch.testing.assert_close(method.network(again.images), logits)
     assert method.network.backbone._compiled_call_impl is None
+    assert given.make_views is uncompiled
     with pytest.raises(RunError, match=r"torch\.compile \(default\).*in parts.*Set engine\.plan\.compile to none"):
         arranged([method], EnginePlan(compile="default", parts=2)).__enter__()
+    contrasting = Batches(toy_pool(), ContrastiveViewConfig(), labeled_batch=0, unlabeled_batch=4, seed=0, stage="x")
+    with pytest.raises(RunError, match=r"contrastive views.*Set engine\.plan\.compile_views to none"):
+        arranged([method], EnginePlan(compile_views="default"), contrasting).__enter__()
+
+
+def test_runs_of_before_the_choice_of_views_leave_them_as_they_were() -> None:
+    old = {"memory_format": "channels-last", "threads": 2, "compile": "reduce-overhead", "update": "fused"}
+    assert EnginePlan.model_validate(old).compile_views == "none"
 
 
 def test_runs_of_before_the_choice_have_compile_false() -> None:

@@ -118,18 +118,23 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 OWN = PLAN.model_copy(update={"layers": "own", "update": "fused"})
-COMPILED = PLAN.model_copy(update={"compile": "default"})
+COMPILED = PLAN.model_copy(update={"compile": "default", "compile_views": "default"})
+
+
+BETWEEN = (1, 5, 11)  # between two lines: what was counted since the last one is in the checkpoint
 
 
 @pytest.mark.parametrize(
-    ("spec", "plan"),
-    [(SPEC, PLAN), (MOBILE, PLAN), (MOBILE, OWN), (SPEC, COMPILED)],
+    ("spec", "plan", "deaths"),
+    [(SPEC, PLAN, BETWEEN), (MOBILE, PLAN, BETWEEN), (MOBILE, OWN, BETWEEN), (SPEC, COMPILED, (5,))],
     ids=["wide-resnet", "mobilenet", "own-layers", "compiled"],
 )
-def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(tmp_path, monkeypatch, spec, plan) -> None:
+def test_killed_and_resumed_ends_with_the_same_weights_and_the_same_log(
+    tmp_path, monkeypatch, spec, plan, deaths
+) -> None:
     monkeypatch.setattr(engine, "_BACKEND", "eager")  # traced, but no C++ compiler is asked
     whole = train(tmp_path / "whole", spec=spec, every=4, plan=plan)
-    for die in (1, 5, 11):  # between two lines: what was counted since the last one is in the checkpoint
+    for die in deaths:
         folder = tmp_path / f"dies-at-{die}"
         with pytest.raises(Killed):
             train(folder, die=die, spec=spec, every=4, plan=plan)

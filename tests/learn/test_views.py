@@ -1,5 +1,6 @@
 """Views: reproducible, inside the range, and no further than the config says."""
 
+import pytest
 import torch
 
 from kdedge.data.augment import shift
@@ -40,6 +41,14 @@ def test_a_share_of_a_batch_has_the_rows_of_the_whole() -> None:
     whole = strong(images(), PHOTO, draws)
     for rows in (slice(0, 21), slice(21, 64), slice(5, 6), slice(7, 7)):
         assert torch.equal(strong(images()[rows], PHOTO, draws[:, rows]), whole[rows])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("changes", [{}, {"geometric_only": True, "flip": False}], ids=["photo", "digits"])
+def test_fixed_shapes_give_the_same_views(channels, changes) -> None:
+    x, config = images(120, channels), PHOTO.model_copy(update=changes)
+    draws = strong_draws(len(x), config, torch.Generator().manual_seed(5))
+    assert torch.equal(strong(x, config, draws, fixed_shapes=True), strong(x, config, draws))
 
 
 def test_views_stay_in_range_and_leave_their_input_alone() -> None:
