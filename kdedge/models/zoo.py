@@ -167,7 +167,7 @@ def build(spec: ModelSpec) -> Network:
         backbone = _torchvision_backbone(known, spec.width)
         features = _cut_head(backbone)
     if spec.halvings < known.halvings:
-        _keep_last_halvings(backbone, spec.halvings, spec.arch)
+        _keep_last_halvings(backbone, spec)
     if spec.channels != 3 and not spec.arch.startswith("timm/"):
         _replace_stem(backbone, spec.channels)
     return Network(backbone, nn.Linear(features, spec.classes), _neck(spec, features))
@@ -301,18 +301,24 @@ def _regnet_400mf(name: str) -> nn.Module:
     return network
 
 
+_HALVINGS: dict[tuple[str, float], list[list[str]]] = {}
+"""`_halving_groups` by architecture and width: to follow the shapes takes longer than to build the network."""
+
+
 @torch.no_grad()
-def _halving_groups(backbone: nn.Module) -> list[list[nn.Module]]:
-    """The layers that halve the image, in order; those that read maps of one size (conv and shortcut) in one group."""
+def _halving_groups(backbone: nn.Module) -> list[list[str]]:
+    """Names of the layers that halve the image, in order; those that read maps of one size (conv and shortcut) in one
+    group.
+    """
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
     names = [name for name, m in backbone.named_modules() if isinstance(m, kinds) and m.stride in (2, (2, 2))]
     if not names:
         return []
     shapes = copy.deepcopy(backbone).eval().to("meta")  # shapes without numbers: nothing is computed or drawn
-    groups: dict[int, list[nn.Module]] = {}
+    groups: dict[int, list[str]] = {}
 
     def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
-        groups.setdefault(inputs[0].shape[-1], []).append(backbone.get_submodule(name))
+        groups.setdefault(inputs[0].shape[-1], []).append(name)
 
     for name in names:
         shapes.get_submodule(name).register_forward_hook(partial(note, name))
@@ -321,15 +327,19 @@ def _halving_groups(backbone: nn.Module) -> list[list[nn.Module]]:
     return list(groups.values())
 
 
-def _keep_last_halvings(backbone: nn.Module, keep: int, arch: str) -> None:
-    """Set the stride of all but the last `keep` halvings to 1: small images stay large where features are cheap."""
+def _keep_last_halvings(backbone: nn.Module, spec: ModelSpec) -> None:
+    """Set the stride of all but the last `spec.halvings` to 1: small images stay large where features are cheap."""
+    known = (spec.arch, spec.width)
     try:
-        groups = _halving_groups(backbone)
+        groups = _HALVINGS[known] if known in _HALVINGS else _halving_groups(backbone)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # timm has networks of one input size
         raise RecipeError(
-            f"The strides of '{arch}' cannot be changed ({error}). Set its halvings to 5 and data.image_px to its size."
+            f"The strides of '{spec.arch}' cannot be changed ({error}). Set its halvings to 5 and data.image_px to its "
+            "size."
         ) from error
-    for module in (each for group in groups[: max(len(groups) - keep, 0)] for each in group):
+    _HALVINGS[known] = groups
+    changed = [name for group in groups[: max(len(groups) - spec.halvings, 0)] for name in group]
+    for module in map(backbone.get_submodule, changed):
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
             if module.kernel_size == (3, 3):
