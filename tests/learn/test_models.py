@@ -153,6 +153,7 @@ def test_a_network_of_timm_keeps_its_last_halvings_and_its_wide_head(monkeypatch
 
 
 def test_the_average_follows_its_recursion_buffers_included() -> None:
+    torch.manual_seed(0)  # of other draws one in some thousands ends near zero, where the tolerance is too small
     network = build(ModelSpec("wide-resnet-10-1", 3, 1, halvings=2))
     ema = Ema(network, ceiling=0.9)
     expected = {n: t.clone() for n, t in network.state_dict().items()}
