@@ -162,7 +162,7 @@ def _of_records(path: Path, artifact: str | None) -> Side:
     chosen = artifact or next(iter(named))
     if chosen not in named:
         raise _unknown(path, chosen, named)
-    return Side(path, path.name, chosen, None, None, named[chosen])
+    return Side(path, str(path), chosen, None, None, named[chosen])  # two suites have one name
 
 
 def _model(record: Record) -> str | None:
