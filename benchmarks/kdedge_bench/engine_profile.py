@@ -7,10 +7,12 @@ machine's rates are measured in the same run: floating-point operations a second
 convolution, bytes a second of a copy. From them follow two floors, each of which the step cannot be faster than: its
 operations over the best rate, and the bytes of its maps over the copy's rate if every layer read and wrote its maps
 once. `--memory returned` leaves freed memory to the C library, as any program does that says nothing of it.
+
+What a GPU waits for is told by two more figures: the operations of each part (of a plan that compiles nothing), each
+of which is a launch or a few, and the time of steps in a row, between which nobody waits for the device.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -24,17 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdedge import __version__
-from kdedge.methods.fixmatch import logits_of
 from kdedge.models.zoo import Network, architecture, count_macs
 from kdedge.runs import write_json
 from kdedge.train import engine
-from kdedge.train.engine import EnginePlan, arranged, available_cores, pick_device, prepare, using
-from kdedge_bench.engine_sides import PX, fixmatch_on_pictures, state_of
+from kdedge.train.engine import EnginePlan, available_cores, pick_device
+from kdedge_bench.engine_parts import by_part, wait_for
+from kdedge_bench.engine_sides import PX, fixmatch_on_pictures
 from kdedge_device.record import load_average, machine, now
 
-__all__ = ["PARTS", "floors", "main", "map_bytes", "measured_rates", "parser", "profile"]
+__all__ = ["floors", "main", "map_bytes", "measured_rates", "parser", "profile"]
 
-PARTS = ("views", "forward", "loss", "backward", "optimizer", "average")
 _FORWARD_AND_BACKWARD = 3  # a backward pass is two products for each of the forward pass
 
 
@@ -48,29 +49,10 @@ def profile(network: str, halvings: int, options: argparse.Namespace) -> dict[st
         threads=options.threads,
         precision=options.precision,
         update=options.update,
+        compile=options.compile,
+        compile_views=options.compile_views,
     )
-    state = state_of(method, plan)
-    times_s: dict[str, list[float]] = {part: [] for part in PARTS}
-
-    def timed(part: str, work: Callable[..., Any], *given: Any) -> Any:
-        started_at_s = time.perf_counter()
-        done = work(*given)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times_s[part].append(time.perf_counter() - started_at_s)
-        return done
-
-    with using(plan, device), arranged([method], plan):
-        for number in range(options.steps + 1):
-            batch = timed("views", batches.at, number)
-            batch = dataclasses.replace(batch, images=prepare(batch.images, plan))
-            # The method's own forward pass is that of the network, and a loss on its logits.
-            method.network.zero_grad(set_to_none=True)
-            logits = timed("forward", logits_of, method.network, batch)
-            loss = timed("loss", _loss, *logits, batch.labels_B)
-            timed("backward", loss.backward)
-            timed("optimizer", state.optimizer.step)
-            timed("average", state.ema.update, number)
+    times_s, in_a_row_s, operations = by_part(method, batches, plan, device, options.steps)
     parts_ms = {part: 1e3 * statistics.median(each[-options.steps :]) for part, each in times_s.items()}
     step_ms = sum(parts_ms.values())
     return {
@@ -80,18 +62,13 @@ def profile(network: str, halvings: int, options: argparse.Namespace) -> dict[st
         "labeled": options.labeled,
         "unlabeled": options.labeled * options.ratio,
         "step_ms": round(step_ms, 2),
+        "step_in_a_row_ms": round(1e3 * in_a_row_s, 2),
         "unlabeled_images_per_second": round(1e3 * options.labeled * options.ratio / step_ms, 2),
         "parts_ms": {part: round(each, 2) for part, each in parts_ms.items()},
         "shares": {part: round(each / step_ms, 4) for part, each in parts_ms.items()},
+        "operations": operations or None,
         "work": _work(method.network, batches.images_per_step),
     }
-
-
-def _loss(labeled_BK: Tensor, weak_UK: Tensor, strong_UK: Tensor, labels_B: Tensor) -> Tensor:
-    """Eq. 3 and 4 of FixMatch (arXiv 2001.07685) at threshold 0.95."""
-    best = weak_UK.detach().softmax(1).max(1)
-    each_U = functional.cross_entropy(strong_UK, best.indices, reduction="none")
-    return functional.cross_entropy(labeled_BK, labels_B) + (each_U * (best.values >= 0.95)).mean()
 
 
 def _work(network: Network, images: int) -> dict[str, float]:
@@ -144,8 +121,7 @@ def _fastest_s(work: Callable[[], Any], device: torch.device) -> float:
     for _ in range(9):
         started_at_s = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         fastest_s = min(fastest_s, time.perf_counter() - started_at_s)
     return fastest_s
 
@@ -176,6 +152,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--layers", choices=("torch", "own"), default="own")
     flags.add_argument("--update", choices=("foreach", "fused"), default="fused")
     flags.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    modes = ("none", "default", "reduce-overhead")
+    flags.add_argument("--compile", choices=modes, default="none", help="mode of torch.compile for the backbone")
+    flags.add_argument("--compile-views", choices=modes, default="none")
     flags.add_argument("--memory", choices=("kept", "returned"), default="kept", help="what a step frees")
     flags.add_argument("--out", type=Path, required=True, help="the record")
     return flags

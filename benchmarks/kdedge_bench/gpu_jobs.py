@@ -6,6 +6,7 @@ working folder, under which paths are relative, so that it may travel from machi
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -19,7 +20,7 @@ __all__ = [
     "RESUMED",
     "SAME",
     "Job",
-    "Race",
+    "Program",
     "Training",
     "What",
     "Work",
@@ -122,15 +123,14 @@ class Training:
 
 @final
 @dataclass(frozen=True)
-class Race:
-    """Our step against Pillow in worker processes and against a plain supervised step, on the same networks."""
+class Program:
+    """A measurement of this package that leaves one record: a race of our step against others, or a profile of it."""
 
     name: str
     what: tuple[What, ...]
     about: str
     least_s: float
-    network: str
-    precision: str
+    module: str
     flags: tuple[str, ...]
     needs: tuple[str, ...] = ()
     teacher_of: None = None
@@ -138,8 +138,7 @@ class Race:
     def argv(self, work: Work, recipe: Path, device: str) -> list[str]:
         """To be called in the folder that `work` lies in."""
         out = self._out(work).relative_to(work.path.parent)
-        raced = ["--networks", self.network, "--precisions", self.precision, *self.flags]
-        return [sys.executable, "-m", "kdedge_bench.engine_race", *raced, "--device", device, "--out", str(out)]
+        return [sys.executable, "-m", self.module, *self.flags, "--device", device, "--out", str(out)]
 
     def _out(self, work: Work) -> Path:
         return work.path / "races" / f"{self.name}.json"
@@ -151,12 +150,26 @@ class Race:
         return False
 
     def findings(self, work: Work) -> dict[str, Any]:
-        """The record of the race."""
+        """What it recorded."""
         found: dict[str, Any] = read_json(self._out(work))
         return found
 
 
-Job = Training | Race
+Job = Training | Program
+
+
+def _speed(sizes: Sizes) -> Iterator[Program]:
+    about = "unlabeled images a second, ours and Pillow's way"
+    for network, precision in sizes.races:
+        flags = ("--networks", network, "--precisions", precision, *sizes.race)
+        yield Program(
+            f"speed-{network}-{precision}", ("speed",), about, sizes.race_s, "kdedge_bench.engine_race", flags
+        )
+    about = "where the time of a step goes, and how many operations it is"
+    for network, mode in sizes.profiles:
+        flags = ("--networks", network, "--compile", mode, "--compile-views", mode, *sizes.profile)
+        name = f"parts-{network}" if mode == "none" else f"parts-{network}-{mode}"
+        yield Program(name, ("speed",), about, sizes.profile_s, "kdedge_bench.engine_profile", flags)
 
 
 def jobs(sizes: Sizes) -> tuple[Job, ...]:
@@ -174,12 +187,8 @@ def jobs(sizes: Sizes) -> tuple[Job, ...]:
         *sizes.of_students,
     )
     sure = (*pilot, "engine.deterministic=true")
-    about = "unlabeled images a second, ours and Pillow's way"
     found: list[Job] = [
-        *(
-            Race(f"speed-{network}-{precision}", ("speed",), about, sizes.race_s, network, precision, sizes.race)
-            for network, precision in sizes.races
-        ),
+        *_speed(sizes),
         Training(PILOT, ("cifar", "determinism"), "how long a step takes", sizes.least_s, pilot),
         Training(SAME, ("determinism",), "the pilot, bit for bit", sizes.least_s, sure, (PILOT,), "outer"),
         Training(

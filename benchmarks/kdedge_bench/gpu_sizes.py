@@ -18,6 +18,9 @@ class Sizes:
     race_s: float  # nor a race, which cannot be gone on with
     races: tuple[tuple[str, str], ...]  # network and precision of each
     race: tuple[str, ...]
+    profile_s: float  # least time of a profile
+    profiles: tuple[tuple[str, str], ...]  # network, and mode of torch.compile of its backbone and views
+    profile: tuple[str, ...]
     settings: tuple[str, ...] = ()  # of every run
     of_rows: tuple[str, ...] = ()
     of_students: tuple[str, ...] = ()
@@ -39,6 +42,11 @@ REAL = Sizes(
         *("--sides", "published", "supervised", "--workers", "16"),
         *("--labeled", "64", "--ratio", "7", "--rounds", "3", "--seconds", "2"),
     ),
+    profile_s=150.0,  # of which compiling may take most
+    profiles=tuple(
+        (network, mode) for network in ("wide-resnet-28-2", "mobilenet-v2") for mode in ("none", "reduce-overhead")
+    ),
+    profile=("--precision", "bf16", "--layers", "torch", "--labeled", "64", "--ratio", "7", "--steps", "30"),
 )
 TOY = Sizes(
     labels=(20,),
@@ -53,6 +61,9 @@ TOY = Sizes(
         *("--sides", "supervised", "--workers", "1", "--threads", "1", "--plan", "{}"),
         *("--labeled", "2", "--ratio", "1", "--rounds", "1", "--seconds", "0.1"),
     ),
+    profile_s=0.0,
+    profiles=(("wide-resnet-10-1", "none"),),
+    profile=("--labeled", "2", "--ratio", "1", "--steps", "1", "--threads", "1"),
     settings=(
         "data.image_px=8",
         "teacher.arch=wide-resnet-10-1",

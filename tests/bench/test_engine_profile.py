@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from kdedge_bench import engine_profile
-from kdedge_bench.engine_profile import PARTS, floors, map_bytes
+from kdedge_bench.engine_parts import PARTS
+from kdedge_bench.engine_profile import floors, map_bytes
 
 
 def test_bytes_of_maps_are_counted_layer_by_layer() -> None:
@@ -40,6 +41,10 @@ def test_a_profile_gives_every_parts_share(tmp_path, monkeypatch) -> None:
     assert sum(found["parts_ms"].values()) == pytest.approx(found["step_ms"], abs=0.1)
     assert sum(found["shares"].values()) == pytest.approx(1, abs=0.001)
     assert found["work"]["gflop"] > 0
+    assert found["step_in_a_row_ms"] > 0
+    assert tuple(found["operations"]) == PARTS
+    assert min(found["operations"].values()) > 0
+    assert found["operations"]["average"] <= 3  # lists, and not one a tensor
     assert record["rates"] == fixed
 
 

@@ -22,12 +22,12 @@ from PIL import Image
 from kdedge import recipe_io
 from kdedge.data import open_source
 from kdedge.errors import DataError, RunError
-from kdedge_bench import engine_race, gpu, gpu_state, verdict_sets
-from kdedge_bench.gpu_jobs import IMAGES, Race, Work, jobs
+from kdedge_bench import engine_profile, engine_race, gpu, gpu_state, verdict_sets
+from kdedge_bench.gpu_jobs import IMAGES, Program, Work, jobs
 from kdedge_bench.gpu_sizes import REAL, TOY
 
 ROOM = Path(__file__).parents[2] / "benchmarks" / "gpu"
-RACE = "speed-wide-resnet-10-1-fp32"
+RACE, PARTS = "speed-wide-resnet-10-1-fp32", "parts-wide-resnet-10-1"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -121,17 +121,18 @@ def test_it_is_stopped_and_goes_on_elsewhere_to_the_end(
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--from", str(first), "--what", "cifar"]) == 0
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--what", "determinism"]) == 0
     document, records = records_of(second)
-    assert document["waiting"] == [RACE]
+    assert document["waiting"] == [RACE, PARTS]
     ended = {job.name: [e["ended"] for e in document["slices"] if e["job"] == job.name] for job in jobs(TOY)}
     assert ended == {
         RACE: [],
+        PARTS: [],
         "pilot": ["stopped", "finished"],
         "deterministic": ["finished"],
         "deterministic-resumed": ["stopped", "finished"],
         "cifar10-20": ["finished"],
         "mobilenet-v2-20": ["finished"],
     }
-    assert records.keys() == ended.keys() - {RACE} | {"determinism"}
+    assert records.keys() == ended.keys() - {RACE, PARTS} | {"determinism"}
     assert records["determinism"]["findings"]["equal_after_resume"] is True
     assert all(record["toy"] for record in records.values())
     row, student = (records[name]["findings"]["result"] for name in ("cifar10-20", "mobilenet-v2-20"))
@@ -153,16 +154,19 @@ for line in sys.stdin:
 """
 
 
-def test_a_race_at_toy_size_ends_and_becomes_a_record(
+def test_race_and_profile_at_toy_size_end_and_become_records(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its sides are those of test_engine_race.py, which also does their steps: here they start at once."""
 
     def raced(argv: Sequence[str], folder: Path, log: Path, over: Callable[[], bool]) -> gpu.Ended:
-        assert argv[:3] == [sys.executable, "-m", "kdedge_bench.engine_race"]
+        program = {module.__name__: module for module in (engine_race, engine_profile)}[argv[2]]
         with contextlib.chdir(folder):
-            engine_race.main(argv[3:])
+            program.main(argv[3:])
         return "finished"
+
+    fixed = {"matmul_gflops": 50.0, "convolution_gflops": 60.0, "copy_gbytes_per_second": 10.0}
+    monkeypatch.setattr(engine_profile, "measured_rates", lambda _: fixed)
 
     (tmp_path / "side.py").write_text(SIDE)
     monkeypatch.setattr(engine_race, "_PROGRAM", (sys.executable, str(tmp_path / "side.py")))
@@ -171,9 +175,11 @@ def test_a_race_at_toy_size_ends_and_becomes_a_record(
     out = tmp_path / "out"
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--out", str(out), "--scratch", str(tmp_path / "s")]) == 0
     document, records = records_of(out)
-    assert RACE not in document["waiting"]
+    assert not {RACE, PARTS} & set(document["waiting"])
     (race,) = records[RACE]["findings"]["races"]
     assert race["share_of_supervised"]["median"] == 0.75
+    (parts,) = records[PARTS]["findings"]["networks"]
+    assert parts["operations"].keys() == parts["parts_ms"].keys()
 
 
 def test_a_folder_is_packed_into_parts_and_joined_again(tmp_path: Path) -> None:
@@ -269,12 +275,12 @@ def test_a_job_that_fails_stops_no_other_and_is_told(
     words = ["--toy", "--data", str(data), "--out", str(out), "--scratch", str(tmp_path / "s")]
     assert gpu.main(ROOM / "cifar10.yaml", words) == 1
     document, records = records_of(out)
-    assert [entry["job"] for entry in document["slices"]] == [RACE, "pilot"]  # the others need the pilot
+    assert [entry["job"] for entry in document["slices"]] == [RACE, PARTS, "pilot"]  # the others need the pilot
     assert {entry["ended"] for entry in document["slices"]} == {"failed"}
     assert records == {}
-    assert capsys.readouterr().out.count("out of luck") == 2
+    assert capsys.readouterr().out.count("out of luck") == 3
     assert gpu.main(ROOM / "cifar10.yaml", [*words, "--slice-s", "0"]) == 0  # no time: nothing is begun
-    assert len(records_of(out)[0]["slices"]) == 2
+    assert len(records_of(out)[0]["slices"]) == 3
 
 
 def test_the_archive_is_checked_at_full_size_and_packed(data: Path, tmp_path: Path) -> None:
@@ -299,11 +305,12 @@ def test_the_jobs_can_be_made_in_their_order_and_stand_in_the_readme() -> None:
         assert job.name not in made
         assert f"`{job.name}`" in text
         made.add(job.name)
-        if isinstance(job, Race):
+        if isinstance(job, Program):
             words = job.argv(Work(Path("work").absolute()), ROOM / "cifar10.yaml", "cuda")
-            assert words[:3] == [sys.executable, "-m", "kdedge_bench.engine_race"]
-            options = engine_race.parser().parse_args(words[3:])
-            assert (options.workers, options.labeled, options.ratio, options.device) == (16, 64, 7, "cuda")
+            program = {module.__name__: module for module in (engine_race, engine_profile)}[words[2]]
+            options = program.parser().parse_args(words[3:])
+            assert (options.labeled, options.ratio, options.device) == (64, 7, "cuda")
+            assert program is engine_profile or options.workers == 16
         else:
             recipe = recipe_io.load(str(ROOM / "cifar10.yaml"), job.settings)
             assert recipe.student.optim.labeled_batch == 64
