@@ -133,7 +133,7 @@ class Stages:
                     raise
                 reason = str(error).splitlines()[0]
             # Outside of the handler, where the step's tensors are no longer held by the traceback.
-            smaller = {"parts": 2 * plan.parts, "compile": "none"}  # parts are not compiled
+            smaller = {"parts": 2 * plan.parts, "compile": "none", "compile_views": "none"}  # parts are not compiled
             self.notes.note_plan(stage, plan.model_copy(update=smaller), [])
             self.begun.display.say(
                 f"{stage}: the memory of {self.begun.device} is full ({reason}). A batch now passes through the "

@@ -23,7 +23,7 @@ def hue(x_BCHW: Tensor, turn_B: Tensor) -> Tensor:
     differences = torch.cat([green - blue, blue - red, red - green], 1).gather(1, brightest)
     sixth = 2 * brightest + differences / chroma.clamp(min=1e-6) + 6 * turn_B.view(-1, 1, 1, 1)
     # Each channel is the value, less the chroma where the hue is far from its own.
-    place = (sixth + x_BCHW.new_tensor([5, 3, 1]).view(1, 3, 1, 1)).remainder(6)
+    place = (sixth + torch.arange(5, 0, -2, device=x_BCHW.device).view(1, 3, 1, 1)).remainder(6)
     return (value - chroma * torch.minimum(place, 4 - place).clamp_(0, 1)).round_()
 
 

@@ -91,10 +91,10 @@ def _where(x: Tensor, chosen_B: Tensor, apply: Callable[[Tensor, Tensor], Tensor
     rows = chosen_B.nonzero().squeeze(1)
     if not len(rows):
         return x
-    values = values_B[rows].to(x.device)
+    values = values_B[rows].to(x.device, non_blocking=True)
     if len(rows) == len(x):
         return apply(x, values)
-    rows = rows.to(x.device)
+    rows = rows.to(x.device, non_blocking=True)
     return x.index_copy(0, rows, apply(x[rows], values))
 
 
@@ -126,7 +126,9 @@ def _part(x: Tensor, theta_B23: Tensor) -> Tensor:
     A part is never larger than what it is stretched over, so that nothing is made smaller and no filter against
     aliasing is needed.
     """
-    grid = functional.affine_grid(theta_B23.to(x.device), [len(x), 1, *x.shape[2:]], align_corners=False)
+    grid = functional.affine_grid(
+        theta_B23.to(x.device, non_blocking=True), [len(x), 1, *x.shape[2:]], align_corners=False
+    )
     moved = functional.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return moved.round_().clamp_(0, 255)
 

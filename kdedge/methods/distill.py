@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         negative_J = torch.arange(images, device=position_M.device)
         if config.crd_negatives < images:
             # Drawn on the CPU, so that a step is the same on every device.
-            negative_J = torch.randint(images, (config.crd_negatives,)).to(position_M.device)
+            negative_J = torch.randint(images, (config.crd_negatives,)).to(position_M.device, non_blocking=True)
         loss = student_MD.new_zeros(())
         for anchor_MD, bank_ND, normalizer in (
             (student_MD, self.teacher_bank_ND, self.student_log_normalizer),

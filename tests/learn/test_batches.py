@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toys import VIEWS, toy_pool
 
 from kdedge.data.batches import Batches, make_views, share_rows
+from kdedge.data.contrastive_views import ContrastiveViewConfig
 from kdedge.data.store import Resident
 
 
@@ -128,17 +128,26 @@ def _of_fixed_shapes(first: Tensor, first_DB: Tensor, second: Tensor, second_DU:
     return make_views(VIEWS, first, next(draws), second, next(draws), fixed_shapes=True)
 
 
-@pytest.mark.parametrize("make", [partial(make_views, VIEWS), _of_fixed_shapes], ids=["grouped", "fixed-shapes"])
-def test_a_step_never_waits_for_its_device(make, monkeypatch) -> None:
+COLOURS = ContrastiveViewConfig(
+    smallest_area=0.1, flip=True, jitter_strength=1.0, grayscale_probability=0.2, blur_probability=0.5
+)
+
+
+@pytest.mark.parametrize(
+    ("views", "make"),
+    [(VIEWS, None), (VIEWS, _of_fixed_shapes), (COLOURS, None)],
+    ids=["grouped", "fixed-shapes", "contrastive"],
+)
+def test_a_step_never_waits_for_its_device(views, make, monkeypatch) -> None:
     """On one whose tensors cannot be read, so that any look at one of them fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device has not
     plain, there = toy_pool(), {}
     for name in ("labels", "truth", "unlabeled", "mean", "std"):
         there[name] = getattr(plain, name).to("meta")
-    pool = dataclasses.replace(plain, images=Resident(plain.images.images_u8.to("meta")), **there)
-    made = Batches(pool, VIEWS, labeled_batch=4, unlabeled_batch=40, seed=0, stage="outer")
-    made.make_views = make
+    pool = dataclasses.replace(plain, images=Resident(plain.images.images_u8.to("meta").expand(-1, 3, -1, -1)), **there)
+    made = Batches(pool, views, labeled_batch=4, unlabeled_batch=40, seed=0, stage="outer")
+    made.make_views = make or made.make_views
     with _NeverWaits() as watched:
         batch = made.at(1)
-    assert batch.images.shape == (84, 1, 8, 8)
+    assert batch.images.shape == (84, 3, 8, 8)
     assert watched.sent > 0
