@@ -178,7 +178,10 @@ def run(fence: Fence, line: str, folder: Path) -> tuple[int | None, str]:
         told = folder.parent / "told.txt"
         told.unlink(missing_ok=True)
         process = start(shlex.split(line, comments=True)[1:], folder, told)
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()  # where the time of the test is over
         return process.exitcode, told.read_text()
     done = subprocess.run(
         [sys.executable, "-c", line] if fence.language == "python" else ["sh", "-c", line],

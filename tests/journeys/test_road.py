@@ -43,7 +43,10 @@ def forked(*arguments: object, cwd: Path) -> tuple[int | None, str]:
     told = cwd / "told.txt"
     told.unlink(missing_ok=True)
     process = start([str(each) for each in arguments], cwd, told)
-    process.join()
+    try:
+        process.join()
+    finally:
+        process.kill()  # where the time of the test is over
     return process.exitcode, told.read_text()
 
 
