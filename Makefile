@@ -30,7 +30,6 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m ruff check .
-	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	@$(PY) -m mypy & types=$$!; $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS); tests=$$?; \
 	wait $$types || { echo "mypy found errors; they stand above."; exit 1; }; exit $$tests
 
