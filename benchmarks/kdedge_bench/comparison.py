@@ -169,10 +169,12 @@ def _failures(document: dict[str, Any]) -> list[str]:
 def _text(base: Side, new: Side, document: dict[str, Any], why_not: str) -> str:
     lines = []
     for name, side in (("base", base), ("new", new)):
-        unstable = f" ({', '.join(flags(side.record))})" if side.record and flags(side.record) else ""
+        runtime = side.record and side.record["artifact"].get("runtime")
+        notes = ([runtime] if runtime and runtime != side.runtime else []) + (flags(side.record) if side.record else [])
+        noted = f" ({', '.join(notes)})" if notes else ""
         lines.append(
             f"{name:4}  {side.name}, {artifact_label(side.artifact)}: accuracy {percent(side.accuracy, 2)}, "
-            f"p90 {milliseconds(side.p90_ms)} ms{unstable}"
+            f"p90 {milliseconds(side.p90_ms)} ms{noted}"
         )
     return "\n".join([*lines, _accuracy_line(document), _latency_line(document, why_not)])
 

@@ -31,6 +31,7 @@ class Side:
     """One artifact with what is known of it. `right`: image id -> is it right, for test images of known class.
 
     `records`: its measurements, newest first; `record`: the one that is compared, once `matched` has chosen it.
+    `runtime`: what the file is made for; another one may have been measured, too.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Side:
     records: tuple[Record, ...] = ()
     exam: str | None = None  # the hash of the images it was scored on
     right: dict[str, bool] = field(default_factory=dict)
+    runtime: str = "onnxruntime"
     record: Record | None = None
 
     @property
@@ -63,6 +65,7 @@ class Side:
         return {
             "run": self.name, "artifact": self.artifact, "accuracy": self.accuracy, "latency_ms_p90": self.p90_ms,
             "threads": conditions.get("threads"), "batch": conditions.get("batch"),
+            "runtime": self.record["artifact"].get("runtime") if self.record else None,
             "machine": machine_name(self.record) if self.record else None,
             "flags": flags(self.record) if self.record else [],
         }  # fmt: skip
@@ -72,7 +75,8 @@ def matched(base: Side, new: Side) -> tuple[Side, Side]:
     """Both with the measurements that tell most about each other.
 
     Those under the same conditions, of one image rather than a batch, in turn rather than on two occasions, in one
-    runtime; and of several such the newest. What a record alone knows of accuracy is its side's.
+    runtime, which is the file's own where that was measured; and of several such the newest. What a record alone knows
+    of accuracy is its side's.
     """
 
     def worth(pair: tuple[Record | None, Record | None]) -> tuple[int | bool, ...]:
@@ -82,8 +86,9 @@ def matched(base: Side, new: Side) -> tuple[Side, Side]:
             return (timed,)
         alike = _under(one) == _under(other)
         in_turn = one.get("session") is not None and one.get("session") == other.get("session")
-        runtime = one["artifact"].get("runtime") == other["artifact"].get("runtime")
-        return timed, alike, one_image(one), in_turn, runtime
+        runtimes = [each["artifact"].get("runtime") for each in (one, other)]
+        own = sum(runtime == side.runtime for runtime, side in zip(runtimes, (base, new), strict=True))
+        return timed, alike, one_image(one), in_turn, runtimes[0] == runtimes[1], own
 
     pairs = product(base.records or (None,), new.records or (None,))
     one, other = max(pairs, key=worth)  # the first of the best
@@ -132,7 +137,8 @@ def _of_run(path: Path, artifact: str | None) -> Side:
         raise _unknown(path, artifact, [each.key for each in found.rows])
     right = _right_by_id(facts, row.key)
     records, exam = facts.measured(row.key), _exam(facts.bundle)
-    return Side(path, facts.name, row.key, row.accuracy, facts.test_images, records, exam, right)
+    runtime = facts.artifacts.get(row.key, {}).get("runtime") or Side.runtime
+    return Side(path, facts.name, row.key, row.accuracy, facts.test_images, records, exam, right, runtime)
 
 
 def _of_bundle(path: Path, manifest: dict[str, Any], artifact: str | None) -> Side:
@@ -145,7 +151,8 @@ def _of_bundle(path: Path, manifest: dict[str, Any], artifact: str | None) -> Si
     own = tuple(each for each in records if model_sha256(each) == sha256)
     images = (manifest.get("accuracy") or {}).get("images") or None
     accuracy = manifest["artifacts"][chosen].get("accuracy")
-    return Side(path, path.name, chosen, accuracy, images, own, _exam(manifest))
+    runtime = manifest["artifacts"][chosen].get("runtime") or Side.runtime
+    return Side(path, path.name, chosen, accuracy, images, own, _exam(manifest), runtime=runtime)
 
 
 def _of_records(path: Path, artifact: str | None) -> Side:

@@ -188,6 +188,26 @@ def test_records_that_say_most_about_each_other_are_compared(make_run: MakeRun, 
     assert (found["drop_points"], found["base"]["accuracy"]) == (0, 0.5)
 
 
+def test_the_runtime_a_file_is_made_for_comes_before_another(make_run: MakeRun) -> None:
+    """A suite measures OpenVINO last, so that its record is the newest."""
+    base, new = make_run("base"), make_run("new")
+    slow_down(new, 1.25)
+    for run in (base, new):
+        path = run / "bench" / "example-cpu-int8.json"
+        record = json.loads(path.read_text()) | {"started_at": "2026-09-09T03:04:05Z"}
+        record["artifact"]["runtime"] = "openvino"
+        record["latency_ms"]["compute"]["p90"] = 9.0
+        (run / "bench" / "later.json").write_text(json.dumps(record))
+    found = compare(base, new)
+    assert found["slower_fraction"] == pytest.approx(0.25)
+    assert (found["base"]["runtime"], found["new"]["runtime"]) == ("onnxruntime", "onnxruntime")
+    assert "openvino" not in found["text"]
+    (new / "bench" / "example-cpu-int8.json").unlink()
+    found = compare(base, new)
+    assert (found["base"]["runtime"], found["new"]["runtime"]) == ("openvino", "openvino"), "in one, if no other"
+    assert found["text"].count("p90 9.00 ms (openvino)") == 2
+
+
 def test_a_budget_that_was_not_measured_does_not_pass(make_run: MakeRun) -> None:
     base, new = make_run("base"), make_run("new")
     shutil.rmtree(new / "bench")
