@@ -1,11 +1,13 @@
-"""Distillation without labels beside lightly-train: one teacher, the same photographs, as many steps, the same probe.
+"""Distillation without labels beside lightly-train: one teacher, one set of photographs, as many steps, one probe.
 
 python -m kdedge_bench.distill_peer --data FOLDER --teacher RUN --peer PYTHON --keep DIR --out RECORD
 
 FOLDER has train/ and val/ (or test/), a folder for each class. A ShuffleNetV2 from random weights learns from the
-teacher's answers (ours) or features (lightly-train) on the images of train/, 32 a step; neither is told a label. What
-it learnt is read by a linear probe with all labels of train/ and judged on the other images. The last row is the probe
-on random weights. A seed is that of everything drawn, on every side. Stopped, the same command goes on.
+teacher's answers (ours) or features (lightly-train) on the images of train/, 32 a step; neither learns from a label.
+Ours keeps a fifth of train/ as validation images, which it does not learn from, and takes the weights that do best on
+them; lightly-train learns from all of train/ and gives its last weights. What was learnt is read by a linear probe with
+the labels of the other four fifths, and judged on the other images. The last row is the probe on random weights. A seed
+is that of everything drawn, on every side. Stopped, the same command goes on; another one wants another --keep.
 """
 
 import argparse
@@ -21,7 +23,8 @@ from torchvision.models import shufflenet_v2_x1_0
 
 from kdedge import __version__, recipe_io
 from kdedge.pipeline import train
-from kdedge.runs import open_finished, read_json, write_json
+from kdedge.runs import Run, open_finished, read_json, write_json
+from kdedge_bench.cells import escaped
 from kdedge_bench.int8_peers import without_folders
 from kdedge_bench.int8_students import PHOTOS, RECIPES
 from kdedge_bench.peers_process import measured
@@ -83,7 +86,7 @@ def _probed(weights: Path, out: Path, seed: int, data: Path) -> dict[str, float]
     """Test accuracy of a new head on the features of `weights`, and the number of test images."""
     wanted = [f"student.arch={STUDENT}", f"data.image_px={PX}", f"student.init={weights}", "student.head=probe"]
     recipe = recipe_io.load(str(PHOTOS), [*wanted, "baseline.enabled=false"], data=str(data), seed=seed)
-    _, result = train(recipe, out, resume=out.exists())
+    _, result = train(recipe, out, resume=Run(out).manifest_path.is_file())
     return {"accuracy": result["student"]["test_accuracy"], "test_images": result["test_images"]}
 
 
@@ -115,7 +118,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     for side, found in record["summary"].items():
         if "failure" in found:
-            lines.append(f"| {side} | - | failed: {found['failure']} | - | - | - |")
+            lines.append(f"| {side} | - | failed: {escaped(found['failure'])} | - | - | - |")
             continue
         cost = [f"{found['cpu_s']:.0f} s", f"{found['peak_mib']:,.0f} MiB"] if "cpu_s" in found else ["-", "-"]
         cells = [side, str(found["steps"]), _points(found["accuracy"]), _points(found.get("ours_minus_it"), "+"), *cost]

@@ -130,7 +130,7 @@ class DiesAfter(SilentDisplay.__mro__[1]):  # object: SilentDisplay is final
 
 @pytest.mark.parametrize(("stage", "lines"), [("outer", 0), ("inner", 1)])
 def test_killed_and_resumed_the_files_are_the_same(whole, tmp_path, stage, lines) -> None:
-    """On digits; in every stage, at every write and at any moment: journeys/test_faults.py."""
+    """On digits; in every stage, at chosen writes and any moment: journeys/test_faults.py."""
     every = "engine.log_every_steps=2"
     out = tmp_path / "killed"
     with pytest.raises(Killed):
