@@ -169,7 +169,7 @@ def _failures(document: dict[str, Any]) -> list[str]:
 def _text(base: Side, new: Side, document: dict[str, Any], why_not: str) -> str:
     lines = []
     for name, side in (("base", base), ("new", new)):
-        runtime = side.record and side.record["artifact"].get("runtime")
+        runtime = side.to_json()["runtime"]
         notes = ([runtime] if runtime and runtime != side.runtime else []) + (flags(side.record) if side.record else [])
         noted = f" ({', '.join(notes)})" if notes else ""
         lines.append(
