@@ -23,6 +23,7 @@ Timings = list[dict[str, object]]
 _BUDGET_S = 1.0  # a candidate, after its first step
 _REPEATS = 5
 _IN_A_ROW = 4  # steps between two looks at a GPU's clock: training waits for it as seldom
+_APART = 64  # steps from one candidate's to the next one's: each finds the images that a store read ahead for it
 _FIRST_CALLS = 3  # of what is compiled: CUDA graphs are traced, recorded and replayed, and may fail in each
 _FEWER_THREADS_PAY = 0.9  # of the time with all: another program that runs just now must not decide for a whole run
 
@@ -93,7 +94,7 @@ def _fastest(
         return plans[0]
     alike = device.type == "cpu" and len({plan.threads for plan in plans}) == 1
     with ExitStack() as stack:
-        steps = {plan: _steps(method, batches, plan, device, stack) for plan in plans}
+        steps = {plan: _steps(method, batches, plan, device, stack, _APART * place) for place, plan in enumerate(plans)}
         for plan in plans[1:]:
             if (plan.compile, plan.compile_views) != (plans[0].compile, plans[0].compile_views):
                 try:
@@ -117,12 +118,14 @@ def _steps_in_a_row(device: torch.device) -> int:
 
 
 def _steps(
-    method: Method, batches: Batches, plan: EnginePlan, device: torch.device, stack: ExitStack
+    method: Method, batches: Batches, plan: EnginePlan, device: torch.device, stack: ExitStack, first: int = 0
 ) -> Callable[[], None]:
-    """Whole steps of a copy of the method, as training computes them, to be called again and again within `stack`."""
+    """Whole steps from `first` on of a copy of the method, as training computes them, to be called again and again
+    within `stack`.
+    """
     trial = as_planned(copy.deepcopy(method), plan).train()
     average, optimizer = Ema(trial.network, 0.0), _optimizer(trial, fused=plan.update == "fused")
-    ahead, at = copy.copy(batches), itertools.count()  # a copy: other candidates make their views in other ways
+    ahead, at = copy.copy(batches), itertools.count(first)  # a copy: other candidates make their views in other ways
     stack.enter_context(arranged([trial], plan, ahead))
 
     def steps() -> None:

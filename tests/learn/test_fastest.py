@@ -1,10 +1,13 @@
 """The plan that is measured: the fastest of its candidates, on a method that is left as it was."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from toys import VIEWS, toy_network, toy_pool
 
 from kdedge.data.batches import Batches
 from kdedge.data.contrastive_views import ContrastiveViewConfig
+from kdedge.data.store import Streamed
 from kdedge.errors import RunError
 from kdedge.methods.fixmatch import FixMatch, FixMatchConfig
 from kdedge.methods.thresholds import ThresholdConfig, make_policy
@@ -127,6 +131,26 @@ def test_what_is_measured_is_the_whole_step_of_training(monkeypatch) -> None:
     assert network is not method
     assert ahead is not given
     assert tensors_hash(method.state_dict()) == before
+
+
+def test_each_candidate_finds_its_images_read_ahead(monkeypatch) -> None:
+    """Else one would wait for the disk, since another took what had been read."""
+    pool, found = toy_pool(), list[bool]()
+    pixels = pool.images.images_u8.numpy()  # type: ignore[union-attr]
+    lying = SimpleNamespace(shape=pixels.shape, read_into=lambda rows, out: np.copyto(out, pixels[rows]))
+    rows = Streamed.rows
+
+    def noted(store: Streamed, positions: torch.Tensor) -> torch.Tensor:
+        found.append(positions.numpy().tobytes() in store._ahead)
+        return rows(store, positions)
+
+    monkeypatch.setattr(Streamed, "rows", noted)
+    monkeypatch.setattr(fastest, "_BUDGET_S", 0.0)  # one round
+    streamed = dataclasses.replace(pool, images=Streamed(lying, CPU))
+    given = Batches(streamed, VIEWS, labeled_batch=6, unlabeled_batch=12, seed=0, stage="outer")
+    plans = [EnginePlan(), EnginePlan(memory_format="channels-last"), EnginePlan(layers="own")]
+    fastest._fastest(fixmatch(), given, plans, CPU, fastest.Timings())
+    assert found == [False] * 3 + [True] * 3, "the first call of each, which is not counted, then the timed one"
 
 
 def noting(function: Any, name: str, done: list[str]) -> Any:
