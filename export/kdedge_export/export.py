@@ -400,7 +400,7 @@ class _Export:
             form = quantized.numbers.reference
             layers["int8"] = compare_layers(form, quantized.model, images)
             layers["trt"] = compare_layers(trt_form(form), tensorrt.weak, images, optimize=False)
-            if tensorrt.typed is not None:
+            if tensorrt.typed is not None and "trt-fp16" in self.files.names:  # which FP16 cannot hold is not written
                 layers["trt-fp16"] = compare_layers(trt_form(form), tensorrt.typed, images, optimize=False)
         self.prove = lambda more: prove(logits | more, some.labels, self.subject.classes, part.name, layers)
         return self.prove({})

@@ -382,6 +382,7 @@ def test_what_half_cannot_hold_is_not_written(
     monkeypatch.setattr(steps, "overflowing", lambda *_: {"Conv_1": 1e6})
     document = export_run(run, LOOSE)
     assert set(document["artifacts"]) == {"fp32", "int8", "trt"}
+    assert set(document["proof"]["layers"]) == {"int8", "trt"}, "of files that are there"
     with pytest.raises(ExportError, match=r"Conv_1 reaches 1e\+06, and FP16 ends at 65504"):
         export_run(run, replace(FLOAT, fp16=True), out=run.path / "elsewhere")
 
