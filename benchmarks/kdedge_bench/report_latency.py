@@ -78,9 +78,11 @@ def _row(each: Measured, part: str, what: str, times: dict[str, Any]) -> dict[st
 def throughput(facts: Facts) -> Table:
     """Images a second of what was measured offline, batch after batch; no rows where nothing was."""
     rows = [_rate(each) for each in _sorted(facts) if each.record["conditions"].get("mode") == "offline"]
+    modes = [Column("Power mode", ("power_mode",), text=True)] if len({row["power_mode"] for row in rows}) > 1 else []
     columns = (
         Column("Artifact", ("name",), text=True),
         Column("Machine", ("machine",), text=True),
+        *modes,
         Column("Threads", ("threads",)),
         Column("Batch", ("batch",)),
         Column("Images a second", ("throughput_ips",), lambda ips: DASH if ips is None else f"{ips:,.1f}"),

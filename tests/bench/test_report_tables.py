@@ -292,6 +292,9 @@ def test_batch_after_batch_is_throughput_and_no_latency(make_run: MakeRun, tmp_p
     assert summarize(facts).row("int8").p90_ms == 0.0712, "the newest record is no latency of one image"
     page = Page(report([run], tmp_path / "x.html", load=black))
     assert page.table("Artifact", "Machine", "Threads", "Batch", "Images a second")
+    document["conditions"]["power_mode"] = {"id": 2, "name": "15W"}
+    offline.with_name("15w.json").write_text(json.dumps(document))
+    assert {row[2] for row in throughput(read_facts(Run(run))).texts()} == {"–", "15W"}
     assert dict(chapter(facts, "x", "k", black).conditions)["Batch"] == "1"
 
 
