@@ -127,9 +127,9 @@ class Stages:
                 self._fit(training)
                 return
             except torch.OutOfMemoryError as error:
-                plan = self.notes.plan(stage)
+                plan = self._plan_so_far(stage)  # memory may have run out while plans were measured
                 # Batch norm needs two images; and processes that share a batch do not cut it further.
-                if plan is None or self.ranks.world > 1 or 4 * plan.parts > (training.labeled or training.unlabeled):
+                if self.ranks.world > 1 or 4 * plan.parts > (training.labeled or training.unlabeled):
                     raise
                 reason = str(error).splitlines()[0]
             # Outside of the handler, where the step's tensors are no longer held by the traceback.
@@ -274,12 +274,16 @@ class Stages:
         return plan
 
     def _plan_unmeasured(self, stage: str) -> EnginePlan:
-        """For a stage without steps: the plan that was noted, the recipe's, or a plain one; written down."""
-        engine = self.recipe.engine
-        plain = EnginePlan(threads=available_cores(), deterministic=engine.deterministic)
-        plan = self.notes.plan(stage) or engine.fixed_plan or plain
+        """For a stage without steps; written down."""
+        plan = self._plan_so_far(stage)
         self.notes.note_plan(stage, plan, [])
         return plan
+
+    def _plan_so_far(self, stage: str) -> EnginePlan:
+        """The plan that was noted, the recipe's, or a plain one."""
+        engine = self.recipe.engine
+        plain = EnginePlan(threads=available_cores(), deterministic=engine.deterministic)
+        return self.notes.plan(stage) or engine.fixed_plan or plain
 
     def _select(self) -> None:
         """The trusted set, unless its file is there already."""

@@ -102,15 +102,11 @@ class Facts:
     def record(self, artifact: str) -> Record | None:
         """The newest of `artifact` under the conditions of `newest`, so that rows of a table are comparable.
 
-        In the file's own runtime, where that was measured.
+        In the file's own runtime: a row that says no runtime is not of another.
         """
-        found = [
-            each
-            for each in self.measured(artifact)
-            if one_image(each) and self.newest and measured_under(each) == measured_under(self.newest)
-        ]
-        own = self.artifacts.get(artifact, {}).get("runtime")
-        return next((each for each in found if each["artifact"].get("runtime") == own), next(iter(found), None))
+        own, newest = self.artifacts.get(artifact, {}).get("runtime"), self.newest
+        found = (each for each in self.measured(artifact) if one_image(each) and own == each["artifact"].get("runtime"))
+        return next((each for each in found if newest and measured_under(each) == measured_under(newest)), None)
 
 
 def read_facts(run: Run) -> Facts:

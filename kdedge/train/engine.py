@@ -178,8 +178,8 @@ def arranged(networks: Sequence[nn.Module], plan: EnginePlan, batches: Batches |
     """Inside the block `networks` train with the layers of the plan; their backbones, and the views of `batches`, are
     compiled where it says so.
 
-    Both are compiled at the first batch; loss, update and average are not. RunError for a plan that says so for a
-    batch in parts, for one that several processes share, or for contrastive views.
+    Both are compiled at the first batch; loss, update and average are not. RunError where a backbone is to be
+    compiled for a batch in parts or one that several processes share, or the views of SimCLR.
     """
     with ExitStack() as stack:
         if plan.layers == "own":

@@ -94,15 +94,19 @@ def _fastest(
         return plans[0]
     alike = device.type == "cpu" and len({plan.threads for plan in plans}) == 1
     with ExitStack() as stack:
-        steps = {plan: _steps(method, batches, plan, device, stack, _APART * place) for place, plan in enumerate(plans)}
-        for plan in plans[1:]:
-            if (plan.compile, plan.compile_views) != (plans[0].compile, plans[0].compile_views):
-                try:
-                    for _ in range(_FIRST_CALLS):
-                        steps[plan]()
-                except Exception as error:  # of a compiler, of kernels, of memory: training goes on without
-                    del steps[plan]
-                    timings.append(plan.model_dump() | {"failed": str(error).strip().partition("\n")[0]})
+        steps = dict[EnginePlan, Callable[[], None]]()
+        for place, plan in enumerate(plans):
+            with ExitStack() as own:
+                work = _steps(method, batches, plan, device, own, _APART * place)
+                if (plan.compile, plan.compile_views) != (plans[0].compile, plans[0].compile_views):
+                    try:
+                        for _ in range(_FIRST_CALLS):
+                            work()
+                    except Exception as error:  # of a compiler, of kernels, of memory: training goes on without
+                        timings.append(plan.model_dump() | {"failed": str(error).strip().partition("\n")[0]})
+                        continue  # and what it held is let go
+                stack.enter_context(own.pop_all())
+                steps[plan] = work
         found_s = _in_turns(list(steps.values()), _clock(cpu=alike))
     in_a_row = _steps_in_a_row(device)
     timings += [

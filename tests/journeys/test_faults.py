@@ -52,6 +52,7 @@ def test_the_reference_run_has_what_a_resume_could_lose(thresholds) -> None:
     [
         "os.rename manifest.json",  # the very first: the folder holds nothing yet that could be resumed
         "write splits.json",
+        "write baseline.1.safetensors",
         "write outer.3.safetensors",
         "os.remove outer.1.safetensors",
         "os.rename teacher.safetensors",

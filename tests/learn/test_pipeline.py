@@ -281,6 +281,16 @@ def test_where_memory_runs_out_the_stage_goes_on_in_smaller_parts(tmp_path, monk
     assert sum("20 GiB" in sentence and "parts" in sentence for sentence in said) == 2
 
 
+def test_where_memory_runs_out_while_plans_are_measured_the_batch_is_halved_too(tmp_path, monkeypatch) -> None:
+    def short_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(stages, "measure_plan", short_of_memory)
+    run, _ = pipeline.train(tiny("baseline.enabled=false", "engine.plan=null"), tmp_path / "run")
+    plans = run.read_manifest()["engine_plan"]
+    assert [plans[stage]["plan"]["parts"] for stage in ("outer", "inner")] == [2, 2]
+
+
 def test_memory_that_does_not_suffice_for_one_image_is_an_error(tmp_path, monkeypatch) -> None:
     def short_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
