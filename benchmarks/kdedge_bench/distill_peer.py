@@ -7,7 +7,7 @@ teacher's answers (ours) or features (lightly-train) on the images of train/, 32
 Ours keeps a fifth of train/ as validation images, which it does not learn from, and takes the weights that do best on
 them; lightly-train learns from all of train/ and gives its last weights. What was learnt is read by a linear probe with
 the labels of the other four fifths, and judged on the other images. The last row is the probe on random weights. A seed
-is that of everything drawn, on every side. Stopped, the same command goes on; another one wants another --keep.
+is that of everything drawn, on every side. Stopped, the same command goes on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torchvision.models import shufflenet_v2_x1_0
 
 from kdedge import __version__, recipe_io
 from kdedge.pipeline import train
-from kdedge.runs import Run, open_finished, read_json, write_json
+from kdedge.runs import Run, open_finished, read_json, sha256_file, write_json
 from kdedge_bench.cells import escaped
 from kdedge_bench.int8_peers import without_folders
 from kdedge_bench.int8_students import PHOTOS, RECIPES
@@ -66,6 +66,20 @@ def compare(seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]
         if "failure" not in sides[side]:
             sides[side] |= _probed(weights, folder / f"probe-{weights.stem}", seed, options.data)
     return sides
+
+
+def _expect_same_call(options: argparse.Namespace) -> None:
+    """What is kept is taken as it is, so it has to be of this teacher, these images and as many epochs."""
+    teacher = sha256_file(open_finished(options.teacher).student_path)
+    call = {"data": str(options.data.resolve()), "teacher": teacher, "epochs": options.epochs}
+    noted = options.keep / "call.json"
+    if noted.exists() and read_json(noted) != call:
+        raise SystemExit(
+            f"{options.keep} holds what a call with another --data, --teacher or --epochs made ({noted}). "
+            "Give another --keep."
+        )
+    options.keep.mkdir(parents=True, exist_ok=True)
+    write_json(noted, call)
 
 
 def _done(noted: Path, command: Sequence[str], limit_s: float) -> dict[str, Any]:
@@ -150,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Seed by seed; the record is written anew after each."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    _expect_same_call(options)
     seeds: list[dict[str, dict[str, Any]]] = []
     for seed in range(options.seeds):
         seeds.append(compare(seed, options))

@@ -53,6 +53,19 @@ def test_a_side_that_ends_is_a_row_that_says_how(monkeypatch: pytest.MonkeyPatch
     assert f"| {OURS} | - | failed: not begun" in drawn
 
 
+def test_what_another_call_made_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "teacher.safetensors").write_bytes(b"a teacher")
+    teacher = SimpleNamespace(student_path=tmp_path / "teacher.safetensors")
+    monkeypatch.setattr(distill_peer, "open_finished", lambda path: teacher)
+    monkeypatch.setattr(distill_peer, "compare", lambda seed, options: _seed(0.5, 0.6, 0.3))
+    call = ["--data", str(tmp_path), "--teacher", "t", "--peer", "p", "--seeds", "2"]
+    call += ["--keep", str(tmp_path / "keep"), "--out", str(tmp_path / "record.json")]
+    for _ in range(2):
+        distill_peer.main(call)
+    with pytest.raises(SystemExit, match="Give another --keep"):
+        distill_peer.main([*call, "--epochs", "9"])
+
+
 def test_the_readme_says_what_the_record_says() -> None:
     assert RECORDS
     readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
