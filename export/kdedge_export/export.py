@@ -471,9 +471,9 @@ class _Export:
 
     def _engines(self, proof: Proof) -> tuple[dict[str, Any], Proof]:
         """What was built, and the proof with what each engine says of the same images."""
-        precisions = ("int8", "fp16") if self.options.int8 else ("fp16",) if self.options.fp16 else ("fp32",)
-        if self._too_large:  # TensorRT up to 10 would build it of the float file, and it would answer inf
-            precisions = tuple(name for name in precisions if name != "fp16")
+        asked = ("int8", "fp16") if self.options.int8 else ("fp16",) if self.options.fp16 else ("fp32",)
+        # FP16 of a model too large for it TensorRT up to 10 would build from the float file, and it would answer inf.
+        precisions = [name for name in asked if name != "fp16" or not self._too_large]
         found, images = build_here(self.folder, precisions, self.say), self.scratch / PROVED
         if images.is_file():
             proof = self.prove({f"engine-{name}": engine_logits(self.folder, name, images) for name in found})
