@@ -26,9 +26,10 @@ from kdedge.pipeline import train
 from kdedge.runs import Run, open_finished, read_json, sha256_file, write_json
 from kdedge_bench.cells import escaped
 from kdedge_bench.int8_peers import without_folders
-from kdedge_bench.int8_students import PHOTOS, RECIPES
+from kdedge_bench.int8_students import PHOTOS, RECIPES, settings
 from kdedge_bench.peers_process import measured
 from kdedge_bench.seeds import mean_and_interval
+from kdedge_bench.table_text import DASH, accuracy, line
 from kdedge_device.record import machine, now
 
 __all__ = ["compare", "main", "summary", "table"]
@@ -54,7 +55,7 @@ def compare(seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]
 
     command = [sys.executable, "-P", "-m", "kdedge", "train-recipe", str(RECIPES / "distill.yaml"), "--seed", str(seed)]
     command += ["--data", str(options.data), "--out", str(ours), "--set", f"teacher.ready={teacher}"]
-    command += ["--set", f"data.image_px={PX}", "--set", f"student.optim.total_steps={steps}", "--json"]
+    command += ["--set", f"student.optim.total_steps={steps}", "--json"]
     if not (folder / "ours.json").exists():
         shutil.rmtree(ours, ignore_errors=True)  # of a call that was stopped
     sides[OURS] = _done(folder / "ours.json", command, options.limit_s) | {"steps": steps}
@@ -98,8 +99,8 @@ def _done(noted: Path, command: Sequence[str], limit_s: float) -> dict[str, Any]
 
 def _probed(weights: Path, out: Path, seed: int, data: Path) -> dict[str, float]:
     """Test accuracy of a new head on the features of `weights`, and the number of test images."""
-    wanted = [f"student.arch={STUDENT}", f"data.image_px={PX}", f"student.init={weights}", "student.head=probe"]
-    recipe = recipe_io.load(str(PHOTOS), [*wanted, "baseline.enabled=false"], data=str(data), seed=seed)
+    probe = settings(STUDENT, argparse.Namespace(px=PX, init=weights, probe=True))
+    recipe = recipe_io.load(str(PHOTOS), probe, data=str(data), seed=seed)
     _, result = train(recipe, out, resume=Run(out).manifest_path.is_file())
     return {"accuracy": result["student"]["test_accuracy"], "test_images": result["test_images"]}
 
@@ -132,19 +133,17 @@ def table(record: dict[str, Any]) -> str:
     ]
     for side, found in record["summary"].items():
         if "failure" in found:
-            lines.append(f"| {side} | - | failed: {escaped(found['failure'])} | - | - | - |")
+            lines.append(line([side, DASH, f"failed: {escaped(found['failure'])}", DASH, DASH, DASH]))
             continue
-        cost = [f"{found['cpu_s']:.0f} s", f"{found['peak_mib']:,.0f} MiB"] if "cpu_s" in found else ["-", "-"]
-        cells = [side, str(found["steps"]), _points(found["accuracy"]), _points(found.get("ours_minus_it"), "+"), *cost]
-        lines.append(f"| {' | '.join(cells)} |")
+        cost = [f"{found['cpu_s']:.0f} s", f"{found['peak_mib']:,.0f} MiB"] if "cpu_s" in found else [DASH, DASH]
+        gain = _gain(found.get("ours_minus_it"))
+        lines.append(line([side, str(found["steps"]), accuracy(found["accuracy"]), gain, *cost]))
     return "\n".join(lines) + "\n"
 
 
-def _points(told: dict[str, float | None] | None, sign: str = "") -> str:
-    if told is None or told["mean"] is None:
-        return "-"
-    half = told["half_width_95"]
-    return f"{100 * told['mean']:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+def _gain(told: dict[str, float | None] | None) -> str:
+    """`+29.0 ± 4.8`, in points."""
+    return DASH if told is None else "+" * ((told["mean"] or 0) >= 0) + accuracy(told)
 
 
 def parser() -> argparse.ArgumentParser:
